@@ -1,0 +1,7 @@
+"""Sum of squares and guarded cross-entropy as PyTorch loss modules."""
+
+from torchlosses import functional, reference
+from torchlosses.modules import CrossEntropyError, SumSquaredError
+
+__all__ = ["CrossEntropyError", "SumSquaredError", "functional", "reference"]
+__version__ = "0.1.0"

@@ -1,0 +1,235 @@
+"""Every complaint about options, shapes, dtypes, devices and values.
+
+A message names the argument, what it got, and what it should be.
+"""
+
+import math
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("sum", "mean", "batchmean", "none")
+
+
+class Classes(NamedTuple):
+    """Class indices that are safe to gather with, and what is known of them.
+
+    `kept` is False where a sample is ignored, `valid` False where a sample that is kept names no
+    class; None stands for True everywhere, as it is seen wherever values can be looked at.
+    """
+
+    label: Tensor
+    kept: Tensor | None
+    valid: Tensor | None
+
+
+def check_options(
+    reduction: str,
+    dim: int | None,
+    ignore_index: int,
+    delta: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> None:
+    if reduction not in REDUCTIONS:
+        expected = ", ".join(map(repr, REDUCTIONS))
+        raise ValueError(f"reduction: got {reduction!r}; expected one of {expected}")
+    if dim is not None and not isinstance(dim, int):
+        raise TypeError(f"dim: got {dim!r}; expected an int or None")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: got {ignore_index!r}; expected an int")
+    if not isinstance(delta, (int, float)):
+        raise TypeError(f"delta: got {delta!r}; expected a number")
+    if not 0 <= delta < math.inf:
+        raise ValueError(f"delta: got {delta!r}; expected a finite number of at least 0")
+    if not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing: got {label_smoothing!r}; expected a number")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: got {label_smoothing!r}; expected a number in [0, 1]")
+
+
+def check_dim(input: Tensor, dim: int | None) -> int:
+    """The class dimension, counted from the front."""
+    _check_real("input", input, None)
+    if not input.is_floating_point():
+        raise TypeError(f"input: got dtype {input.dtype}; expected a floating dtype")
+    if dim is None:
+        return 1 if input.dim() > 1 else 0
+    rank = max(input.dim(), 1)
+    if not -rank <= dim < rank:
+        raise ValueError(
+            f"dim: got {dim} for an input of shape {tuple(input.shape)}; "
+            f"expected {-rank} to {rank - 1}"
+        )
+    return dim % rank
+
+
+def is_class_index(input: Tensor, target: Tensor, dim: int) -> bool:
+    """Whether `target` holds class indices; otherwise it has one value per element of `input`."""
+    _check_real("target", target, input)
+    if target.shape == input.shape:
+        return False
+    samples = samples_shape(input, dim)
+    if target.shape != samples:
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)} for an input of shape {tuple(input.shape)}; "
+            f"expected the same shape, or {samples} of an integer dtype for class indices"
+        )
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise TypeError(
+            f"target: got dtype {target.dtype} and shape {tuple(target.shape)} for an input of "
+            f"shape {tuple(input.shape)}, where only class indices fit; expected an integer dtype, "
+            f"or the input's shape (a forgotten unsqueeze?)"
+        )
+    return True
+
+
+def samples_shape(input: Tensor, dim: int) -> tuple[int, ...]:
+    """The shape of `input` without its class dimension: one entry per sample."""
+    return (*input.shape[:dim], *input.shape[dim + 1 :])
+
+
+def check_weight(weight: Tensor | None) -> None:
+    """What can be said of class weights before there is an input."""
+    if weight is not None:
+        _check_real("weight", weight, None)
+        if weight.dim() != 1:
+            raise ValueError(
+                f"weight: got shape {tuple(weight.shape)}; expected (C,), one weight per class"
+            )
+
+
+def check_weights(
+    input: Tensor,
+    weight: Tensor | None,
+    dim: int,
+    sample_weight: Tensor | None,
+    shape: tuple[int, ...],
+) -> None:
+    """Class weights against the input, sample weights against the `shape` they broadcast to."""
+    if weight is not None:
+        _check_real("weight", weight, input)
+        if weight.shape != input.shape[dim : dim + 1]:
+            raise ValueError(
+                f"weight: got shape {tuple(weight.shape)} for an input of shape "
+                f"{tuple(input.shape)} with classes in dimension {dim}; "
+                f"expected {tuple(input.shape[dim : dim + 1])}"
+            )
+    if sample_weight is not None:
+        _check_real("sample_weight", sample_weight, input)
+        missing = len(shape) - sample_weight.dim()
+        if missing < 0 or any(
+            size not in (1, full)
+            for size, full in zip(sample_weight.shape, shape[missing:], strict=True)
+        ):
+            raise ValueError(
+                f"sample_weight: got shape {tuple(sample_weight.shape)}; "
+                f"expected one that broadcasts to {tuple(shape)}"
+            )
+
+
+def check_classes(target: Tensor, num_classes: int, ignore_index: int) -> Classes:
+    """The class indices of `target`, looked at where that costs no wait for a device."""
+    label = target.long()
+    if target.dtype == torch.uint64:  # What int64 cannot hold has wrapped around: no class.
+        label = label.where(label >= 0, torch.iinfo(torch.int64).max)
+    valid = (label >= 0) & (label < num_classes)
+    kept = label != ignore_index
+    if _can_look(target):
+        plain = _truth((valid & kept).all())
+        if plain:
+            return Classes(label, None, None)
+        if plain is not None:
+            position = _first(kept & ~valid)
+            if position is not None:
+                raise IndexError(
+                    f"target: got class {target[position].item()} at position {position}; "
+                    f"expected 0 to {num_classes - 1}, or ignore_index={ignore_index}"
+                )
+            return Classes(label.where(kept, 0), kept, None)
+    return Classes(label.where(valid & kept, 0), kept, valid | ~kept)
+
+
+def check_values(
+    input: Tensor, target: Tensor | None, dim: int, from_logits: bool, sample_weight: Tensor | None
+) -> None:
+    """Values that cannot be right, or are suspicious; a pass over the data, so only on request.
+
+    The request is PyTorch's own debug switch, `torch.autograd.detect_anomaly()`. `target` is None
+    where the targets are class indices.
+    """
+    if not (_can_look(input) and torch.is_anomaly_enabled()):
+        return
+    input = input.detach()
+    if from_logits:
+        if input.shape[dim] > 1 and _truth(_is_distribution(input, dim).all()) and input.numel():
+            warnings.warn(
+                "input: every row is a probability distribution already, and from_logits=True "
+                "takes the softmax once more; pass the logits, or from_logits=False",
+                stacklevel=4,
+            )
+    else:
+        rounding = 4 * torch.finfo(input.dtype).eps
+        position = _first((input < -rounding) | (input > 1 + rounding))
+        if position is not None:
+            raise ValueError(
+                f"input: got {input[position].item():g} at position {position}, which is no "
+                f"probability; expected 0 to 1 (for logits, pass from_logits=True)"
+            )
+    if target is not None:
+        suspicious = ~_is_distribution(target.detach(), dim)
+        if sample_weight is not None:
+            suspicious &= sample_weight.detach() != 0
+        position = _first(suspicious)
+        if position is not None:
+            warnings.warn(
+                f"target: the row at position {position} is no probability distribution; "
+                f"expected values of at least 0 that sum to 1 over dimension {dim}",
+                stacklevel=4,
+            )
+
+
+def _check_real(name: str, value: Tensor, input: Tensor | None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}; expected a torch.Tensor")
+    if value.is_complex():
+        raise TypeError(f"{name}: got dtype {value.dtype}; expected a real dtype")
+    if input is not None and value.device != input.device:
+        raise ValueError(
+            f"{name}: got device {value.device}; expected {input.device}, the input's device"
+        )
+
+
+def _can_look(tensor: Tensor) -> bool:
+    # is_tracing is public, and left out of torch's type hints.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    return tensor.device.type == "cpu" or torch.is_anomaly_enabled()
+
+
+def _truth(condition: Tensor) -> bool | None:
+    """The value of a one-element condition, or None where it has none to look at.
+
+    A tensor under vmap, a fake tensor and a tensor being traced answer with a RuntimeError.
+    """
+    try:
+        return bool(condition)
+    except RuntimeError:
+        return None
+
+
+def _first(condition: Tensor) -> tuple[int, ...] | None:
+    """The first position where the condition holds, if there is one to be seen."""
+    if not _truth(condition.any()):
+        return None
+    return tuple(condition.nonzero()[0].tolist())
+
+
+def _is_distribution(values: Tensor, dim: int) -> Tensor:
+    """Whether each row is at least 0 and sums to 1, but for rounding."""
+    rounding = 1e-3
+    if values.is_floating_point():
+        rounding = max(rounding, 2 * torch.finfo(values.dtype).eps)
+    values = values.double()
+    return (values >= 0).all(dim) & ((values.sum(dim) - 1).abs() <= rounding)

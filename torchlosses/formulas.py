@@ -1,0 +1,113 @@
+"""What the losses mean: a few lines of differentiable torch each.
+
+These run on every device, under every transform of autograd and under the compiler. A faster way
+to the same numbers is an optimisation, and wrong where it disagrees with this file.
+"""
+
+import torch
+from torch import Tensor
+
+from torchlosses.checks import Classes
+
+
+def squared_error(input: Tensor, target: Tensor) -> Tensor:
+    """½ (y − t)², elementwise."""
+    difference = input - target
+    return difference * difference / 2
+
+
+def squared_error_of_class(input: Tensor, classes: Classes, dim: int) -> Tensor:
+    """½ (y − t)², elementwise, where t is the one-hot row of a class."""
+    input, index = _masked(input, classes, dim)
+    if input.shape[dim] == 0:
+        return input
+    # y − t differs from y in one place per row, so the row t itself is never made.
+    minus_one = input.new_full((), -1).expand(index.shape)
+    difference = input.scatter_add(dim, index, minus_one)
+    return difference * difference / 2
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    dim: int,
+    *,
+    weight: Tensor | None,
+    delta: float,
+    from_logits: bool,
+    label_smoothing: float,
+) -> Tensor:
+    """− Σₖ wₖ · tₖ · log(yₖ + δ), per sample, with y = softmax(x) from logits."""
+    log_normalizer = None
+    if from_logits:
+        input, log_normalizer = _shifted(input, dim)
+    if label_smoothing:
+        target = (1 - label_smoothing) * target + label_smoothing / input.shape[dim]
+    if delta < torch.finfo(input.dtype).tiny:  # y + δ can be 0, and 0·log 0 is 0.
+        log_zero = -torch.inf if from_logits else 0
+        input = input.masked_fill((target == 0) & (input == log_zero), 1)
+    losses = -target * _guarded_log(input, log_normalizer, delta)
+    if weight is not None:
+        losses = losses * _along(weight, losses, dim)
+    return losses.sum(dim)
+
+
+def cross_entropy_of_class(
+    input: Tensor,
+    classes: Classes,
+    dim: int,
+    *,
+    weight: Tensor | None,
+    delta: float,
+    from_logits: bool,
+    label_smoothing: float,
+) -> Tensor:
+    """− w_c · log(y_c + δ), per sample of class c, with y = softmax(x) from logits."""
+    input, index = _masked(input, classes, dim)
+    if input.shape[dim] == 0:
+        return input.sum(dim)
+    log_normalizer = None
+    if from_logits:
+        input, log_normalizer = _shifted(input, dim)
+    losses = -_guarded_log(input.gather(dim, index), log_normalizer, delta).squeeze(dim)
+    if weight is not None:
+        losses = losses * weight[classes.label]
+    if label_smoothing:  # t = (1−ε)·[k=c] + ε/C, and Σₖ over the second part reads the whole row.
+        uniform = -_guarded_log(input, log_normalizer, delta)
+        if weight is not None:
+            uniform = uniform * _along(weight, uniform, dim)
+        losses = (1 - label_smoothing) * losses + label_smoothing * uniform.mean(dim)
+    return losses
+
+
+def _masked(input: Tensor, classes: Classes, dim: int) -> tuple[Tensor, Tensor]:
+    """`input` and index ready to gather: what is ignored is cut off, what is impossible is NaN."""
+    label, kept, valid = classes
+    if valid is not None:  # A factor, because it makes the gradient of the whole row NaN too.
+        one_or_nan = torch.where(valid, 1.0, torch.nan).to(input.dtype)
+        input = input * one_or_nan.unsqueeze(dim)
+    if kept is not None:  # Not a factor 0: that would let a NaN or inf of an ignored row through.
+        input = input.where(kept.unsqueeze(dim), 1)
+    return input, label.unsqueeze(dim)
+
+
+def _shifted(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """z = x − max x and log Σ exp z, so that log softmax(x) = z − log Σ exp z."""
+    if logits.shape[dim]:  # The maximum of no classes is not defined, and not needed.
+        # softmax is the same for any shift, so the maximum takes no part in the derivatives.
+        logits = logits - logits.detach().amax(dim, keepdim=True)
+    return logits, logits.exp().sum(dim, keepdim=True).log()
+
+
+def _guarded_log(input: Tensor, log_normalizer: Tensor | None, delta: float) -> Tensor:
+    """log(y + δ), where y is `input`, or exp(input − log_normalizer) from shifted logits."""
+    if log_normalizer is not None:
+        input = input - log_normalizer
+        if delta == 0:
+            return input
+        input = input.exp()
+    return (input + delta if delta else input).log()
+
+
+def _along(weight: Tensor, like: Tensor, dim: int) -> Tensor:
+    return weight.view([-1 if d == dim else 1 for d in range(like.dim())])

@@ -1,0 +1,219 @@
+"""The losses as modules, which hold the options."""
+
+from torch import Tensor, nn
+
+from torchlosses import checks, functional
+
+__all__ = ["CrossEntropyError", "SumSquaredError"]
+
+
+class SumSquaredError(nn.Module):
+    r"""Sum of squared errors, :math:`E = \frac12 \sum_k (y_k - t_k)^2`.
+
+    The factor ½ makes the gradient plain: ∂E/∂y = y − t and ∂E/∂t = t − y. The value is half of
+    :class:`torch.nn.MSELoss`, which has no such factor; its own default reduction is ``'mean'``.
+
+    Args:
+        reduction: ``'sum'`` (default); ``'mean'``, over all elements; ``'batchmean'``, the sum
+            divided by ``input.shape[0]``, or by 1 for an input of at most one dimension;
+            ``'none'``, a loss per element.
+        dim: the class dimension, for targets that are class indices. By default 1, or 0 for a 1-D
+            input.
+        ignore_index: samples with this class index add nothing to value, gradient or divisor.
+
+    Call it with:
+        - **input** (y): any shape, any floating dtype.
+        - **target** (t): the shape of `input` with any real dtype; or class indices, of any integer
+          dtype and the shape of `input` without `dim`, which stand for their one-hot rows.
+        - **sample_weight** (optional): real factors that broadcast to `target`: one per element, or
+          one per sample with class indices. ``'mean'`` divides by their sum over the elements.
+
+    Returns:
+        A 0-D tensor, or with ``'none'`` one of the input's shape, in the squared unit of the data.
+        float64 if input and target promote to it, else float32: float16 and bfloat16 are computed
+        in float32 too. Gradients have the dtype of the tensor that they belong to. ``'mean'`` and
+        ``'batchmean'`` over nothing are 0.
+
+    Raises:
+        ValueError: an unknown `reduction`, when the module is made. In the call: `dim` out of
+            range, shapes that do not fit, tensors on different devices.
+        TypeError: an `input` that is not floating, a complex tensor, a floating or boolean `target`
+            where only class indices fit.
+        IndexError: a class index out of range, on the CPU. On another device, under `torch.compile`
+            and under `vmap`, that sample's loss and gradient are NaN instead; to find it there, run
+            under :func:`torch.autograd.detect_anomaly`.
+
+    Source: C. M. Bishop, *Pattern Recognition and Machine Learning*, eq. 1.2; K. Saitō, *Deep
+    Learning from Scratch*, ch. 4.
+
+    Example:
+        >>> import torch
+        >>> from torchlosses import SumSquaredError
+        >>> criterion = SumSquaredError()
+        >>> y = torch.tensor([[0.1, 0.6, 0.3], [0.2, 0.2, 0.6]], requires_grad=True)
+        >>> t = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        >>> loss = criterion(y, t)
+        >>> loss
+        tensor(0.2500, grad_fn=<...>)
+        >>> loss.backward()
+        >>> y.grad
+        tensor([[ 0.1000, -0.4000,  0.3000],
+                [ 0.2000,  0.2000, -0.4000]])
+        >>> criterion(y, torch.tensor([1, 2])).item()  # the same target as class indices
+        0.25
+    """
+
+    def __init__(
+        self, *, reduction: str = "sum", dim: int | None = None, ignore_index: int = -100
+    ) -> None:
+        super().__init__()
+        checks.check_options(reduction, dim, ignore_index)
+        self.reduction = reduction
+        self.dim = dim
+        self.ignore_index = ignore_index
+
+    def forward(
+        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
+    ) -> Tensor:
+        return functional.sum_squared_error(
+            input,
+            target,
+            reduction=self.reduction,
+            dim=self.dim,
+            ignore_index=self.ignore_index,
+            sample_weight=sample_weight,
+        )
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, dim={self.dim}, ignore_index={self.ignore_index}"
+
+
+class CrossEntropyError(nn.Module):
+    r"""Cross-entropy guarded by a δ, :math:`E = -\sum_k t_k \log(y_k + \delta)`, in nats.
+
+    `input` holds **probabilities**, such as a softmax puts out; with ``from_logits=True`` it holds
+    logits, and the softmax is taken here. The guard is added to y, so log 0 never happens: where a
+    clip would end the gradient, ∂E/∂y = −t / (y + δ) stays finite, at most 1/δ. The derivative for
+    a target is ∂E/∂t = −log(y + δ). The value is slightly negative where y is close to 1.
+
+    From logits, with p = softmax(x), ∂E/∂xⱼ = pⱼ·(S − tⱼ/(pⱼ+δ)) where S = Σₖ tₖpₖ/(pₖ+δ). For a
+    class index c that is s·(pⱼ − [j=c]) with s = p_c/(p_c+δ): the gradient of the exact
+    cross-entropy, gated by how much the network believes in the right class. A sample that is
+    confidently wrong (p_c much smaller than δ) gives no gradient. With ``delta=0`` this is the
+    exact log-softmax cross-entropy, the same as :class:`torch.nn.CrossEntropyLoss`.
+
+    On probabilities with class indices the value is that of :class:`torch.nn.NLLLoss` on
+    log(y + δ). It is not that of :class:`torch.nn.BCELoss`, which adds −(1−t)·log(1−y) and clamps
+    the logarithm, nor that of Keras, which renormalises y and clips it to [ε, 1−ε].
+
+    Args:
+        weight: class weights, of shape (C,), as in :class:`torch.nn.CrossEntropyLoss`. A buffer of
+            the module; an :class:`torch.nn.Parameter` becomes a parameter of it.
+        reduction: ``'sum'`` (default); ``'mean'``, which divides by the sum of the target classes'
+            weights for class indices and by the number of samples for other targets;
+            ``'batchmean'``, the sum divided by ``input.shape[0]``, or by 1 for an input of at most
+            one dimension; ``'none'``, a loss per sample.
+        delta: the guard δ, at least 0. With 0, a term 0·log 0 is the constant 0.
+        from_logits: whether `input` holds logits instead of probabilities. Logits of −inf are fine
+            wherever the target is 0.
+        dim: the class dimension. By default 1, or 0 for a 1-D input.
+        ignore_index: samples with this class index add nothing to value, gradient or divisor.
+        label_smoothing: ε in [0, 1]: the target is taken as (1−ε)·t + ε/C.
+
+    Call it with:
+        - **input** (y, or logits x): any shape with a class dimension, any floating dtype.
+        - **target** (t): the shape of `input` with any real dtype, one-hot or soft; or class
+          indices, of any integer dtype and the shape of `input` without `dim`.
+        - **sample_weight** (optional): real factors that broadcast to the samples, the shape of
+          `input` without `dim`. ``'mean'`` divides by their sum.
+
+    Returns:
+        A 0-D tensor, or with ``'none'`` one of the input's shape without `dim`, in nats. float64 if
+        input and target promote to it, else float32: float16 and bfloat16 are computed in float32
+        too. Gradients have the dtype of the tensor that they belong to: float16 ends at 65504, far
+        below 1/δ. ``'mean'`` and ``'batchmean'`` over nothing are 0.
+
+    Raises:
+        ValueError: an unknown `reduction`, a `delta` that is negative or not finite, a
+            `label_smoothing` outside [0, 1] or a `weight` that is not 1-D, when the module is made.
+            In the call: `dim` out of range, shapes that do not fit, tensors on different devices.
+        TypeError: an `input` that is not floating, a complex tensor, a floating or boolean `target`
+            where only class indices fit.
+        IndexError: a class index out of range, on the CPU. On another device, under `torch.compile`
+            and under `vmap`, that sample's loss and gradient are NaN instead.
+
+    Under :func:`torch.autograd.detect_anomaly` the values are looked at, on any device: a class
+    index out of range is an ``IndexError`` and a probability outside [0, 1] a ``ValueError``; soft
+    targets that are no distribution, and logits that are, give a ``UserWarning``.
+
+    Source: K. Saitō, *Deep Learning from Scratch*, ch. 4.
+
+    Example:
+        >>> import torch
+        >>> from torchlosses import CrossEntropyError
+        >>> criterion = CrossEntropyError()
+        >>> y = torch.tensor([[0.1, 0.6, 0.3], [0.0, 0.5, 0.5]], requires_grad=True)
+        >>> loss = criterion(y, torch.tensor([1, 0]))
+        >>> loss
+        tensor(16.6289, grad_fn=<...>)
+        >>> criterion(y, torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])).item() == loss.item()
+        True
+        >>> loss.backward()
+        >>> y.grad
+        tensor([[ 0.0000e+00, -1.6667e+00,  0.0000e+00],
+                [-1.0000e+07,  0.0000e+00,  0.0000e+00]])
+        >>> criterion = CrossEntropyError(from_logits=True, reduction="mean")
+        >>> criterion(torch.zeros(4, 10), torch.arange(4))
+        tensor(2.3026)
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        weight: Tensor | None = None,
+        reduction: str = "sum",
+        delta: float = 1e-7,
+        from_logits: bool = False,
+        dim: int | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        checks.check_options(reduction, dim, ignore_index, delta, label_smoothing)
+        checks.check_weight(weight)
+        if isinstance(weight, nn.Parameter):
+            self.weight = weight
+        else:
+            self.register_buffer("weight", weight)
+        self.reduction = reduction
+        self.delta = delta
+        self.from_logits = from_logits
+        self.dim = dim
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+
+    def forward(
+        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
+    ) -> Tensor:
+        return functional.cross_entropy_error(
+            input,
+            target,
+            weight=self.weight,
+            reduction=self.reduction,
+            delta=self.delta,
+            from_logits=self.from_logits,
+            dim=self.dim,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            sample_weight=sample_weight,
+        )
+
+    def extra_repr(self) -> str:
+        weight = "None" if self.weight is None else f"tensor of {tuple(self.weight.shape)}"
+        return (
+            f"weight={weight}, reduction={self.reduction!r}, delta={self.delta}, "
+            f"from_logits={self.from_logits}, dim={self.dim}, ignore_index={self.ignore_index}, "
+            f"label_smoothing={self.label_smoothing}"
+        )

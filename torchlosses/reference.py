@@ -1,0 +1,151 @@
+"""The losses and their gradients in NumPy and float64, written for the eye.
+
+Everything else is tested against this file, so it shares nothing with the rest of the package: it
+imports no torch, makes the one-hot rows that the rest avoids, and takes the closed formulas of the
+gradients. Arguments are those of :mod:`torchlosses.functional`, as arrays, and are not checked. A
+gradient is that of the loss by its `input`, and with ``reduction="none"`` that of the sum.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = [
+    "cross_entropy_error",
+    "cross_entropy_error_grad",
+    "sum_squared_error",
+    "sum_squared_error_grad",
+]
+
+Array = NDArray[Any]
+
+
+def sum_squared_error(input: ArrayLike, target: ArrayLike, **options: Any) -> Array:
+    """E = ½ Σₖ (yₖ − tₖ)².
+
+    >>> from torchlosses.reference import sum_squared_error
+    >>> float(sum_squared_error([0.1, 0.6, 0.3], 1).round(6))
+    0.13
+    """
+    return _squared_error(input, target, **options)[0]
+
+
+def sum_squared_error_grad(input: ArrayLike, target: ArrayLike, **options: Any) -> Array:
+    """∂E/∂y = y − t.
+
+    >>> from torchlosses.reference import sum_squared_error_grad
+    >>> sum_squared_error_grad([0.1, 0.6, 0.3], 1).round(6)
+    array([ 0.1, -0.4,  0.3])
+    """
+    return _squared_error(input, target, **options)[1]
+
+
+def cross_entropy_error(input: ArrayLike, target: ArrayLike, **options: Any) -> Array:
+    """E = − Σₖ wₖ tₖ log(yₖ + δ), in nats, with y = softmax(x) from logits.
+
+    >>> from torchlosses.reference import cross_entropy_error
+    >>> float(cross_entropy_error([0.1, 0.6, 0.3], 1).round(6))
+    0.510825
+    """
+    return _cross_entropy(input, target, **options)[0]
+
+
+def cross_entropy_error_grad(input: ArrayLike, target: ArrayLike, **options: Any) -> Array:
+    """∂E/∂yⱼ = −wⱼtⱼ / (yⱼ+δ); from logits pⱼ·S − wⱼtⱼ · pⱼ/(pⱼ+δ), S = Σₖ wₖtₖ · pₖ/(pₖ+δ).
+
+    >>> from torchlosses.reference import cross_entropy_error_grad
+    >>> cross_entropy_error_grad([0.1, 0.6, 0.3], 1).round(4) + 0
+    array([ 0.    , -1.6667,  0.    ])
+    """
+    return _cross_entropy(input, target, **options)[1]
+
+
+def _squared_error(
+    input: ArrayLike,
+    target: ArrayLike,
+    *,
+    reduction: str = "sum",
+    dim: int | None = None,
+    ignore_index: int = -100,
+    sample_weight: ArrayLike = 1.0,
+) -> tuple[Array, Array]:
+    y, t, kept, axis, is_index = _canonical(input, target, dim, ignore_index)
+    scale = np.asarray(sample_weight, np.float64)
+    if is_index:
+        scale = np.expand_dims(np.broadcast_to(scale, np.shape(target)), axis)
+    scale = np.broadcast_to(scale, y.shape)
+    losses = np.where(kept, scale * (y - t) ** 2 / 2, 0)
+    slopes = np.where(kept, scale * (y - t), 0)
+    return _reduce(losses, slopes, reduction, np.sum(scale * kept), np.shape(input))
+
+
+def _cross_entropy(
+    input: ArrayLike,
+    target: ArrayLike,
+    *,
+    weight: ArrayLike | None = None,
+    reduction: str = "sum",
+    delta: float = 1e-7,
+    from_logits: bool = False,
+    dim: int | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    sample_weight: ArrayLike = 1.0,
+) -> tuple[Array, Array]:
+    y, t, kept, axis, is_index = _canonical(input, target, dim, ignore_index)
+    classes = y.shape[axis]
+    w = np.ones(classes) if weight is None else np.asarray(weight, np.float64)
+    w = np.expand_dims(w, tuple(d - axis for d in range(y.ndim) if d != axis))
+    samples = [size for d, size in enumerate(y.shape) if d != axis]
+    scale = np.broadcast_to(np.asarray(sample_weight, np.float64), samples)
+    scale = np.expand_dims(scale, axis) * kept
+    divisor = np.sum(scale * w * t if is_index else scale)
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = w * ((1 - label_smoothing) * t + label_smoothing / max(classes, 1))
+        if from_logits:
+            z = y - np.max(y, axis, keepdims=True, initial=-np.inf)
+            log_p = z - np.log(np.sum(np.exp(z), axis, keepdims=True))
+            p = np.exp(log_p)
+            log_guarded = log_p if delta == 0 else np.log(p + delta)
+            gated = t if delta == 0 else t * p / (p + delta)
+            slopes = p * np.sum(gated, axis, keepdims=True) - gated
+        else:
+            log_guarded = np.log(y + delta)
+            slopes = np.where((t == 0) & (y + delta == 0), 0, -t / (y + delta))
+        terms = np.where((t == 0) & (log_guarded == -np.inf), 0, -t * log_guarded)
+        losses = np.where(kept, terms * scale, 0).sum(axis)
+        slopes = np.where(kept, slopes * scale, 0)
+    return _reduce(losses, slopes, reduction, divisor, np.shape(input))
+
+
+def _canonical(
+    input: ArrayLike, target: ArrayLike, dim: int | None, ignore_index: int
+) -> tuple[Array, Array, Array, int, bool]:
+    """y, t with one-hot rows made, what is kept (broadcasts to them), class axis, is it indices."""
+    y, t = np.asarray(input, np.float64), np.asarray(target)
+    if t.shape == y.shape:
+        y, t = np.atleast_1d(y), np.atleast_1d(t)
+    axis = range(y.ndim)[min(1, y.ndim - 1) if dim is None else dim]
+    if t.shape == y.shape:
+        return y, t.astype(np.float64), np.ones([1] * y.ndim, bool), axis, False
+    t = np.expand_dims(t, axis)
+    classes = np.arange(y.shape[axis]).reshape([-1 if d == axis else 1 for d in range(y.ndim)])
+    return y, (t == classes).astype(np.float64), t != ignore_index, axis, True
+
+
+def _reduce(
+    losses: Array, slopes: Array, reduction: str, mean_divisor: Any, shape: tuple[int, ...]
+) -> tuple[Array, Array]:
+    slopes = slopes.reshape(shape)
+    if reduction == "none":
+        return losses.reshape(shape if losses.size == slopes.size else losses.shape), slopes
+    total = np.sum(losses)
+    if reduction == "sum":
+        return total, slopes
+    divisor = mean_divisor if reduction == "mean" else (shape[0] if len(shape) > 1 else 1)
+    if divisor == 0 and total == 0:
+        return np.zeros(()), np.zeros(shape)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return total / divisor, slopes / divisor
