@@ -167,7 +167,7 @@ def check_values(
             warnings.warn(
                 "input: every row is a probability distribution already, and from_logits=True "
                 "takes the softmax once more; pass the logits, or from_logits=False",
-                stacklevel=4,
+                stacklevel=3,
             )
     else:
         rounding = 4 * torch.finfo(input.dtype).eps
@@ -186,7 +186,7 @@ def check_values(
             warnings.warn(
                 f"target: the row at position {position} is no probability distribution; "
                 f"expected values of at least 0 that sum to 1 over dimension {dim}",
-                stacklevel=4,
+                stacklevel=3,
             )
 
 
@@ -203,7 +203,7 @@ def _check_real(name: str, value: Tensor, input: Tensor | None) -> None:
 
 def _can_look(tensor: Tensor) -> bool:
     # is_tracing is public, and left out of torch's type hints.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     return tensor.device.type == "cpu" or torch.is_anomaly_enabled()
 

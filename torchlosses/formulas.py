@@ -42,7 +42,8 @@ def cross_entropy(
     if from_logits:
         input, log_normalizer = _shifted(input, dim)
     if label_smoothing:
-        target = (1 - label_smoothing) * target + label_smoothing / input.shape[dim]
+        classes = max(input.shape[dim], 1)
+        target = (1 - label_smoothing) * target + label_smoothing / classes
     if delta < torch.finfo(input.dtype).tiny:  # y + δ can be 0, and 0·log 0 is 0.
         log_zero = -torch.inf if from_logits else 0
         input = input.masked_fill((target == 0) & (input == log_zero), 1)

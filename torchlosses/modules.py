@@ -59,8 +59,8 @@ class SumSquaredError(nn.Module):
         >>> y.grad
         tensor([[ 0.1000, -0.4000,  0.3000],
                 [ 0.2000,  0.2000, -0.4000]])
-        >>> criterion(y, torch.tensor([1, 2])).item()  # the same target as class indices
-        0.25
+        >>> criterion(y, torch.tensor([1, 2]))  # the same target as class indices
+        tensor(0.2500, grad_fn=<...>)
     """
 
     def __init__(

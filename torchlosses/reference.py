@@ -75,7 +75,7 @@ def _squared_error(
     if is_index:
         scale = np.expand_dims(np.broadcast_to(scale, np.shape(target)), axis)
     scale = np.broadcast_to(scale, y.shape)
-    losses = np.where(kept, scale * (y - t) ** 2 / 2, 0)
+    losses = np.where(kept, scale * (y - t) ** 2 / 2, 0).reshape(np.shape(input))
     slopes = np.where(kept, scale * (y - t), 0)
     return _reduce(losses, slopes, reduction, np.sum(scale * kept), np.shape(input))
 
@@ -96,7 +96,7 @@ def _cross_entropy(
     y, t, kept, axis, is_index = _canonical(input, target, dim, ignore_index)
     classes = y.shape[axis]
     w = np.ones(classes) if weight is None else np.asarray(weight, np.float64)
-    w = np.expand_dims(w, tuple(d - axis for d in range(y.ndim) if d != axis))
+    w = _along(w, axis, y.ndim)
     samples = [size for d, size in enumerate(y.shape) if d != axis]
     scale = np.broadcast_to(np.asarray(sample_weight, np.float64), samples)
     scale = np.expand_dims(scale, axis) * kept
@@ -131,8 +131,12 @@ def _canonical(
     if t.shape == y.shape:
         return y, t.astype(np.float64), np.ones([1] * y.ndim, bool), axis, False
     t = np.expand_dims(t, axis)
-    classes = np.arange(y.shape[axis]).reshape([-1 if d == axis else 1 for d in range(y.ndim)])
+    classes = _along(np.arange(y.shape[axis]), axis, y.ndim)
     return y, (t == classes).astype(np.float64), t != ignore_index, axis, True
+
+
+def _along(classes: Array, axis: int, ndim: int) -> Array:
+    return classes.reshape([classes.size if d == axis else 1 for d in range(ndim)])
 
 
 def _reduce(
@@ -140,7 +144,7 @@ def _reduce(
 ) -> tuple[Array, Array]:
     slopes = slopes.reshape(shape)
     if reduction == "none":
-        return losses.reshape(shape if losses.size == slopes.size else losses.shape), slopes
+        return losses, slopes
     total = np.sum(losses)
     if reduction == "sum":
         return total, slopes

@@ -1,0 +1,239 @@
+"""One list of named samples for each loss, which the tests by property iterate over.
+
+A sample is plain NumPy in float64, so one serves every dtype, device and implementation.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import torchlosses
+
+Array = NDArray[Any]
+
+REDUCTIONS = ("sum", "mean", "batchmean", "none")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A call of a loss: its name in `torchlosses.functional`, two arguments and the options."""
+
+    name: str
+    loss: str
+    input: Array
+    target: Array
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        function: Callable[..., Tensor] = getattr(torchlosses.functional, self.loss)
+        return function
+
+    @property
+    def is_index(self) -> bool:
+        return self.target.shape != self.input.shape
+
+    def tensors(
+        self, dtype: torch.dtype, device: str = "cpu"
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Fresh tensors: floating arrays in `dtype`, all others as they are."""
+
+        def tensor(array: Array) -> Tensor:
+            made = torch.tensor(array, device=device)
+            return made.to(dtype) if made.is_floating_point() else made
+
+        options = {
+            name: tensor(value) if isinstance(value, np.ndarray) else value
+            for name, value in self.options.items()
+        }
+        return tensor(self.input), tensor(self.target), options
+
+    def reference(self, dtype: torch.dtype = torch.float64) -> tuple[Array, Array]:
+        """Value and gradient in float64, of arguments that were rounded to `dtype` before."""
+        input, target, options = self.tensors(dtype)
+        arrays = {
+            name: value.double().numpy() if isinstance(value, Tensor) else value
+            for name, value in options.items()
+        }
+        exact = target.double() if target.is_floating_point() else target
+        value, grad = (
+            getattr(torchlosses.reference, self.loss + suffix)(
+                input.double().numpy(), exact.numpy(), **arrays
+            )
+            for suffix in ("", "_grad")
+        )
+        return value, grad
+
+
+# The class dimension is the default one, first, last, and in the middle of three others.
+LAYOUTS: tuple[tuple[tuple[int, ...], int | None], ...] = (
+    ((5,), None),
+    ((4, 5), None),
+    ((5, 4), 0),
+    ((3, 4, 5), -1),
+    ((2, 5, 3, 4), 1),
+)
+
+
+def _rng(name: str) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(name.encode()))
+
+
+def _softmax(x: Array, axis: int) -> Array:
+    exponentials: Array = np.exp(x)
+    total: Array = exponentials.sum(axis, keepdims=True)
+    return exponentials / total
+
+
+def _axis(shape: tuple[int, ...], dim: int | None) -> int:
+    return min(1, len(shape) - 1) if dim is None else dim % len(shape)
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return (*shape[:axis], *shape[axis + 1 :])
+
+
+def _squared_errors() -> Iterator[Sample]:
+    loss = "sum_squared_error"
+    for shape in ((), (1,), (7,), (4, 5), (2, 3, 4, 5), (0, 5), (4, 0), (0,)):
+        for reduction in REDUCTIONS:
+            name = f"sse-dense-{shape}-{reduction}"
+            rng = _rng(name)
+            input, target = rng.normal(size=shape), rng.normal(size=shape)
+            yield Sample(name, loss, input, target, {"reduction": reduction})
+    rng = _rng(loss)
+    input = rng.normal(size=(4, 5))
+    for kind in ("int8", "uint8", "int64", "bool"):
+        target = (np.arange(5) == rng.integers(0, 5, (4, 1))).astype(kind)
+        yield Sample(f"sse-onehot-{kind}", loss, input, target)
+    for shape in ((), (1,), (5,), (4, 1), (4, 5)):
+        for reduction in REDUCTIONS:
+            options = {"sample_weight": rng.uniform(0, 2, shape), "reduction": reduction}
+            name = f"sse-dense-sample_weight{shape}-{reduction}"
+            yield Sample(name, loss, input, rng.normal(size=(4, 5)), options)
+    for layout, dim in LAYOUTS:
+        samples = _without(layout, _axis(layout, dim))
+        for reduction in REDUCTIONS:
+            name = f"sse-index-{layout}-dim={dim}-{reduction}"
+            rng = _rng(name)
+            options = {"reduction": reduction, "dim": dim}
+            target = np.asarray(rng.integers(0, 5, samples))
+            yield Sample(name, loss, rng.normal(size=layout), target, options)
+            target = target.copy()
+            target.flat[::2] = -100
+            weight = {"sample_weight": rng.uniform(0, 2, samples)}
+            input = rng.normal(size=layout)
+            yield Sample(name + "-ignored", loss, input, target, options | weight)
+    hard = np.array([[np.nan, 1.0, 2.0], [np.inf, 0.0, -np.inf], [1e15, -1e15, 1e-30]])
+    yield Sample("sse-nan-and-inf", loss, hard, np.zeros((3, 3)), {"reduction": "none"})
+    for reduction in REDUCTIONS:
+        options = {"reduction": reduction}
+        yield Sample(f"sse-nan-ignored-{reduction}", loss, hard, np.array([-100, -100, 2]), options)
+        ignored = np.full(3, -100)
+        yield Sample(f"sse-all-ignored-{reduction}", loss, hard, ignored, options)
+        empty = np.zeros(0, np.int64)
+        yield Sample(f"sse-index-empty-{reduction}", loss, np.zeros((0, 3)), empty, options)
+
+
+def _cross_entropies() -> Iterator[Sample]:
+    for shape, dim in LAYOUTS:
+        axis = _axis(shape, dim)
+        samples = _without(shape, axis)
+        for from_logits in (False, True):
+            for is_index in (False, True):
+                for extra in ("plain", "exact", "weight", "smooth", "sample_weight", "all"):
+                    for reduction in REDUCTIONS:
+                        name = "-".join(
+                            (
+                                "ce",
+                                "logits" if from_logits else "probabilities",
+                                "index" if is_index else "soft",
+                                f"{shape}-dim={dim}-{extra}-{reduction}",
+                            )
+                        )
+                        rng = _rng(name)
+                        options: dict[str, Any] = {"reduction": reduction, "dim": dim}
+                        options["from_logits"] = from_logits
+                        if extra == "exact":
+                            options["delta"] = 0
+                        if extra in ("weight", "all"):
+                            options["weight"] = rng.uniform(0.1, 2, 5)
+                        if extra in ("smooth", "all"):
+                            options["label_smoothing"] = 0.1
+                        if extra in ("sample_weight", "all"):
+                            options["sample_weight"] = rng.uniform(0, 2, samples)
+                        input = rng.normal(size=shape)
+                        target = _softmax(rng.normal(size=shape), axis)
+                        if is_index:
+                            target = np.asarray(rng.integers(0, 5, samples))
+                            if extra == "all":
+                                options["ignore_index"] = 3
+                        if not from_logits:
+                            input = _softmax(input, axis)
+                        yield Sample(name, "cross_entropy_error", input, target, options)
+    yield from _hard_cross_entropies()
+
+
+def _hard_cross_entropies() -> Iterator[Sample]:
+    loss = "cross_entropy_error"
+    inf = np.inf
+    corners = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [1e-30, 0.0, 1.0]])
+    onehot = np.array([[0, 1, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1]])
+    logits = np.array([[0.0, -inf, 5.0], [1e4, -1e4, 0.0], [-90.0, 0.0, 0.0], [-inf, 3.0, -inf]])
+    soft = np.array([[0.5, 0.0, 0.5], [1.0, 0.0, 0.0], [0.2, 0.3, 0.5], [0.0, 1.0, 0.0]])
+    index = np.array([1, 1, 0, 2])
+    for reduction in REDUCTIONS:
+        options: dict[str, Any] = {"reduction": reduction}
+        for delta in (1e-7, 0, 1e-2, 3):
+            guarded = options | {"delta": delta}
+            end = f"delta={delta}-{reduction}"
+            yield Sample(f"ce-corners-onehot-{end}", loss, corners, onehot, guarded)
+            yield Sample(f"ce-corners-index-{end}", loss, corners, index, guarded)
+            guarded = guarded | {"from_logits": True}
+            yield Sample(f"ce-hard-logits-soft-{end}", loss, logits, soft, guarded)
+            yield Sample(
+                f"ce-hard-logits-index-{end}", loss, logits, np.array([2, 0, 0, 1]), guarded
+            )
+        for from_logits in (False, True):
+            form = options | {"from_logits": from_logits}
+            end = f"from_logits={from_logits}-{reduction}"
+            hard = np.array([[np.nan, 0.2, 0.3], [inf, 0.0, -inf], [0.3, 0.3, 0.4]])
+            ignored = np.array([-100, -100, 1])
+            yield Sample(f"ce-nan-ignored-{end}", loss, hard, ignored, form)
+            yield Sample(f"ce-all-ignored-{end}", loss, hard, np.full(3, -100), form)
+            yield Sample(f"ce-no-samples-index-{end}", loss, np.zeros((0, 3)), index[:0], form)
+            yield Sample(
+                f"ce-no-samples-soft-{end}", loss, np.zeros((0, 3)), np.zeros((0, 3)), form
+            )
+            yield Sample(
+                f"ce-no-classes-soft-{end}", loss, np.zeros((2, 0)), np.zeros((2, 0)), form
+            )
+            yield Sample(
+                f"ce-no-classes-index-{end}", loss, np.zeros((2, 0)), np.full(2, -100), form
+            )
+            yield Sample(f"ce-one-class-{end}", loss, np.ones((3, 1)), np.zeros(3, int), form)
+            yield Sample(f"ce-scalar-{end}", loss, np.array(0.3), np.array(0.7), form)
+    for kind in ("int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64"):
+        yield Sample(f"ce-corners-index-{kind}", loss, corners, index.astype(kind))
+    for kind in ("bool", "int8", "int64"):
+        yield Sample(f"ce-corners-onehot-{kind}", loss, corners, onehot.astype(kind))
+    odd = np.array([[0.1, -0.2, 2.0], [3.0, 0.2, 0.5]])
+    yield Sample("ce-targets-that-are-no-distribution", loss, np.abs(odd), odd)
+    yield Sample(
+        "ce-corners-ignored-uint8", loss, corners, index.astype("uint8"), {"ignore_index": 1}
+    )
+    weights = {"sample_weight": np.array([True, False, True, True]), "reduction": "mean"}
+    yield Sample("ce-corners-boolean-sample-weight", loss, corners, index, weights)
+    zeros = {"sample_weight": np.zeros(4), "reduction": "mean"}
+    yield Sample("ce-corners-all-weights-zero", loss, corners, index, zeros)
+
+
+SQUARED_ERRORS = list(_squared_errors())
+CROSS_ENTROPIES = list(_cross_entropies())
+SAMPLES = SQUARED_ERRORS + CROSS_ENTROPIES

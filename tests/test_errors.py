@@ -1,0 +1,255 @@
+"""What cannot be right is answered in words, and what is asked is never written to."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from samples import SAMPLES, Sample
+from torch import Tensor, nn
+
+from torchlosses import CrossEntropyError, SumSquaredError
+from torchlosses.functional import cross_entropy_error, sum_squared_error
+
+BOTH: list[Callable[..., Tensor]] = [sum_squared_error, cross_entropy_error]
+BOTH_MODULES: list[Callable[..., nn.Module]] = [SumSquaredError, CrossEntropyError]
+
+
+def words(*texts: object) -> str:
+    """A pattern of all texts, in their order."""
+    return ".*".join(re.escape(str(text)) for text in texts)
+
+
+def y(*shape: int, device: str = "cpu") -> Tensor:
+    return torch.full(shape, 0.2, device=device)
+
+
+@pytest.mark.parametrize("loss", BOTH)
+@pytest.mark.parametrize(
+    ("shape", "target_shape"),
+    [((3,), (3, 1)), ((4, 5), (5,)), ((4, 5), (5, 4)), ((4, 5), (1, 5)), ((4, 5), ()), ((), (1,))],
+)
+def test_shapes_that_do_not_fit(
+    loss: Any, shape: tuple[int, ...], target_shape: tuple[int, ...], device: str
+) -> None:
+    for dtype in (torch.float32, torch.int64):
+        target = torch.zeros(target_shape, dtype=dtype, device=device)
+        with pytest.raises(ValueError, match=words("target", target_shape, shape, "expected")):
+            loss(y(*shape, device=device), target)
+
+
+@pytest.mark.parametrize("loss", BOTH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+@pytest.mark.parametrize(("shape", "samples"), [((4, 1), (4,)), ((4, 5, 2), (4, 2)), ((4,), ())])
+def test_no_class_indices_where_only_they_fit(
+    loss: Any, dtype: torch.dtype, shape: tuple[int, ...], samples: tuple[int, ...], device: str
+) -> None:
+    target = torch.zeros(samples, dtype=dtype, device=device)
+    with pytest.raises(TypeError, match=words("target", dtype, samples, shape, "unsqueeze")):
+        loss(y(*shape, device=device), target)
+
+
+@pytest.mark.parametrize("loss", BOTH)
+@pytest.mark.parametrize(("shape", "dim"), [((4, 5), 2), ((4, 5), -3), ((4,), 1), ((), 1)])
+def test_dim_out_of_range(loss: Any, shape: tuple[int, ...], dim: int, device: str) -> None:
+    with pytest.raises(ValueError, match=words("dim", dim, shape, "expected")):
+        loss(y(*shape, device=device), y(*shape, device=device), dim=dim)
+
+
+@pytest.mark.parametrize("loss", BOTH)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_input_that_is_not_floating(loss: Any, dtype: torch.dtype, device: str) -> None:
+    with pytest.raises(TypeError, match=words("input", dtype, "expected")):
+        loss(y(4, 5, device=device).to(dtype), y(4, 5, device=device))
+
+
+@pytest.mark.parametrize("loss", BOTH)
+def test_complex_target(loss: Any, device: str) -> None:
+    for shape in ((4, 5), (4,)):
+        with pytest.raises(TypeError, match=words("target", torch.complex64, "expected")):
+            loss(y(4, 5, device=device), y(*shape, device=device).to(torch.complex64))
+
+
+@pytest.mark.parametrize("loss", BOTH)
+def test_not_a_tensor(loss: Any) -> None:
+    with pytest.raises(TypeError, match=words("input", "list", "expected a torch.Tensor")):
+        loss([0.1], y(1))
+    with pytest.raises(TypeError, match=words("target", "int", "expected a torch.Tensor")):
+        loss(y(1), 0)
+    with pytest.raises(TypeError, match=words("sample_weight", "float", "expected a torch.Tensor")):
+        loss(y(1), y(1), sample_weight=1.0)
+
+
+@pytest.mark.parametrize("loss", BOTH)
+def test_different_devices(loss: Any) -> None:
+    far = torch.zeros(4, 5, device="meta")
+    with pytest.raises(ValueError, match=words("target", "meta", "cpu")):
+        loss(y(4, 5), far)
+    with pytest.raises(ValueError, match=words("sample_weight", "meta", "cpu")):
+        loss(y(4, 5), y(4, 5), sample_weight=far[:, 0])
+    with pytest.raises(ValueError, match=words("weight", "meta", "cpu")):
+        cross_entropy_error(y(4, 5), y(4, 5), weight=far[0])
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.ones(4), torch.ones(5, 1), torch.ones(()), torch.ones(1)], ids=str
+)
+def test_class_weight_that_is_not_one_per_class(weight: Tensor, device: str) -> None:
+    shape = tuple(weight.shape)
+    with pytest.raises(ValueError, match=words("weight", shape, (4, 5), "expected", (5,))):
+        cross_entropy_error(
+            y(4, 5, device=device), y(4, 5, device=device), weight=weight.to(device)
+        )
+    if weight.dim() != 1:
+        with pytest.raises(ValueError, match=words("weight", shape, "(C,)")):
+            CrossEntropyError(weight=weight)
+
+
+def test_class_weight_of_a_wrong_kind() -> None:
+    with pytest.raises(TypeError, match=words("weight", "list", "torch.Tensor")):
+        CrossEntropyError(weight=[1.0, 2.0])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=words("weight", "complex64", "real")):
+        CrossEntropyError(weight=torch.ones(2, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 4), (1, 4, 5), (2, 1)])
+def test_sample_weight_that_does_not_broadcast(shape: tuple[int, ...], device: str) -> None:
+    input, w = y(4, 5, device=device), torch.ones(shape, device=device)
+    with pytest.raises(ValueError, match=words("sample_weight", shape, "(4, 5)")):
+        sum_squared_error(input, input, sample_weight=w)
+    with pytest.raises(ValueError, match=words("sample_weight", shape, "(4,)")):
+        cross_entropy_error(input, input, sample_weight=w)
+    classes = torch.zeros(4, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match=words("sample_weight", shape, "(4,)")):
+        sum_squared_error(input, classes, sample_weight=w)
+
+
+@pytest.mark.parametrize("make", [*BOTH_MODULES])
+def test_options_of_both_modules(make: Any) -> None:
+    with pytest.raises(ValueError, match=words("reduction", "'avg'", "'sum', 'mean', 'batchmean'")):
+        make(reduction="avg")
+    with pytest.raises(TypeError, match=words("dim", "'1'", "int")):
+        make(dim="1")
+    with pytest.raises(TypeError, match=words("ignore_index", "None", "int")):
+        make(ignore_index=None)
+    with pytest.raises(TypeError):
+        make("mean")  # Options are keyword-only.
+
+
+@pytest.mark.parametrize(
+    "make", [CrossEntropyError, lambda **o: cross_entropy_error(y(2), y(2), **o)]
+)
+def test_options_of_cross_entropy(make: Any) -> None:
+    for delta in (-1e-9, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=words("delta", delta, "expected")):
+            make(delta=delta)
+    for label_smoothing in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=words("label_smoothing", label_smoothing, "[0, 1]")):
+            make(label_smoothing=label_smoothing)
+    for option in ("delta", "label_smoothing"):
+        with pytest.raises(TypeError, match=words(option, "'0.1'", "number")):
+            make(**{option: "0.1"})
+
+
+@pytest.mark.parametrize("loss", BOTH)
+@pytest.mark.parametrize("bad", [5, -1, -99, 2**40])
+def test_class_out_of_range_on_the_cpu(loss: Any, bad: int) -> None:
+    target = torch.tensor([[0, -100], [bad, 4]])
+    with pytest.raises(IndexError, match=words("target", bad, (1, 0), "0 to 4", "-100")):
+        loss(y(2, 5, 2), target)
+    with pytest.raises(IndexError, match=words("target", bad, "()")):
+        loss(y(5), torch.tensor(bad))
+    with pytest.raises(IndexError, match=words("target", bad, (1, 0))):
+        torch.func.grad(lambda input: loss(input, target))(y(2, 5, 2))
+
+
+@pytest.mark.parametrize("loss", BOTH)
+def test_unsigned_class_out_of_range(loss: Any) -> None:
+    for dtype, bad in ((torch.uint8, 255), (torch.uint64, 2**64 - 100)):
+        with pytest.raises(IndexError, match=words("target", bad, "(1,)")):
+            loss(y(2, 5), torch.tensor([0, bad], dtype=dtype))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("loss", BOTH)
+def test_class_out_of_range_on_cuda_is_nan(loss: Any) -> None:
+    input = y(3, 5, device="cuda").requires_grad_()
+    value = loss(input, torch.tensor([1, 5, 2], device="cuda"), reduction="none")
+    assert value.reshape(3, -1).isnan().all(1).tolist() == [False, True, False]
+    value.sum().backward()
+    assert input.grad is not None
+    assert input.grad.isnan().all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("loss", BOTH)
+def test_anomaly_mode_finds_a_bad_class(loss: Any, device: str) -> None:
+    with _anomaly(), pytest.raises(IndexError, match=words("target", 5, "(1,)")):
+        loss(y(2, 5, device=device), torch.tensor([0, 5], device=device))
+
+
+@pytest.mark.parametrize("bad", [-0.01, 1.01, 7.5])
+def test_anomaly_mode_finds_what_is_no_probability(bad: float, device: str) -> None:
+    input = y(2, 5, device=device)
+    input[1, 3] = bad
+    target = torch.tensor([0, 1], device=device)
+    cross_entropy_error(input, target)
+    with _anomaly():
+        with pytest.raises(ValueError, match=words("input", bad, (1, 3), "from_logits=True")):
+            cross_entropy_error(input, target)
+        cross_entropy_error(input, target, from_logits=True)
+
+
+@pytest.mark.parametrize("row", [[0.5, 0.6, 0.0], [-0.1, 1.1, 0.0], [0.0, 0.0, 0.0]])
+def test_anomaly_mode_warns_of_targets_that_are_no_distribution(
+    row: list[float], device: str
+) -> None:
+    target = torch.tensor([[0.2, 0.3, 0.5], row], device=device)
+    cross_entropy_error(y(2, 3, device=device), target)
+    with _anomaly():
+        with pytest.warns(UserWarning, match=words("target", "(1,)", "sum to 1")):
+            cross_entropy_error(y(2, 3, device=device), target)
+        weight = torch.tensor([1.0, 0.0], device=device)  # What weighs nothing is not looked at.
+        cross_entropy_error(y(2, 3, device=device), target, sample_weight=weight)
+
+
+def test_anomaly_mode_warns_of_a_second_softmax(device: str) -> None:
+    x = torch.randn(4, 5, device=device)
+    target = torch.tensor([0, 1, 2, 3], device=device)
+    cross_entropy_error(x.softmax(1), target, from_logits=True)
+    with _anomaly():
+        with pytest.warns(UserWarning, match=words("input", "probability", "from_logits=False")):
+            cross_entropy_error(x.softmax(1), target, from_logits=True)
+        cross_entropy_error(x, target, from_logits=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_anomaly_mode_is_silent_about_what_is_right(dtype: torch.dtype, device: str) -> None:
+    x = (4 * torch.randn(64, 1000, device=device)).to(dtype)
+    soft = torch.randn(64, 1000, device=device).to(dtype).softmax(1)
+    index = torch.randint(1000, (64,), device=device)
+    with _anomaly():
+        for target in (soft, index):
+            cross_entropy_error(x.softmax(1), target)
+            cross_entropy_error(x, target, from_logits=True)
+            sum_squared_error(x, target)
+        sum_squared_error(x, x)
+        cross_entropy_error(x[:0].softmax(1), soft[:0])
+        cross_entropy_error(x[:0], index[:0], from_logits=True)
+
+
+def _anomaly() -> Any:
+    return torch.autograd.set_detect_anomaly(True)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
+def test_arguments_are_never_written_to(sample: Sample, device: str) -> None:
+    input, target, options = sample.tensors(torch.float32, device)
+    tensors = [input, target, *(value for value in options.values() if isinstance(value, Tensor))]
+    before = [tensor.clone() for tensor in tensors]
+    versions = [tensor._version for tensor in tensors]
+    input.requires_grad_()
+    sample.function(input, target, **options).sum().backward()
+    assert [tensor._version for tensor in tensors] == versions
+    for tensor, copy in zip(tensors, before, strict=True):
+        assert torch.equal(tensor.detach().nan_to_num(), copy.nan_to_num())

@@ -1,0 +1,122 @@
+"""The modules are modules: they show, save, copy and move what they hold."""
+
+import copy
+import inspect
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchlosses import CrossEntropyError, SumSquaredError, functional
+
+OPTIONS: dict[str, Any] = {
+    "reduction": "mean",
+    "delta": 1e-3,
+    "from_logits": True,
+    "dim": -1,
+    "ignore_index": 7,
+    "label_smoothing": 0.25,
+}
+
+
+def criteria() -> list[nn.Module]:
+    return [
+        SumSquaredError(),
+        SumSquaredError(reduction="mean", dim=-1, ignore_index=7),
+        CrossEntropyError(),
+        CrossEntropyError(weight=torch.rand(5), **OPTIONS),
+    ]
+
+
+def arguments(device: str = "cpu") -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(4, 5, generator=generator).to(device), torch.arange(4, device=device)
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        (SumSquaredError, functional.sum_squared_error),
+        (CrossEntropyError, functional.cross_entropy_error),
+    ],
+)
+def test_module_and_function_have_the_same_options(
+    module: type, function: Callable[..., Tensor]
+) -> None:
+    of_function = dict(inspect.signature(function).parameters)
+    of_module = dict(inspect.signature(module).parameters)
+    for name in ("input", "target", "sample_weight"):
+        del of_function[name]
+    assert of_module == of_function
+    assert all(option.kind == option.KEYWORD_ONLY for option in of_module.values())
+
+
+def test_every_option_reaches_the_function() -> None:
+    y = torch.rand(2, 3, 5)
+    t = torch.tensor([[0, 1, 2], [3, 4, 7]])
+    w = torch.rand(2, 3)
+    weight = torch.rand(5)
+    module = CrossEntropyError(weight=weight, **OPTIONS)
+    expected = functional.cross_entropy_error(y, t, weight=weight, sample_weight=w, **OPTIONS)
+    assert module(y, t, sample_weight=w) == expected
+    options = {name: OPTIONS[name] for name in ("reduction", "dim", "ignore_index")}
+    expected = functional.sum_squared_error(y, t, sample_weight=w, **options)
+    assert SumSquaredError(**options)(y, t, sample_weight=w) == expected
+
+
+def test_repr_shows_the_options() -> None:
+    assert repr(SumSquaredError(reduction="mean", dim=2, ignore_index=7)) == (
+        "SumSquaredError(reduction='mean', dim=2, ignore_index=7)"
+    )
+    assert repr(CrossEntropyError(weight=torch.ones(5), **OPTIONS)) == (
+        "CrossEntropyError(weight=tensor of (5,), reduction='mean', delta=0.001, "
+        "from_logits=True, dim=-1, ignore_index=7, label_smoothing=0.25)"
+    )
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_survives_copies(index: int) -> None:
+    criterion = criteria()[index]
+    expected = criterion(*arguments())
+    file = io.BytesIO()
+    torch.save(criterion, file)
+    file.seek(0)
+    for twin in (
+        copy.deepcopy(criterion),
+        pickle.loads(pickle.dumps(criterion)),
+        torch.load(file, weights_only=False),
+    ):
+        assert repr(twin) == repr(criterion)
+        assert twin(*arguments()) == expected
+
+
+def test_class_weights_are_a_buffer(device: str) -> None:
+    criterion = CrossEntropyError(weight=torch.rand(5))
+    assert list(criterion.state_dict()) == ["weight"]
+    assert list(criterion.parameters()) == []
+    other = CrossEntropyError(weight=torch.zeros(5))
+    other.load_state_dict(criterion.state_dict())
+    assert other(*arguments()) == criterion(*arguments())
+    moved = copy.deepcopy(criterion).to(device)
+    assert moved.weight is not None
+    assert moved.weight.device.type == device
+    torch.testing.assert_close(moved(*arguments(device)).cpu(), criterion(*arguments()))
+    assert copy.deepcopy(criterion).half().weight.dtype == torch.float16  # type: ignore[union-attr]
+    assert CrossEntropyError().state_dict() == {}
+
+
+def test_training_loop_learns(device: str) -> None:
+    x = torch.randn(64, 10, device=device)
+    t = (x[:, 0] > 0).long()
+    for criterion in (SumSquaredError(), CrossEntropyError()):
+        network = nn.Sequential(nn.Linear(10, 2), nn.Softmax(1)).to(device)
+        optimizer = torch.optim.SGD(network.parameters(), 0.05)
+        for _ in range(100):
+            optimizer.zero_grad()
+            criterion(network(x), t).backward()
+            optimizer.step()
+        assert (network(x).argmax(1) == t).float().mean() > 0.95

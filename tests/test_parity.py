@@ -1,0 +1,45 @@
+"""Value and gradient agree with the NumPy reference, in every dtype."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from samples import SAMPLES, Sample
+
+# rtol, atol of the value and of the gradient, against float64 on the same rounded arguments.
+TOLERANCES = {
+    # A handful of operations at 1.1e-16 each; sums of at most 120 terms.
+    torch.float64: ((1e-12, 1e-13), (1e-12, 1e-13)),
+    # The same at 6e-8; log(y + δ) near y = 1 is right to one rounding of 1, not relatively.
+    torch.float32: ((2e-6, 5e-7), (2e-6, 5e-7)),
+    # The value is computed in float32. The gradient is rounded once, at the end: by half a unit in
+    # the last of 11 or 8 bits, or of the smallest subnormal number.
+    torch.float16: ((2e-6, 5e-7), (1.01 * 2**-11, 2**-24)),
+    torch.bfloat16: ((2e-6, 5e-7), (1.01 * 2**-8, 5e-7)),
+}
+
+
+def assert_matches_reference(sample: Sample, dtype: torch.dtype, device: str) -> None:
+    input, target, options = sample.tensors(dtype, device)
+    input.requires_grad_()
+    value = sample.function(input, target, **options)
+    (grad,) = torch.autograd.grad(value.sum(), input)
+    expected_value, expected_grad = sample.reference(dtype)
+    (rtol, atol), (grad_rtol, grad_atol) = TOLERANCES[dtype]
+
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert value.shape == expected_value.shape
+    assert grad.dtype == dtype
+    overflow = np.copysign(np.inf, expected_grad)
+    is_beyond = np.abs(expected_grad) > torch.finfo(dtype).max
+    expected_grad = np.where(is_beyond, overflow, expected_grad)
+    close = functools.partial(torch.testing.assert_close, equal_nan=True)
+    close(value.detach().double().cpu(), torch.tensor(expected_value), rtol=rtol, atol=atol)
+    close(grad.double().cpu(), torch.tensor(expected_grad), rtol=grad_rtol, atol=grad_atol)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
+def test_matches_reference(sample: Sample, dtype: torch.dtype, device: str) -> None:
+    assert_matches_reference(sample, dtype, device)

@@ -1,0 +1,200 @@
+"""`torch.func`, the compiler, export and tracing give the numbers of a plain call."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from samples import SAMPLES, Sample
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+
+from torchlosses import CrossEntropyError, SumSquaredError
+from torchlosses.functional import cross_entropy_error
+
+# Every form of a loss once, with all that the options can bring together.
+FORMS = [
+    sample
+    for sample in SAMPLES
+    if sample.name.startswith(("sse-dense-sample_weight(4, 1)", "sse-index-(4, 5)-dim=None"))
+    or ("-(4, 5)-dim=None-all" in sample.name or "-(4, 5)-dim=None-plain" in sample.name)
+]
+HARD = [sample for sample in SAMPLES if "corners" in sample.name or "hard-logits" in sample.name]
+
+
+def call(sample: Sample, device: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Tensor]:
+    input, target, options = sample.tensors(dtype, device)
+    return lambda y: sample.function(y, target, **options), input
+
+
+def close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12, equal_nan=True)
+
+
+def by_autograd(loss: Any, input: Tensor) -> Tensor:
+    leaf = input.clone().requires_grad_()
+    return torch.autograd.grad(loss(leaf).sum(), leaf)[0]
+
+
+@pytest.mark.parametrize("sample", FORMS + HARD, ids=lambda sample: sample.name)
+def test_first_derivatives(sample: Sample, device: str) -> None:
+    loss, input = call(sample, device)
+    expected = by_autograd(loss, input)
+    close(grad(lambda y: loss(y).sum())(input), expected)
+    forward = jvp(loss, (input,), (torch.ones_like(input),))
+    value, tangent = forward[0], forward[1]
+    close(value, loss(input))
+    finite = expected.isfinite().all()
+    if finite:  # 0·∞ on the way of a tangent is NaN where a gradient has no such product.
+        close(tangent.sum(), expected.sum())
+        close(jacfwd(lambda y: loss(y).sum())(input), expected)
+    close(jacrev(lambda y: loss(y).sum())(input), expected)
+
+
+@pytest.mark.parametrize("sample", FORMS, ids=lambda sample: sample.name)
+def test_hessian(sample: Sample, device: str) -> None:
+    loss, input = call(sample, device)
+    expected = torch.autograd.functional.hessian(lambda y: loss(y).sum(), input)
+    close(hessian(lambda y: loss(y).sum())(input), expected)
+    close(jacrev(jacrev(lambda y: loss(y).sum()))(input), expected)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean", "none"])
+@pytest.mark.parametrize("form", ["sse", "probabilities", "logits"])
+@pytest.mark.parametrize("is_index", [False, True])
+def test_vmap_is_a_loop(form: str, is_index: bool, reduction: str, device: str) -> None:
+    criterion: nn.Module = SumSquaredError(reduction=reduction)
+    if form != "sse":
+        criterion = CrossEntropyError(reduction=reduction, from_logits=form == "logits")
+    y = torch.rand(3, 4, 5, dtype=torch.float64, device=device)
+    t = torch.rand(3, 4, 5, dtype=torch.float64, device=device).softmax(-1)
+    if is_index:
+        t = torch.randint(5, (3, 4), device=device)
+        t[1, 2] = -100
+    close(vmap(criterion)(y, t), torch.stack([criterion(*pair) for pair in zip(y, t, strict=True)]))
+    close(vmap(criterion, (0, None))(y, t[1]), torch.stack([criterion(row, t[1]) for row in y]))
+
+    def total(y: Tensor, t: Tensor) -> Any:
+        return criterion(y, t).sum()
+
+    per_sample = vmap(grad(total))(y, t)
+    expected = [by_autograd(lambda row, i=i: total(row, t[i]), y[i]) for i in range(3)]
+    close(per_sample, torch.stack(expected))
+
+
+def test_vmap_over_a_bad_class_is_nan(device: str) -> None:
+    y = torch.rand(3, 4, device=device)
+    t = torch.tensor([0, 4, 1], device=device)
+    for criterion in (CrossEntropyError(), CrossEntropyError(from_logits=True), SumSquaredError()):
+        assert vmap(criterion)(y, t).isnan().tolist() == [False, True, False]
+        by_row = vmap(grad(criterion))(y, t).isnan()
+        assert by_row.all(1).tolist() == by_row.any(1).tolist() == [False, True, False]
+
+
+# The whole compiler takes seconds a graph, so it serves the forms, and its front all hard values.
+@pytest.mark.parametrize(
+    "sample",
+    [sample for sample in FORMS if sample.name.endswith(("-mean", "-none", "-ignored"))],
+    ids=lambda sample: sample.name,
+)
+def test_compile(sample: Sample, device: str) -> None:
+    check_compiled(sample, "inductor", device)
+
+
+@pytest.mark.parametrize("sample", FORMS + HARD, ids=lambda sample: sample.name)
+def test_compile_front_end(sample: Sample, device: str) -> None:
+    check_compiled(sample, "aot_eager", device)
+
+
+def check_compiled(sample: Sample, backend: str, device: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(sample.function, fullgraph=True, dynamic=True, backend=backend)
+    input, target, options = sample.tensors(torch.float64, device)
+    calls: list[tuple[Any, Tensor, Tensor]] = [("default", input, target)]
+    if sample.options.get("dim") in (None, -1) and "sample_weight" not in options:
+        # More samples must not need another graph.
+        twice = torch.cat((input, input)), torch.cat((target, target))
+        calls.append(("fail_on_recompile", *twice))
+    for stance, input, target in calls:
+        with torch.compiler.set_stance(stance):
+            leaf, compiled_leaf = (input.clone().requires_grad_() for _ in range(2))
+            loss = sample.function(leaf, target, **options)
+            compiled_loss = compiled(compiled_leaf, target, **options)
+            close(compiled_loss, loss)
+            loss.sum().backward()
+            compiled_loss.sum().backward()
+            close(compiled_leaf.grad, leaf.grad)
+
+
+def test_compiled_bad_class_is_nan(device: str) -> None:
+    torch._dynamo.reset()
+    target = torch.tensor([0, 7, -100, 1], device=device)
+    for criterion in (
+        SumSquaredError(reduction="none"),
+        CrossEntropyError(reduction="none"),
+        CrossEntropyError(reduction="none", from_logits=True),
+    ):
+        y = torch.rand(4, 3, device=device, requires_grad=True)
+        loss = torch.compile(criterion, fullgraph=True, backend="aot_eager")(y, target)
+        assert loss.reshape(4, -1).isnan().all(1).tolist() == [False, True, False, False]
+        loss.nansum().backward()
+        loss = torch.compile(criterion, fullgraph=True, backend="aot_eager")(y, target)
+        y.grad = None
+        loss.sum().backward()
+        assert y.grad is not None
+        assert y.grad.isnan().all(1).tolist() == [False, True, False, False]
+        assert y.grad[2].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("is_index", [False, True])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        SumSquaredError(reduction="mean"),
+        CrossEntropyError(reduction="mean", weight=torch.rand(5)),
+        CrossEntropyError(from_logits=True, reduction="batchmean", label_smoothing=0.1),
+    ],
+    ids=["sse", "probabilities", "logits"],
+)
+def test_export_with_dynamic_batch(criterion: nn.Module, is_index: bool, strict: bool) -> None:
+    def batch(size: int) -> tuple[Tensor, Tensor]:
+        y = torch.rand(size, 5).softmax(1)
+        return y, torch.randint(5, (size,)) if is_index else torch.rand(size, 5)
+
+    rows = torch.export.Dim("rows")
+    exported = torch.export.export(
+        criterion, batch(4), dynamic_shapes=({0: rows}, {0: rows}), strict=strict
+    ).module()
+    for size in (4, 7):
+        arguments = batch(size)
+        torch.testing.assert_close(exported(*arguments), criterion(*arguments))
+
+
+def test_trace() -> None:
+    y, t = torch.rand(4, 5), torch.tensor([0, 1, 2, 3])
+    with warnings.catch_warnings():
+        # Tracing fixes the shapes and says so.
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        traced = torch.jit.trace(CrossEntropyError(), (y, t))
+    other = torch.tensor([4, -100, 9, 1])
+    assert traced(y, t) == CrossEntropyError()(y, t)
+    assert traced(y, other).isnan()
+    assert traced(y, other.clamp(max=4)) == CrossEntropyError()(y, other.clamp(max=4))
+
+
+def test_fake_and_meta_tensors_have_shapes_and_no_values() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    y, t = torch.rand(4, 5, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
+    assert cross_entropy_error(y, t, reduction="none").shape == (4,)
+    with FakeTensorMode():
+        y, t = torch.rand(4, 5), torch.zeros(4, dtype=torch.int64)
+        assert cross_entropy_error(y, t, reduction="none").shape == (4,)
+
+
+def test_functional_call_swaps_the_class_weights() -> None:
+    criterion = CrossEntropyError(weight=torch.ones(5))
+    y, t = torch.rand(4, 5), torch.tensor([0, 1, 2, 3])
+    weights = {"weight": torch.full((5,), 2.0)}
+    assert functional_call(criterion, weights, (y, t)) == 2 * criterion(y, t)
