@@ -137,6 +137,8 @@ def _squared_errors() -> Iterator[Sample]:
         yield Sample(f"sse-nan-ignored-{reduction}", loss, hard, np.array([-100, -100, 2]), options)
         ignored = np.full(3, -100)
         yield Sample(f"sse-all-ignored-{reduction}", loss, hard, ignored, options)
+        no_classes = np.zeros((3, 0))
+        yield Sample(f"sse-no-classes-index-{reduction}", loss, no_classes, ignored, options)
         empty = np.zeros(0, np.int64)
         yield Sample(f"sse-index-empty-{reduction}", loss, np.zeros((0, 3)), empty, options)
 
@@ -223,6 +225,8 @@ def _hard_cross_entropies() -> Iterator[Sample]:
         yield Sample(f"ce-corners-index-{kind}", loss, corners, index.astype(kind))
     for kind in ("bool", "int8", "int64"):
         yield Sample(f"ce-corners-onehot-{kind}", loss, corners, onehot.astype(kind))
+    rounded = {"delta": 1e-300}  # 0 in float32, where 0·log 0 must still be 0.
+    yield Sample("ce-corners-delta-of-1e-300", loss, onehot + 0.0, onehot, rounded)
     odd = np.array([[0.1, -0.2, 2.0], [3.0, 0.2, 0.5]])
     yield Sample("ce-targets-that-are-no-distribution", loss, np.abs(odd), odd)
     yield Sample(

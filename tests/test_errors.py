@@ -234,6 +234,7 @@ def test_anomaly_mode_is_silent_about_what_is_right(dtype: torch.dtype, device: 
             cross_entropy_error(x, target, from_logits=True)
             sum_squared_error(x, target)
         sum_squared_error(x, x)
+        cross_entropy_error(torch.ones_like(x[:, :1]), index * 0, from_logits=True)
         cross_entropy_error(x[:0].softmax(1), soft[:0])
         cross_entropy_error(x[:0], index[:0], from_logits=True)
 

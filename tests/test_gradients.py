@@ -88,6 +88,11 @@ def test_documented_gradients(reduction: str, device: str) -> None:
     by_y, by_t = grads(CrossEntropyError(reduction=reduction, delta=0.1), 4 if is_mean else 1)
     close(by_y, -t / (y + 0.1))
     close(by_t, -(y + 0.1).log())
+    with torch.no_grad():
+        t[:, 2] = 0  # A target of 0 has a gradient as any other.
+    by_y, by_t = grads(CrossEntropyError(reduction=reduction, delta=0), 4 if is_mean else 1)
+    close(by_y, -t / y)
+    close(by_t, -y.log())
     criterion = CrossEntropyError(reduction=reduction, delta=0.1, from_logits=True)
     by_y, by_t = grads(criterion, 4 if is_mean else 1)
     p = y.softmax(1)

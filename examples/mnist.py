@@ -1,0 +1,284 @@
+"""Train one small network on handwritten digits with each loss of torchlosses, and compare them.
+
+    python examples/mnist.py                         # both losses, 5 epochs each
+    python examples/mnist.py --data digits           # without MNIST, on scikit-learn's 1,797 digits
+    python examples/mnist.py --trainer.max_epochs 2 --trainer.precision bf16-mixed --model.lr 0.001
+    python examples/mnist.py --model.criterion torchlosses.CrossEntropyError \
+        --model.criterion.from_logits true           # one loss, with its options
+    python examples/mnist.py --print_config > my.yaml; python examples/mnist.py --config my.yaml
+
+Logs, a checkpoint for each loss and the picture `mnist.png` go to `runs/`. A run goes on from its
+checkpoint with `--ckpt_path FILE` beside the same `--model.criterion`.
+"""
+
+import csv
+import itertools
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import lightning as L
+import matplotlib.pyplot as plt
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.datasets import MNIST
+
+BOTH = ("torchlosses.SumSquaredError", "torchlosses.CrossEntropyError")
+DOWNLOAD_TIMEOUT = 5.0  # Seconds; torchvision itself would wait for ever.
+DIGITS = "scikit-learn's 1,797 digits"
+
+
+class Images(Dataset[tuple[Tensor, Tensor]]):
+    """Images and labels in memory, of which a whole batch is taken by one indexing."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.images[indices], self.labels[indices]
+
+
+def as_it_is(batch: Any) -> Any:
+    """Collate nothing: `Images` hands out batches."""
+    return batch
+
+
+class Data(NamedTuple):
+    """Images for training and for the test, and what suits their number."""
+
+    name: str
+    train: Images
+    test: Images
+    batch_size: int
+    max_epochs: int
+
+
+def load(data: str, data_dir: str) -> Data:
+    """MNIST if it is there or can be downloaded, and else the digits that scikit-learn carries."""
+    if data == "digits":
+        return load_scikit_learn_digits()
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        return load_mnist(data_dir)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(":")
+        message = f"MNIST is not in {data_dir!r}, and could not be downloaded ({reason})"
+        if data == "mnist":
+            raise SystemExit(f"--data mnist: {message}") from error
+        print(f"{message}: training on {DIGITS} instead.", flush=True)
+        return load_scikit_learn_digits()._replace(name=f"{DIGITS} instead of MNIST")
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def load_mnist(data_dir: str) -> Data:
+    # Of several processes only the first downloads; it is through before it starts the others.
+    download = getattr(rank_zero_only, "rank", 0) == 0
+    splits = (MNIST(data_dir, train, download=download) for train in (True, False))
+    train, test = (Images(split.data[:, None].float() / 255, split.targets) for split in splits)
+    return Data("MNIST", train, test, batch_size=64, max_epochs=5)
+
+
+def load_scikit_learn_digits() -> Data:
+    images, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
+    images = images.view(-1, 1, 8, 8).float() / 16
+    images = nn.functional.interpolate(images, (20, 20), mode="bilinear")
+    images = nn.functional.pad(images, (4, 4, 4, 4))  # MNIST's digits have this margin too.
+    train_images, test_images, train_labels, test_labels = train_test_split(
+        images, labels, test_size=0.2, random_state=0, stratify=labels
+    )
+    train, test = Images(train_images, train_labels), Images(test_images, test_labels)
+    return Data(DIGITS, train, test, batch_size=32, max_epochs=15)
+
+
+class Classifier(L.LightningModule):
+    """Two convolutions and two linear layers, trained with any criterion.
+
+    Args:
+        criterion: the loss. Without one, both losses are trained one after the other.
+        lr: the learning rate of Adam at the first step, from where it falls to 0 in a line.
+    """
+
+    def __init__(self, criterion: nn.Module | None = None, lr: float = 0.002) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.criterion: Any = criterion
+        self.lr = lr
+        self.network = nn.Sequential(
+            nn.Conv2d(1, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 5), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Dropout(0.25), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 10),
+        )  # fmt: skip
+        self.accuracy = MulticlassAccuracy(10, average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The probabilities of the ten digits."""
+        probabilities: Tensor = self.network(images).softmax(1)
+        return probabilities
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.network(images)
+        probabilities = logits.softmax(1)
+        from_logits = getattr(self.criterion, "from_logits", False)
+        return self.criterion(logits if from_logits else probabilities, labels), probabilities
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss, _ = self.loss(*batch)
+        self.log("train_loss", loss, on_epoch=True, batch_size=len(batch[1]))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        loss, probabilities = self.loss(*batch)
+        self.accuracy(probabilities, batch[1])
+        self.log("test_loss", loss, batch_size=len(batch[1]), sync_dist=True)
+        self.log("test_accuracy", self.accuracy, prog_bar=True, batch_size=len(batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), self.lr)
+        steps = self.trainer.estimated_stepping_batches
+        schedule = LambdaLR(optimizer, lambda step: max(1 - step / steps, 0))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class CLI(LightningCLI):
+    """Lightning's command line, with the data by their name instead of by a class."""
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--data",
+            type=Literal["auto", "mnist", "digits"],
+            default="auto",
+            help=f"MNIST, {DIGITS}, or the second where the first cannot be had",
+        )
+        parser.add_argument("--data-dir", default="data", help="where MNIST lies or comes to lie")
+        parser.add_argument("--output-dir", default="runs", help="for logs, checkpoints, picture")
+        parser.add_argument("--ckpt_path", type=str | None, help="a checkpoint to go on from")
+        parser.add_lightning_class_args(L.Trainer, "trainer")
+        parser.set_defaults({"trainer.num_sanity_val_steps": 0})
+        parser.add_lightning_class_args(Classifier, "model")
+
+
+def parse(arguments: Sequence[str]) -> CLI:
+    return CLI(Classifier, run=False, seed_everything_default=1, args=list(arguments))
+
+
+def train(cli: CLI, data: Data) -> dict[str, Any]:
+    """One run: what the table and the picture show of it."""
+    training = DataLoader(data.train, data.batch_size, shuffle=True, collate_fn=as_it_is)
+    test = DataLoader(data.test, 500, collate_fn=as_it_is)
+    log = CSVLogger(cli.config.output_dir, type(cli.model.criterion).__name__)
+    cli.trainer.logger = log
+    start = time.perf_counter()
+    cli.trainer.fit(cli.model, training, test, ckpt_path=cli.config.ckpt_path)
+    seconds = time.perf_counter() - start
+    with Path(log.log_dir, "metrics.csv").open() as file:
+        metrics = list(csv.DictReader(file))
+    return {
+        "loss": log.name,
+        "epochs": cli.trainer.current_epoch,
+        "accuracy": float(cli.trainer.callback_metrics["test_accuracy"]),
+        "seconds": seconds,
+        "checkpoint": getattr(cli.trainer.checkpoint_callback, "best_model_path", "none"),
+        "model": cli.model.cpu().float().eval(),
+        "metrics": metrics,
+    }
+
+
+def table(runs: list[dict[str, Any]], data: Data) -> str:
+    rows = [("loss", "data", "epochs", "test accuracy", "seconds")]
+    for run in runs:
+        accuracy, seconds = f"{run['accuracy']:.2%}", f"{run['seconds']:.0f}"
+        rows.append((run["loss"], data.name, str(run["epochs"]), accuracy, seconds))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def draw(runs: list[dict[str, Any]], data: Data, path: Path) -> None:
+    """A column for each loss: its learning curves, and digits that the network gets wrong."""
+    figure = plt.figure(figsize=(5.2 * len(runs), 4.6), layout="constrained")
+    figure.suptitle(f"Data: {data.name}")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(2, 1))
+    plots = parts[0].subplots(1, len(runs), squeeze=False)
+    columns = parts[1].subfigures(1, len(runs), squeeze=False)
+    for run, axes, column in zip(runs, plots[0], columns[0], strict=True):
+        draw_curves(axes, run)
+        draw_mistakes(column.subplots(1, 5), run, data.test)
+    figure.savefig(path, dpi=100)
+
+
+def draw_curves(axes: Axes, run: dict[str, Any]) -> None:
+    for metric, style, label in (
+        ("train_loss_epoch", "o-", "training"),
+        ("test_loss", "s--", "test"),
+    ):
+        rows = [row for row in run["metrics"] if row.get(metric)]
+        epochs = [int(row["epoch"]) + 1 for row in rows]
+        axes.plot(epochs, [float(row[metric]) for row in rows], style, label=label)
+    axes.set_title(f"{run['loss']}: test accuracy {run['accuracy']:.2%}", fontsize=11)
+    axes.set(xlabel="epoch", ylabel="loss per image", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+
+
+def draw_mistakes(grid: Sequence[Axes], run: dict[str, Any], test: Images) -> None:
+    with torch.inference_mode():
+        probabilities = torch.cat([run["model"](images) for images in test.images.split(500)])
+    wrong = (probabilities.argmax(1) != test.labels).nonzero().flatten().tolist()
+    for axes, index in itertools.zip_longest(grid, wrong[: len(grid)]):
+        axes.set_axis_off()
+        if index is None:
+            continue
+        axes.imshow(test.images[index, 0], cmap="gray_r")
+        right, taken = int(test.labels[index]), int(probabilities[index].argmax())
+        shares = (f"{digit}: {probabilities[index, digit]:.0%}" for digit in (taken, right))
+        axes.set_title(f"a {right}, taken for {taken}\n" + ", ".join(shares), fontsize=8)
+
+
+def main(arguments: Sequence[str]) -> None:
+    cli = parse(arguments)
+    options = cli.config
+    if options.ckpt_path and options.model.criterion is None:
+        cli.parser.error("--ckpt_path goes on with one loss: name it with --model.criterion")
+    data = load(options.data, options.data_dir)
+    criteria: Sequence[Sequence[str]] = [()]
+    if options.model.criterion is None:
+        criteria = [
+            (f"--model.criterion={c}", "--model.criterion.reduction=batchmean") for c in BOTH
+        ]
+    runs = []
+    for criterion in criteria:
+        cli = parse((f"--trainer.max_epochs={data.max_epochs}", *arguments, *criterion))
+        runs.append(train(cli, data))
+    if cli.trainer.is_global_zero:
+        picture = Path(options.output_dir, "mnist.png")
+        draw(runs, data, picture)
+        print(table(runs, data), *(f"checkpoint: {run['checkpoint']}" for run in runs), sep="\n")
+        print(f"picture: {picture}")
+
+
+if __name__ == "__main__":
+    # The data lie in memory: worker processes would only copy them.
+    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+    main(sys.argv[1:])

@@ -1,0 +1,196 @@
+"""The example trains, reports, resumes and fails as it says, each time in a process of its own."""
+
+import csv
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightning", reason="the extra 'example' is not installed")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+BOTH = ("SumSquaredError", "CrossEntropyError")
+# Nothing listens on the port of discard: a download that is tried fails at once.
+OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+BRIEF = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=3")
+
+
+@pytest.fixture
+def tiny_mnist(tmp_path: Path) -> Path:
+    """A data directory with 320 training and 80 test images in the files of MNIST."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = np.pad(
+        images.reshape(-1, 8, 8).repeat(2, 1).repeat(2, 2) * 15, ((0, 0), (6, 6), (6, 6))
+    )
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, part in (("train", slice(320)), ("t10k", slice(320, 400))):
+        for kind, array in (("images-idx3", images[part]), ("labels-idx1", labels[part])):
+            # Two zero bytes, the code of unsigned bytes, the number of dimensions, each size.
+            header = struct.pack(f">2xBB{array.ndim}I", 8, array.ndim, *array.shape)
+            (raw / f"{name}-{kind}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
+    return tmp_path / "data"
+
+
+def start(
+    directory: Path, *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / "mnist.py"), "--trainer.accelerator=cpu", *arguments],
+        cwd=directory,
+        env=os.environ | OFFLINE | (environment or {}),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def run(directory: Path, *arguments: str, environment: dict[str, str] | None = None) -> str:
+    result = start(directory, *arguments, environment=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def accuracies(output: str) -> dict[str, float]:
+    rows = re.findall(r"^(\w+Error) .* ([\d.]+)%", output, re.MULTILINE)
+    return {loss: float(percent) / 100 for loss, percent in rows}
+
+
+def checkpoint(output: str) -> str:
+    files: list[str] = re.findall(r"^checkpoint: (.*)$", output, re.MULTILINE)
+    return files[-1]
+
+
+def test_trains_both_losses_on_mnist_files(tmp_path: Path, tiny_mnist: Path) -> None:
+    out = run(tmp_path, "--data=mnist", f"--data-dir={tiny_mnist}", "--trainer.max_epochs=2")
+    assert list(accuracies(out)) == list(BOTH)
+    assert re.search(r"SumSquaredError +MNIST +2 ", out)
+    picture = (tmp_path / "runs" / "mnist.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000
+    for loss in BOTH:
+        log = tmp_path / "runs" / loss / "version_0" / "metrics.csv"
+        with log.open() as file:
+            rows = list(csv.DictReader(file))
+        assert sum(bool(row["test_accuracy"]) for row in rows) == 2
+
+
+def test_learns_the_embedded_digits(tmp_path: Path) -> None:
+    out = run(tmp_path, "--data=digits")
+    assert "MNIST" not in out
+    assert {loss: accuracy >= 0.97 for loss, accuracy in accuracies(out).items()} == dict.fromkeys(
+        BOTH, True
+    )
+
+
+def test_without_a_network_it_says_so_and_takes_the_digits(tmp_path: Path) -> None:
+    out = run(tmp_path, *BRIEF)
+    assert re.search("MNIST is not in 'data', and could not be downloaded.*1,797 digits", out)
+    assert re.search(r"SumSquaredError +scikit-learn's 1,797 digits instead of MNIST +1 ", out)
+
+
+def test_without_a_network_mnist_is_an_error(tmp_path: Path) -> None:
+    result = start(tmp_path, "--data=mnist")
+    assert result.returncode == 1
+    assert re.search("--data mnist: MNIST is not in 'data', and could not be", result.stderr)
+    assert "Traceback" not in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_network_that_never_answers_is_left_in_seconds(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        begin = time.perf_counter()
+        result = start(
+            tmp_path, "--data=mnist", environment={"http_proxy": proxy, "https_proxy": proxy}
+        )
+        seconds = time.perf_counter() - begin
+    assert result.returncode == 1
+    assert "could not be downloaded" in result.stderr
+    assert seconds < 60  # Some ten of them are imports; without a limit it would be for ever.
+
+
+def test_resumes_and_reloads_with_its_criterion(tmp_path: Path, tiny_mnist: Path) -> None:
+    options = (
+        "--data=mnist",
+        f"--data-dir={tiny_mnist}",
+        "--model.criterion=torchlosses.CrossEntropyError",
+        "--model.criterion.from_logits=true",
+        "--model.criterion.delta=0.001",
+    )
+    out = run(tmp_path, *options, "--trainer.max_epochs=1")
+    assert list(accuracies(out)) == ["CrossEntropyError"]
+    file = tmp_path / checkpoint(out)
+    out = run(tmp_path, *options, "--trainer.max_epochs=3", f"--ckpt_path={file}")
+    assert re.search(r"CrossEntropyError +MNIST +3 ", out)
+    with (tmp_path / "runs/CrossEntropyError/version_1/metrics.csv").open() as log:
+        assert {row["epoch"] for row in csv.DictReader(log)} == {"1", "2"}
+
+    result = start(tmp_path, f"--ckpt_path={file}")
+    assert result.returncode == 2
+    assert "--model.criterion" in result.stderr
+
+    code = (
+        "from mnist import Classifier; import sys;"
+        "print(Classifier.load_from_checkpoint(sys.argv[1]).criterion)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(file)],
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "delta=0.001, from_logits=True" in out
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_lower_precision(tmp_path: Path, precision: str) -> None:
+    out = run(tmp_path, "--data=digits", *BRIEF, f"--trainer.precision={precision}")
+    assert list(accuracies(out)) == list(BOTH)
+
+
+def test_takes_a_yaml_file(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(
+        "data: digits\n"
+        "output_dir: elsewhere\n"
+        "trainer: {max_epochs: 1, limit_train_batches: 2}\n"
+        "model: {lr: 0.1, criterion: {class_path: torchlosses.SumSquaredError,"
+        " init_args: {reduction: mean}}}\n"
+    )
+    out = run(tmp_path, "--config=my.yaml")
+    assert list(accuracies(out)) == ["SumSquaredError"]
+    file = torch.load(tmp_path / checkpoint(out), weights_only=True)
+    assert file["hyper_parameters"]["lr"] == 0.1
+    assert file["hyper_parameters"]["criterion"]["init_args"]["reduction"] == "mean"
+    assert (tmp_path / "elsewhere" / "mnist.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--data=mnits", "mnits"),
+        ("--trainer.max_epohcs=1", "max_epohcs"),
+        ("--model.criterion=torchlosses.Nothing", "torchlosses.Nothing"),
+        ("--model.criterion.reduction=mean", "criterion"),
+        ("--model.lr=fast", "fast"),
+    ],
+)
+def test_wrong_option(tmp_path: Path, argument: str, words: str) -> None:
+    result = start(tmp_path, argument)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
