@@ -198,7 +198,7 @@ def train(cli: CLI, data: Data) -> dict[str, Any]:
     return {
         "loss": log.name,
         "epochs": cli.trainer.current_epoch,
-        "accuracy": float(cli.trainer.callback_metrics["test_accuracy"]),
+        "accuracy": float(cli.trainer.callback_metrics.get("test_accuracy", torch.nan)),
         "seconds": seconds,
         "checkpoint": getattr(cli.trainer.checkpoint_callback, "best_model_path", "none"),
         "model": cli.model.cpu().float().eval(),
@@ -237,7 +237,7 @@ def draw_curves(axes: Axes, run: dict[str, Any]) -> None:
         epochs = [int(row["epoch"]) + 1 for row in rows]
         axes.plot(epochs, [float(row[metric]) for row in rows], style, label=label)
     axes.set_title(f"{run['loss']}: test accuracy {run['accuracy']:.2%}", fontsize=11)
-    axes.set(xlabel="epoch", ylabel="loss per image", yscale="log")
+    axes.set(xlabel="epoch", ylabel=f"loss ({run['model'].criterion.reduction})", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
 
@@ -267,9 +267,10 @@ def main(arguments: Sequence[str]) -> None:
         criteria = [
             (f"--model.criterion={c}", "--model.criterion.reduction=batchmean") for c in BOTH
         ]
+    epochs = options.trainer.max_epochs or data.max_epochs
     runs = []
     for criterion in criteria:
-        cli = parse((f"--trainer.max_epochs={data.max_epochs}", *arguments, *criterion))
+        cli = parse((*arguments, *criterion, f"--trainer.max_epochs={epochs}"))
         runs.append(train(cli, data))
     if cli.trainer.is_global_zero:
         picture = Path(options.output_dir, "mnist.png")

@@ -179,6 +179,14 @@ def test_takes_a_yaml_file(tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere" / "mnist.png").exists()
 
 
+def test_takes_the_configuration_that_it_prints(tmp_path: Path) -> None:
+    options = ("--data=digits", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1")
+    (tmp_path / "my.yaml").write_text(run(tmp_path, *options, "--print_config"))
+    out = run(tmp_path, "--config=my.yaml")
+    for loss in BOTH:
+        assert re.search(rf"{loss} +scikit-learn's 1,797 digits +15 ", out)
+
+
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
