@@ -1,7 +1,9 @@
-"""Every test that takes a `device` runs on each one that is there."""
+"""Every test that takes a `device` runs on each one that is there, by formula and by kernels."""
 
 import pytest
 import torch
+
+from torchlosses import fused
 
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
@@ -12,8 +14,15 @@ def pytest_report_header() -> str:
     return f"torch {torch.__version__}; devices under test: {', '.join(DEVICES)}"
 
 
+@pytest.fixture(params=["formula", "kernels"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which way is taken wherever there is a choice; by size, small samples would all go one."""
+    monkeypatch.setattr(fused, "SMALL", 0 if request.param == "kernels" else 2**62)
+    return str(request.param)
+
+
 @pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
+def device(request: pytest.FixtureRequest, path: str) -> str:
     return str(request.param)
 
 

@@ -137,7 +137,7 @@ def check_classes(target: Tensor, num_classes: int, ignore_index: int) -> Classe
     valid = (label >= 0) & (label < num_classes)
     kept = label != ignore_index
     if _can_look(target):
-        plain = _truth((valid & kept).all())
+        plain = truth((valid & kept).all())
         if plain:
             return Classes(label, None, None)
         if plain is not None:
@@ -163,7 +163,7 @@ def check_values(
         return
     input = input.detach()
     if from_logits:
-        if input.shape[dim] > 1 and _truth(_is_distribution(input, dim).all()) and input.numel():
+        if input.shape[dim] > 1 and truth(_is_distribution(input, dim).all()) and input.numel():
             warnings.warn(
                 "input: every row is a probability distribution already, and from_logits=True "
                 "takes the softmax once more; pass the logits, or from_logits=False",
@@ -208,7 +208,7 @@ def _can_look(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or torch.is_anomaly_enabled()
 
 
-def _truth(condition: Tensor) -> bool | None:
+def truth(condition: Tensor) -> bool | None:
     """The value of a one-element condition, or None where it has none to look at.
 
     A tensor under vmap, a fake tensor and a tensor being traced answer with a RuntimeError.
@@ -221,7 +221,7 @@ def _truth(condition: Tensor) -> bool | None:
 
 def _first(condition: Tensor) -> tuple[int, ...] | None:
     """The first position where the condition holds, if there is one to be seen."""
-    if not _truth(condition.any()):
+    if not truth(condition.any()):
         return None
     return tuple(condition.nonzero()[0].tolist())
 

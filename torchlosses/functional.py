@@ -1,11 +1,14 @@
 """The losses as functions: check, then compute, then reduce."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchlosses import checks, formulas
+from torchlosses import checks, formulas, fused
+from torchlosses.checks import Classes
 
 __all__ = ["cross_entropy_error", "sum_squared_error"]
 
@@ -35,16 +38,36 @@ def sum_squared_error(
     is_index = checks.is_class_index(input, target, dim)
     checks.check_weights(input, None, dim, sample_weight, target.shape)
     dtype = _compute_dtype(input, target)
-    if is_index:
-        classes = checks.check_classes(target, input.shape[dim], ignore_index)
-        losses = formulas.squared_error_of_class(input.to(dtype), classes, dim)
-        weights = _sample_weights(sample_weight, classes.kept, target.shape, dtype)
-        if weights is not None:
-            weights = weights.unsqueeze(dim)
-    else:
-        losses = formulas.squared_error(input.to(dtype), target.to(dtype))
-        weights = _sample_weights(sample_weight, None, target.shape, dtype)
-    return _reduce(losses, weights, reduction, input, divisor_weights=weights)
+    classes = checks.check_classes(target, input.shape[dim], ignore_index) if is_index else None
+    weights = _sample_weights(sample_weight, classes, target.shape, dtype)
+    if weights is not None and is_index:
+        weights = weights.unsqueeze(dim)
+    divisor = _divisor(reduction, input, weights, input.shape)
+
+    def formula(input: Tensor, target: Tensor) -> Tensor:
+        if classes is None:
+            losses = formulas.squared_error(input.to(dtype), target.to(dtype))
+        else:
+            losses = formulas.squared_error_of_class(input.to(dtype), classes, dim)
+        return _reduce(losses, weights, reduction, divisor)
+
+    kernels = fused.find_kernels(input, target, sample_weight)
+    if kernels is None:
+        return formula(input, target)
+    return fused.run(
+        kernels.squared_error,
+        formula,
+        input,
+        target,
+        dim,
+        classes=classes,
+        weights=weights,
+        divisor=divisor,
+        losses_shape=input.shape if reduction == "none" else None,
+        is_elementwise=True,
+        is_index=is_index,
+        dtype=dtype,
+    )
 
 
 def cross_entropy_error(
@@ -82,35 +105,49 @@ def cross_entropy_error(
     dtype = _compute_dtype(input, target)
     if weight is not None:
         weight = weight.to(dtype)
-    if is_index:
-        classes = checks.check_classes(target, input.shape[dim], ignore_index)
-        losses = formulas.cross_entropy_of_class(
-            input.to(dtype),
-            classes,
-            dim,
-            weight=weight,
-            delta=delta,
-            from_logits=from_logits,
-            label_smoothing=label_smoothing,
-        )
-        weights = _sample_weights(sample_weight, classes.kept, samples, dtype)
-        divisor_weights = weights
-        if weight is not None and reduction == "mean":
-            divisor_weights = weight[classes.label]
-            if weights is not None:
-                divisor_weights = divisor_weights * weights
+    classes = checks.check_classes(target, input.shape[dim], ignore_index) if is_index else None
+    weights = class_weights = _sample_weights(sample_weight, classes, samples, dtype)
+    if classes is not None and weight is not None:  # As in torch, these weigh the samples too.
+        class_weights = weight[classes.label]
+        if weights is not None:
+            class_weights = class_weights * weights
+    divisor = _divisor(reduction, input, class_weights, samples)
+    options: dict[str, Any] = {"delta": delta, "from_logits": from_logits}
+    row_options = options | {"weight": weight, "label_smoothing": label_smoothing}
+
+    def formula(input: Tensor, target: Tensor) -> Tensor:
+        if classes is None:
+            losses = formulas.cross_entropy(input.to(dtype), target.to(dtype), dim, **row_options)
+        else:
+            losses = formulas.cross_entropy_of_class(input.to(dtype), classes, dim, **row_options)
+        return _reduce(losses, weights, reduction, divisor)
+
+    kernels = fused.find_kernels(input, target, weight, sample_weight)
+    if kernels is None:
+        return formula(input, target)
+    if classes is None or label_smoothing:
+        kernel, factors = kernels.cross_entropy, weights
+        options = row_options | {
+            "is_index": is_index,
+            "weight": None if weight is None else weight.unsqueeze(1),
+        }
     else:
-        losses = formulas.cross_entropy(
-            input.to(dtype),
-            target.to(dtype),
-            dim,
-            weight=weight,
-            delta=delta,
-            from_logits=from_logits,
-            label_smoothing=label_smoothing,
-        )
-        weights = divisor_weights = _sample_weights(sample_weight, None, samples, dtype)
-    return _reduce(losses, weights, reduction, input, divisor_weights)
+        kernel, factors = kernels.cross_entropy_of_class, class_weights
+    return fused.run(
+        kernel,
+        formula,
+        input,
+        target,
+        dim,
+        classes=classes,
+        weights=None if factors is None else factors.unsqueeze(dim),
+        divisor=divisor,
+        losses_shape=samples if reduction == "none" else None,
+        is_elementwise=not (from_logits or label_smoothing or reduction == "none")
+        and weight is None,
+        dtype=dtype,
+        **options,
+    )
 
 
 def _compute_dtype(input: Tensor, target: Tensor) -> torch.dtype:
@@ -122,34 +159,41 @@ def _compute_dtype(input: Tensor, target: Tensor) -> torch.dtype:
 
 
 def _sample_weights(
-    sample_weight: Tensor | None, kept: Tensor | None, samples: Sequence[int], dtype: torch.dtype
+    sample_weight: Tensor | None,
+    classes: Classes | None,
+    samples: Sequence[int],
+    dtype: torch.dtype,
 ) -> Tensor | None:
     """One weight per sample, 0 where it is ignored; None if every weight is 1."""
+    kept = None if classes is None else classes.kept
     if sample_weight is None:
         return None if kept is None else kept.to(dtype)
     weights = sample_weight.to(dtype).expand(samples)
     return weights if kept is None else weights.where(kept, 0)
 
 
+def _divisor(
+    reduction: str, input: Tensor, weights: Tensor | None, losses_shape: Sequence[int]
+) -> Tensor | float:
+    """What the reduction divides the sum by."""
+    if reduction == "mean":
+        if weights is not None:
+            return weights.expand(losses_shape).sum()
+        return max(math.prod(losses_shape), 1)
+    if reduction == "batchmean" and input.dim() > 1:
+        return max(input.shape[0], 1)
+    return 1
+
+
 def _reduce(
-    losses: Tensor,
-    weights: Tensor | None,
-    reduction: str,
-    input: Tensor,
-    divisor_weights: Tensor | None,
+    losses: Tensor, weights: Tensor | None, reduction: str, divisor: Tensor | float
 ) -> Tensor:
     if weights is not None:
         losses = losses * weights
     if reduction == "none":
         return losses
     total = losses.sum()
-    if reduction == "sum":
-        return total
-    # Over nothing both kinds of mean are 0, with a gradient of 0.
-    if reduction == "batchmean":
-        return total / max(input.shape[0] if input.dim() > 1 else 1, 1)
-    if divisor_weights is None:
-        return total / max(losses.numel(), 1)
-    divisor = divisor_weights.expand(losses.shape).sum()
-    is_nothing = (divisor == 0) & (total == 0)
-    return (total / divisor.where(~is_nothing, 1)).where(~is_nothing, 0)
+    if isinstance(divisor, Tensor):  # Over nothing the mean is 0, and so is its gradient.
+        is_nothing = (divisor == 0) & (total == 0)
+        return (total / divisor.where(~is_nothing, 1)).where(~is_nothing, 0)
+    return total if reduction == "sum" else total / divisor
