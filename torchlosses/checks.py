@@ -134,9 +134,12 @@ def check_classes(target: Tensor, num_classes: int, ignore_index: int) -> Classe
     label = target.long()
     if target.dtype == torch.uint64:  # What int64 cannot hold has wrapped around: no class.
         label = label.where(label >= 0, torch.iinfo(torch.int64).max)
+    can_look = _can_look(target)
+    if can_look and not 0 <= ignore_index < num_classes and _are_within(label, num_classes):
+        return Classes(label, None, None)
     valid = (label >= 0) & (label < num_classes)
     kept = label != ignore_index
-    if _can_look(target):
+    if can_look:
         plain = truth((valid & kept).all())
         if plain:
             return Classes(label, None, None)
@@ -206,6 +209,15 @@ def _can_look(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     return tensor.device.type == "cpu" or torch.is_anomaly_enabled()
+
+
+def _are_within(label: Tensor, num_classes: int) -> bool:
+    """Whether all labels are seen to be classes: one call, where most targets need no other."""
+    try:
+        least, greatest = torch.aminmax(label)
+        return least.item() >= 0 and greatest.item() < num_classes
+    except RuntimeError:  # None at all, or none to look at.
+        return False
 
 
 def truth(condition: Tensor) -> bool | None:

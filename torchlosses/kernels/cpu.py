@@ -46,6 +46,7 @@ def squared_error(
 ) -> Result:
     """½ (y − t)² and y − t: R y, R t, W the gradient; of class indices R y, W the gradient."""
     grad_input, grad_target = _gradients(input, target, needs)
+    scratch = _scratch(input, dtype, 1)
     losses = None if is_sum else torch.empty_like(input, dtype=dtype)
     is_plain = not isinstance(scale, Tensor) and scale == 1
     sums = []
@@ -61,10 +62,11 @@ def squared_error(
         if is_kept is not None:
             difference.masked_fill_(~is_kept, 0)
         weighted = difference if is_plain else difference * factor
+        squares = torch.mul(difference, weighted, out=_shaped(scratch[0], difference))
         if losses is None:
-            sums.append(_dot(difference, weighted))
+            sums.append(squares.sum(dtype=torch.float64))
         else:
-            torch.mul(difference, weighted, out=losses[block]).div_(2)
+            losses[block] = squares.div_(2)
         if grad_target is not None:
             grad_target[block] = weighted.neg()
         _store(grad_input, block, weighted)
@@ -123,19 +125,17 @@ def cross_entropy(
         if is_kept is not None:
             log.masked_fill_(~is_kept, 0)
             slope.masked_fill_(~is_kept, 0)
-        if isinstance(factor, Tensor) or losses is not None:
-            rows = (t * log).sum(1, keepdim=True) * factor
-            if losses is None:
-                sums.append(rows.sum())
-            else:
-                losses[block] = -rows
-        else:
-            sums.append(_dot(t, log) * factor)
         if grad_target is not None:
             by_target = log * (factor if weight is None else factor * weight)
             grad_target[block] = by_target * (label_smoothing - 1)
+        terms = log.mul_(t)
         if not is_plain:
+            terms.mul_(factor)
             slope.mul_(factor)
+        if losses is None:
+            sums.append(terms.sum(dtype=torch.float64))
+        else:
+            losses[block] = -terms.sum(1, keepdim=True)
         _store(grad_input, block, slope)
     loss = -_total(sums, dtype) if losses is None else losses
     return Result(loss, grad_input, grad_target)
@@ -268,12 +268,5 @@ def _softmax(function: Callable[..., Tensor], x: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Σ a·b, in stretches: over a whole block BLAS would lose a digit that torch's sums have."""
-    stretches = zip(a.reshape(-1).split(2**15), b.reshape(-1).split(2**15), strict=True)
-    return torch.stack([torch.dot(*stretch) for stretch in stretches]).sum(dtype=torch.float64)
-
-
 def _total(sums: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The sum of the blocks' sums, which are few: in float64, whatever they are."""
-    return torch.stack(sums).sum(dtype=torch.float64).to(dtype)
+    return torch.stack(sums).sum().to(dtype)
