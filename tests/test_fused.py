@@ -1,6 +1,7 @@
 """The pass over the data is taken where it serves, and is the formula in other steps."""
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -38,21 +39,29 @@ def counted() -> Iterator[list[str]]:
         yield called
 
 
-def test_every_kernel_serves_by_size() -> None:
+def test_every_kernel_serves() -> None:
     y = torch.rand(SHAPE, requires_grad=True)
     soft, index = torch.rand(SHAPE), torch.randint(SHAPE[1], SHAPE[:1])
-    assert y.numel() == fused.SMALL
     with counted() as called:
         for target in (soft, index):
             sum_squared_error(y, target)
             cross_entropy_error(y, target)
             cross_entropy_error(y, target, from_logits=True)
         cross_entropy_error(y, index, label_smoothing=0.1)
-        sum_squared_error(y[1:], soft[1:])  # Too small.
     assert called == [
         "squared_error", "cross_entropy", "cross_entropy",
         "squared_error", "cross_entropy_of_class", "cross_entropy_of_class", "cross_entropy",
     ]  # fmt: skip
+
+
+def test_the_formula_serves_what_is_small_and_has_no_gradient() -> None:
+    y = torch.rand(fused.SMALL, requires_grad=True)
+    large = torch.rand(fused.SMALL + 1)
+    assert fused.find_kernels(y, y) is cpu
+    assert fused.find_kernels(large, large) is cpu
+    assert fused.find_kernels(y.detach(), y.detach()) is None
+    with torch.no_grad():
+        assert fused.find_kernels(y, y) is None
 
 
 def test_the_formula_serves_the_rest() -> None:
@@ -150,7 +159,12 @@ def test_nothing_is_made_that_no_one_asked_for() -> None:
     assert asked == [(False, False), (True, False), (True, True), (False, False)]
 
 
-def test_backward_again_gives_the_same_bits() -> None:
+SMALL_OR_NOT = pytest.mark.parametrize("small", [0, 2**62])
+
+
+@SMALL_OR_NOT
+def test_backward_again_gives_the_same_bits(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "SMALL", small)
     y = torch.rand(SHAPE, requires_grad=True)
     for loss, options in FORMS:
         value = loss(y, torch.randint(SHAPE[1], SHAPE[:1]), **options)
@@ -161,7 +175,9 @@ def test_backward_again_gives_the_same_bits() -> None:
         assert torch.equal(first, second)
 
 
-def test_batched_upstream_gradients() -> None:
+@SMALL_OR_NOT
+def test_batched_upstream_gradients(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "SMALL", small)
     y = torch.rand(SHAPE, requires_grad=True)
     losses = cross_entropy_error(y, torch.rand(SHAPE), reduction="none")
     rows = torch.eye(SHAPE[0])[:3]
@@ -175,9 +191,47 @@ def test_an_argument_changed_before_backward_again_is_an_error() -> None:
     y = torch.rand(SHAPE, requires_grad=True)
     target = torch.rand(SHAPE)
     loss = sum_squared_error(y, target)
+    (expected,) = torch.autograd.grad(loss, y, retain_graph=True)
     target.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+    # The first time backward there is nothing to compute, and so nothing to get wrong.
+    target.copy_(y.detach() - expected)
+    loss = sum_squared_error(y, target)
+    target.zero_()
+    loss.backward()
+    torch.testing.assert_close(y.grad, expected)
+
+
+def test_backward_twice_without_asking_is_an_error() -> None:
+    y = torch.rand(SHAPE, requires_grad=True)
+    loss = sum_squared_error(y, torch.rand(SHAPE))
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@pytest.mark.skipif(cpu.HUGE_PAGES is None, reason="the advice is Linux's")
+def test_fresh_memory_is_advised_within_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    advised = []
+    assert cpu._advise is not None
+    libc = cpu._advise
+
+    def advise(start: Any, length: Any, advice: int) -> int:
+        advised.append((start.value, length.value))
+        return libc(start, length, advice)
+
+    monkeypatch.setattr(cpu, "_advise", advise)
+    for extra in (0, 1, 1000):
+        tensor = cpu._empty(torch.empty(cpu.FRESH // 4 + extra), torch.float32)
+        start, length = advised.pop()
+        assert start % cpu.HUGE_PAGE == length % cpu.HUGE_PAGE == 0
+        assert tensor.data_ptr() <= start < tensor.data_ptr() + cpu.HUGE_PAGE
+        assert length >= tensor.nbytes - 2 * cpu.HUGE_PAGE
+        assert start + length <= tensor.data_ptr() + tensor.nbytes
+    cpu._empty(torch.empty(cpu.FRESH // 4 - 1), torch.float32)
+    assert not advised
+    assert libc(ctypes.c_void_p(tensor.data_ptr() + 1), 1, cpu.HUGE_PAGES) == -1  # It is real.
 
 
 @pytest.mark.parametrize("name", ["squares", "probabilities", "logits"])

@@ -127,10 +127,7 @@ def cross_entropy_error(
         return formula(input, target)
     if classes is None or label_smoothing:
         kernel, factors = kernels.cross_entropy, weights
-        options = row_options | {
-            "is_index": is_index,
-            "weight": None if weight is None else weight.unsqueeze(1),
-        }
+        options = row_options | {"is_index": is_index}
     else:
         kernel, factors = kernels.cross_entropy_of_class, class_weights
     return fused.run(

@@ -2,27 +2,37 @@
 
 A loss is bound by memory, so what counts is how often a tensor as large as the input comes from
 memory or goes there: each function says how often it reads (R) and writes (W) one. Whatever else
-happens to a block happens in cache.
+happens to a block happens in cache, in scratch that is allocated once.
 
-Arguments are canonical. `input` is contiguous and has the shape (outer, classes, inner), a dense
-target likewise; class indices have the shape (outer, 1, inner), and so has what is known of each
-sample: `scale`, the factor of its loss (a number where all have the same), and `kept`, False where
-it is ignored (None where none is). Results are computed and losses returned in `dtype`; a gradient
-has the dtype of its tensor and is None where `needs` does not ask for it.
+Arguments are canonical. `input` is contiguous and has the shape (outer, classes) or (outer,
+classes, inner), a dense target likewise; class indices have 1 in the place of classes, and so has
+what is known of each sample: `scale`, the factor of its loss (a number where all have the same, and
+that is 1 unless the losses are summed), and `kept`, False where it is ignored (None where none is).
+Results are computed and losses returned in `dtype`; a gradient has the dtype of its tensor and is
+None where `needs` does not ask for it.
 """
 
-from collections.abc import Callable, Iterator
+import ctypes
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Elements in a block. Smaller ones drown in calls and in waking threads; the largest are out of
-# cache, and hold memory.
+# Elements in a block. Smaller ones drown in calls and in waking threads; larger ones leave the
+# cache, and their scratch is memory that the caller misses.
 BLOCK = 2**19
+TINY = torch.finfo(torch.float32).tiny
 
-Block = tuple[slice, slice, slice]
+Needs = tuple[bool, bool]
 Scale = Tensor | float
+Room = Sequence[Tensor | None]
+# From a block's input and target in the dtype of computation, and room to work in, the last of it
+# for the slope by the input (None is fresh memory): the terms that sum to the loss, and the slopes
+# by input and target if they are asked for. They are new tensors.
+Body = Callable[[Tensor, Tensor, Room], tuple[Tensor, Tensor | None, Tensor | None]]
 
 
 class Result(NamedTuple):
@@ -34,44 +44,23 @@ class Result(NamedTuple):
 
 
 def squared_error(
-    input: Tensor,
-    target: Tensor,
-    *,
-    is_index: bool,
-    scale: Scale,
-    kept: Tensor | None,
-    dtype: torch.dtype,
-    is_sum: bool,
-    needs: tuple[bool, bool],
+    input: Tensor, target: Tensor, *, is_index: bool, needs: Needs, **common: Any
 ) -> Result:
     """½ (y − t)² and y − t: R y, R t, W the gradient; of class indices R y, W the gradient."""
-    grad_input, grad_target = _gradients(input, target, needs)
-    scratch = _scratch(input, dtype, 1)
-    losses = None if is_sum else torch.empty_like(input, dtype=dtype)
-    is_plain = not isinstance(scale, Tensor) and scale == 1
-    sums = []
-    for block in _blocks(input):
-        factor, is_kept = _at(scale, block), _at(kept, block)
-        difference = _work(grad_input, block, input, dtype)
+
+    def body(y: Tensor, t: Tensor, room: Room) -> Any:
         if is_index:
-            difference.copy_(input[block]).scatter_add_(
-                1, target[block], -torch.ones_like(target[block], dtype=dtype)
-            )
+            minus_one = y.new_full((), -1).expand(t.shape)
+            difference = torch.scatter_add(y, 1, t, minus_one, out=room[-1])
         else:
-            torch.sub(input[block].to(dtype), target[block].to(dtype), out=difference)
-        if is_kept is not None:
-            difference.masked_fill_(~is_kept, 0)
-        weighted = difference if is_plain else difference * factor
-        squares = torch.mul(difference, weighted, out=_shaped(scratch[0], difference))
-        if losses is None:
-            sums.append(squares.sum(dtype=torch.float64))
-        else:
-            losses[block] = squares.div_(2)
-        if grad_target is not None:
-            grad_target[block] = weighted.neg()
-        _store(grad_input, block, weighted)
-    loss = _total(sums, dtype) / 2 if losses is None else losses
-    return Result(loss, grad_input, grad_target)
+            difference = torch.sub(y, t, out=room[-1])
+        squares = torch.mul(difference, difference, out=room[0])
+        return squares, difference, -difference if needs[1] else None
+
+    return _run(
+        body, input, target, is_index=is_index, needs=needs,
+        rooms=2, coefficient=0.5, is_elementwise=True, **common,
+    )  # fmt: skip
 
 
 def cross_entropy(
@@ -83,62 +72,52 @@ def cross_entropy(
     delta: float,
     from_logits: bool,
     label_smoothing: float,
-    scale: Scale,
-    kept: Tensor | None,
-    dtype: torch.dtype,
-    is_sum: bool,
-    needs: tuple[bool, bool],
+    needs: Needs,
+    **common: Any,
 ) -> Result:
     """− Σₖ wₖ tₖ log(yₖ + δ) of whole rows: R y, R t, W the gradient.
 
     Smoothed class indices are such rows too; they are made a block at a time, and only in cache.
     """
-    classes = input.shape[1]
-    grad_input, grad_target = _gradients(input, target, needs)
-    scratch = _scratch(input, dtype, 2 if from_logits else 1)
-    losses = None if is_sum else input.new_empty((input.shape[0], 1, input.shape[2]), dtype=dtype)
-    is_plain = not isinstance(scale, Tensor) and scale == 1
-    sums = []
-    for block in _blocks(input):
-        factor, is_kept = _at(scale, block), _at(kept, block)
+    uniform = label_smoothing / input.shape[1]
+    if weight is not None:
+        weight = weight.view([-1] + [1] * (input.dim() - 2))
+
+    def body(y: Tensor, t: Tensor, room: Room) -> Any:
         if is_index:
-            t = torch.full_like(input[block], label_smoothing / classes, dtype=dtype)
-            t.scatter_add_(
-                1, target[block], torch.full_like(target[block], 1 - label_smoothing, dtype=dtype)
-            )
-        else:
-            t = target[block].to(dtype)
-            if label_smoothing:
-                t = t * (1 - label_smoothing) + label_smoothing / classes
+            rest = y.new_full((), 1 - label_smoothing).expand(t.shape)
+            t = torch.full_like(y, uniform).scatter_add_(1, t, rest)
+        elif label_smoothing:
+            t = t * (1 - label_smoothing) + uniform
         if weight is not None:
             t = t * weight
-        slope = _work(grad_input, block, input, dtype)
-        log = _shaped(scratch[0], t)
-        if from_logits:
-            _rows_from_logits(input[block].to(dtype), t, delta, slope, log, _shaped(scratch[1], t))
+        slope = slope_t = None
+        if from_logits and not delta:
+            log = _softmax(y, is_log=True, out=room[0])
+            if needs[0]:
+                y = torch.exp(log, out=room[1])
+                slope = torch.neg(t, out=room[-1])
+            log.masked_fill_((t == 0) & (log == -torch.inf), 0)  # 0·log 0 is 0.
         else:
-            torch.add(input[block].to(dtype), delta, out=log)
-            if delta < torch.finfo(dtype).tiny:  # y + δ can be 0, and 0·log 0 is 0.
+            if from_logits:
+                y = _softmax(y, is_log=False, out=room[1])
+            log = torch.add(y, delta, out=room[0])
+            if delta < TINY:  # y + δ can be 0, and 0·log 0 is 0.
                 log.masked_fill_((t == 0) & (log == 0), 1)
-            torch.div(t, log, out=slope).neg_()
+            if needs[0]:
+                slope = torch.addcdiv(y.new_zeros(()), t, log, value=-1, out=room[-1])
+                if from_logits:
+                    slope.mul_(y)
             log.log_()
-        if is_kept is not None:
-            log.masked_fill_(~is_kept, 0)
-            slope.masked_fill_(~is_kept, 0)
-        if grad_target is not None:
-            by_target = log * (factor if weight is None else factor * weight)
-            grad_target[block] = by_target * (label_smoothing - 1)
-        terms = log.mul_(t)
-        if not is_plain:
-            terms.mul_(factor)
-            slope.mul_(factor)
-        if losses is None:
-            sums.append(terms.sum(dtype=torch.float64))
-        else:
-            losses[block] = -terms.sum(1, keepdim=True)
-        _store(grad_input, block, slope)
-    loss = -_total(sums, dtype) if losses is None else losses
-    return Result(loss, grad_input, grad_target)
+        if from_logits and slope is not None:
+            # With sₖ = yₖ·∂E/∂yₖ the gradient by the logits is s − y·Σ s.
+            torch.addcmul(slope, y, slope.sum(1, keepdim=True), value=-1, out=slope)
+        if needs[1]:
+            slope_t = log * ((label_smoothing - 1) * (1 if weight is None else weight))
+        return log.mul_(t), slope, slope_t
+
+    rooms = (2 if from_logits else 1) + needs[0]
+    return _run(body, input, target, is_index=is_index, needs=needs, rooms=rooms, **common)
 
 
 def cross_entropy_of_class(
@@ -147,126 +126,184 @@ def cross_entropy_of_class(
     *,
     delta: float,
     from_logits: bool,
+    needs: Needs,
+    **common: Any,
+) -> Result:
+    """− log(y_c + δ) of one class per row: W the gradient; from logits R x too."""
+
+    def body(x: Tensor, label: Tensor, room: Room) -> Any:
+        y = _softmax(x, is_log=not delta, out=room[0])
+        log = y.gather(1, label)
+        gate = None
+        if delta:
+            guarded = log + delta
+            gate, log = log.div_(guarded), guarded.log()
+        if not needs[0]:
+            return log, None, None
+        if gate is None:
+            gate = torch.ones_like(log)
+            y.exp_()
+        slope = torch.mul(y, gate, out=y if room[-1] is None else room[-1])
+        return log, slope.scatter_add_(1, label, gate.neg_()), None
+
+    if from_logits:
+        rooms = 1 + needs[0]
+        return _run(body, input, target, is_index=True, needs=needs, rooms=rooms, **common)
+    return _of_class(input, target, delta, needs, **common)
+
+
+def _of_class(
+    input: Tensor,
+    target: Tensor,
+    delta: float,
+    needs: Needs,
+    *,
     scale: Scale,
     kept: Tensor | None,
     dtype: torch.dtype,
     is_sum: bool,
-    needs: tuple[bool, bool],
 ) -> Result:
-    """− log(y_c + δ) of one class per row: W the gradient; from logits R x too."""
-    grad_input, _ = _gradients(input, target, needs)
-    if from_logits:
-        log = torch.empty_like(target, dtype=dtype)
-        for block in _blocks(input):
-            label, factor, is_kept = target[block], _at(scale, block), _at(kept, block)
-            work = _work(grad_input, block, input, dtype)
-            if delta == 0:
-                p = _softmax(torch.log_softmax, input[block].to(dtype), work)
-                log[block] = p.gather(1, label)
-                p.exp_()
-                gate = torch.ones_like(label, dtype=dtype)
-            else:
-                p = _softmax(torch.softmax, input[block].to(dtype), work)
-                of_class = p.gather(1, label)
-                guarded = of_class + delta
-                gate = of_class / guarded
-                log[block] = guarded.log_()
-            if grad_input is not None:
-                gate = gate * factor
-                p.mul_(gate).scatter_add_(1, label, -gate)
-                if is_kept is not None:
-                    p.masked_fill_(~is_kept, 0)
-                _store(grad_input, block, p)
-    else:
-        guarded = input.gather(1, target).to(dtype) + delta
+    """From probabilities only the entries of the targets are looked at, all in one block."""
+    guarded = input.gather(1, target).to(dtype) + delta
+    grad_input = None
+    if needs[0]:
+        slope = _weigh(-1 / guarded, scale, kept).to(input.dtype)
+        grad_input = _empty(input, input.dtype).zero_()
+        # By its bits: bfloat16 itself torch scatters in a float32 copy of the whole.
+        bits = torch.int16 if input.dtype == torch.bfloat16 else input.dtype
+        grad_input.view(bits).scatter_(1, target, slope.view(bits))
+    losses = _weigh(guarded.log_(), scale, kept)
+    return Result(-losses.sum() if is_sum else -losses, grad_input, None)
+
+
+def _run(
+    body: Body,
+    input: Tensor,
+    target: Tensor,
+    *,
+    is_index: bool,
+    scale: Scale,
+    kept: Tensor | None,
+    dtype: torch.dtype,
+    is_sum: bool,
+    needs: Needs,
+    rooms: int,
+    coefficient: float = -1,
+    is_elementwise: bool = False,
+) -> Result:
+    """What a body gives for all blocks: `coefficient` times its terms, and its slopes."""
+
+    def compute(y: Tensor, t: Tensor, room: Room, scale: Scale, kept: Tensor | None) -> Any:
+        t = t if is_index else _to(t, dtype)
+        terms, slope, slope_t = body(_to(y, dtype), t, room)
+        # The factor that all terms share waits for their sum.
+        terms = _weigh(terms, scale if isinstance(scale, Tensor) else 1, kept)
+        if is_sum:
+            terms = terms.sum()
+        elif not is_elementwise:
+            terms = terms.sum(1, keepdim=True)
+        return terms, _weigh(slope, scale, kept), _weigh(slope_t, scale, kept)
+
+    if input.numel() <= BLOCK:
+        loss, grad_input, grad_target = compute(input, target, [None] * rooms, scale, kept)
         if grad_input is not None:
-            slope = -scale / guarded
-            if kept is not None:
-                slope.masked_fill_(~kept, 0)
-            grad_input.zero_().scatter_(1, target, slope.to(input.dtype))
-        log = guarded.log_()
-    losses = log * -scale
-    if kept is not None:
-        losses.masked_fill_(~kept, 0)
-    return Result(losses.sum() if is_sum else losses, grad_input, None)
-
-
-def _rows_from_logits(
-    x: Tensor, t: Tensor, delta: float, slope: Tensor, log: Tensor, gated: Tensor
-) -> None:
-    """`log` is log(p + δ) and `slope` p·S − t·p/(p+δ), S = Σₖ tₖpₖ/(pₖ+δ), of p = softmax(x)."""
-    if delta == 0:
-        _softmax(torch.log_softmax, x, log)
-        torch.exp(log, out=slope)
-        gated = t
-        log.masked_fill_((t == 0) & (log == -torch.inf), 0)
+            grad_input = _to(grad_input, input.dtype)
+        if grad_target is not None:
+            grad_target = _to(grad_target, target.dtype)
     else:
-        _softmax(torch.softmax, x, slope)
-        torch.add(slope, delta, out=log)
-        torch.div(slope, log, out=gated).mul_(t)
-        log.log_()
-    slope.mul_(gated.sum(1, keepdim=True)).sub_(gated)
+        grad_input = _empty(input, input.dtype) if needs[0] else None
+        grad_target = _empty(target, target.dtype) if needs[1] else None
+        losses = None
+        if not is_sum:
+            losses = _empty(input if is_elementwise else input[:, :1], dtype)
+        in_place = int(grad_input is not None and grad_input.dtype == dtype)
+        scratch: list[Tensor] = []
+        sums = []
+        for y, t, grad_y, grad_t, part, factor, is_kept in _blocks(
+            input, target, grad_input, grad_target, losses, scale, kept
+        ):
+            scratch = scratch or [torch.empty_like(y, dtype=dtype) for _ in range(rooms - in_place)]
+            # The last block can be smaller than the first.
+            room = [rest.view(-1)[: y.numel()].view(y.shape) for rest in scratch]
+            if in_place:
+                room.append(grad_y)
+            terms, slope, slope_t = compute(y, t, room, factor, is_kept)
+            if part is None:
+                sums.append(terms)
+            else:
+                part.copy_(terms)
+            if grad_y is not None and slope is not grad_y:
+                grad_y.copy_(slope)
+            if grad_t is not None:
+                grad_t.copy_(slope_t)
+        loss = torch.stack(sums).double().sum() if losses is None else losses
+    loss = loss * (coefficient if isinstance(scale, Tensor) else coefficient * scale)
+    return Result(_to(loss, dtype), grad_input, grad_target)
 
 
-def _blocks(input: Tensor) -> Iterator[Block]:
-    """Slices of about `BLOCK` elements: whole rows of classes, several or a part of one `outer`."""
-    outer, classes, inner = input.shape
-    everything = slice(None)
-    if classes * inner <= BLOCK:
-        step = BLOCK // (classes * inner)
-        for start in range(0, outer, step):
-            yield slice(start, start + step), everything, everything
-    else:
-        step = max(BLOCK // classes, 1)
-        for row in range(outer):
-            for start in range(0, inner, step):
-                yield slice(row, row + 1), everything, slice(start, start + step)
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # A small input notices each call into torch, this one too when there is nothing to do.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _at(value: Any, block: Block) -> Any:
-    """The part of a tensor that belongs to a block; a number or None as it is."""
-    return value[block] if isinstance(value, Tensor) else value
+def _weigh(value: Tensor | None, scale: Scale, kept: Tensor | None) -> Any:
+    """Applies, in place, what is known of each sample."""
+    if value is not None:
+        if kept is not None:
+            value.masked_fill_(~kept, 0)
+        if isinstance(scale, Tensor) or scale != 1:
+            value.mul_(scale)
+    return value
 
 
-def _gradients(
-    input: Tensor, target: Tensor, needs: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    return (
-        torch.empty_like(input) if needs[0] else None,
-        torch.empty_like(target) if needs[1] else None,
-    )
+def _blocks(input: Tensor, *others: Any) -> Iterator[tuple[Any, ...]]:
+    """Views of the same block of all tensors, which have about `BLOCK` elements of the input each.
+
+    A block is whole rows of classes: of several `outer`, or of a part of `inner`. What is no tensor
+    comes with every block.
+    """
+    # Other dtypes need room for float64, or for their values in float32.
+    size = BLOCK if input.dtype == torch.float32 else BLOCK // 2
+    row = input[0].numel()
+    outer = max(size // row, 1)
+    inner = max(size // input.shape[1], 1)
+
+    def split(value: Tensor) -> Iterator[Tensor]:
+        parts = value.split(outer)
+        if row <= size or value.dim() == 2:
+            return iter(parts)
+        return (block for part in parts for block in part.split(inner, 2))
+
+    values = (split(v) if isinstance(v, Tensor) else repeat(v) for v in (input, *others))
+    return zip(*values, strict=False)  # What is repeated has no end.
 
 
-def _scratch(input: Tensor, dtype: torch.dtype, count: int) -> Tensor:
-    """Room for blocks, allocated once: fresh memory costs more than the arithmetic on it."""
-    first = next(_blocks(input), None)
-    return input.new_empty((count, 0 if first is None else input[first].numel()), dtype=dtype)
+# The C library maps fresh memory for every tensor of this many bytes, and the kernel enters each
+# page of it at first touch. In pages of 4 kB that takes longer than all arithmetic here.
+FRESH = 2**25
+HUGE_PAGE = 2**21
+# The advice, and libc's function to give it; both are there on Linux only.
+HUGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
+_advise: Callable[..., int] | None = (
+    None if HUGE_PAGES is None else getattr(ctypes.CDLL(None), "madvise", None)
+)
 
 
-def _shaped(scratch: Tensor, like: Tensor) -> Tensor:
-    return scratch[: like.numel()].view(like.shape)
+def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory shaped like a tensor; fresh memory in huge pages, where Linux grants them.
+
+    PyTorch's own allocator asks for them too, for all tensors, under THP_MEM_ALLOC_ENABLE=1. The
+    advice changes no value, and where it is not taken nothing is lost but time.
+    """
+    tensor = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+    if _advise is not None and tensor.nbytes >= FRESH:
+        start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+        length = (tensor.data_ptr() + tensor.nbytes - start) // HUGE_PAGE * HUGE_PAGE
+        _advise(ctypes.c_void_p(start), ctypes.c_size_t(length), HUGE_PAGES)
+    return tensor
 
 
-def _work(grad: Tensor | None, block: Block, input: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where a block is computed: in the gradient itself, or beside it if there is none to fit."""
-    if grad is not None and grad.dtype == dtype:
-        return grad[block]
-    return torch.empty_like(input[block], dtype=dtype)
-
-
-def _store(grad: Tensor | None, block: Block, value: Tensor) -> None:
-    if grad is not None and grad[block].data_ptr() != value.data_ptr():
-        grad[block] = value
-
-
-def _softmax(function: Callable[..., Tensor], x: Tensor, out: Tensor) -> Tensor:
-    """torch's softmax or its logarithm over dimension 1 of three."""
-    if x.shape[2] == 1:  # Over the innermost dimension torch takes another way, five times as fast.
-        function(x.squeeze(2), 1, out=out.squeeze(2))
-    else:
-        out.copy_(function(x, 1))
-    return out
-
-
-def _total(sums: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.stack(sums).sum().to(dtype)
+def _softmax(x: Tensor, *, is_log: bool, out: Tensor | None) -> Tensor:
+    """torch's softmax or its logarithm over dimension 1."""
+    function = torch.log_softmax if is_log else torch.softmax
+    return function(x, 1, out=out)

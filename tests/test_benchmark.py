@@ -1,0 +1,47 @@
+"""The benchmark runs, and what the losses allocate is what it says."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib", reason="the extra 'example' is not installed")
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import benchmark
+
+
+def test_benchmark_measures_every_workload(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # To compile takes half a minute, and is left out here as it is where there is no compiler.
+    def no_compiler(loss: benchmark.Loss) -> benchmark.Loss:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    benchmark.main(["--shapes", "4x3", "2x3x2", "--rounds=1", f"--output-dir={tmp_path}"])
+    output = capsys.readouterr().out
+    assert "left out: compiled (no compiler)" in output
+    with (tmp_path / "benchmark.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * len(benchmark.WORKLOADS) * len(benchmark.STEPS)
+    for row in rows:
+        assert row["compiled"] == ""
+        assert all(float(row[name]) > 0 for name in ("torchlosses", "torch", "eager"))
+    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2048, 4096), (8, 16, 256, 256)], ids=str)
+@pytest.mark.parametrize("workload", benchmark.WORKLOADS)
+def test_losses_allocate_the_gradient_and_little_else(
+    workload: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    input, target = benchmark.arguments(workload, shape, dtype, "cpu")
+    for upstream, gradient in ((None, 0), (1.0, input.nbytes), (0.5, input.nbytes)):
+        loss = benchmark.WORKLOADS[workload][0]
+        call = benchmark.step(loss, input, target, upstream)
+        call()
+        assert benchmark.peak_memory(call, "cpu") <= gradient + 2**23
