@@ -16,10 +16,8 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(params=["formula", "kernels"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which way is taken wherever there is a choice; by size, small samples would all go one."""
-    if request.param == "kernels":
-        monkeypatch.setattr(fused, "SMALL", 0)
-    else:
+    """Which way is taken wherever there is a choice."""
+    if request.param == "formula":
         monkeypatch.setattr(fused, "KERNELS", {})
     return str(request.param)
 

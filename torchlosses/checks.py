@@ -14,15 +14,42 @@ REDUCTIONS = ("sum", "mean", "batchmean", "none")
 
 
 class Classes(NamedTuple):
-    """Class indices that are safe to gather with, and what is known of them.
+    """A target of class indices, and what is known of it without a wait for a device.
 
-    `kept` is False where a sample is ignored, `valid` False where a sample that is kept names no
-    class; None stands for True everywhere, as it is seen wherever values can be looked at.
+    `ignore_index` is None where no sample is seen to be ignored; `is_valid` says whether every
+    other sample is seen to name a class.
     """
 
-    label: Tensor
-    kept: Tensor | None
-    valid: Tensor | None
+    target: Tensor
+    num_classes: int
+    ignore_index: int | None
+    is_valid: bool
+
+    @property
+    def kept(self) -> Tensor | None:
+        """False where a sample is ignored; None stands for True everywhere, here and below."""
+        return None if self.ignore_index is None else _long(self.target) != self.ignore_index
+
+    @property
+    def valid(self) -> Tensor | None:
+        """False where a sample that is kept names no class."""
+        if self.is_valid:
+            return None
+        kept = self.kept
+        return self._within if kept is None else self._within | ~kept
+
+    @property
+    def label(self) -> Tensor:
+        """The classes, and 0 where there is none: safe to gather with."""
+        label = _long(self.target)
+        if self.is_valid and self.ignore_index is None:
+            return label
+        return label.where(self._within, 0)
+
+    @property
+    def _within(self) -> Tensor:
+        label = _long(self.target)
+        return (label >= 0) & (label < self.num_classes)
 
 
 def check_options(
@@ -74,7 +101,7 @@ def is_class_index(input: Tensor, target: Tensor, dim: int) -> bool:
     if target.shape != samples:
         raise ValueError(
             f"target: got shape {tuple(target.shape)} for an input of shape {tuple(input.shape)}; "
-            f"expected the same shape, or {samples} of an integer dtype for class indices"
+            f"expected the same shape, or {tuple(samples)} of an integer dtype for class indices"
         )
     if target.is_floating_point() or target.dtype == torch.bool:
         raise TypeError(
@@ -85,9 +112,9 @@ def is_class_index(input: Tensor, target: Tensor, dim: int) -> bool:
     return True
 
 
-def samples_shape(input: Tensor, dim: int) -> tuple[int, ...]:
+def samples_shape(input: Tensor, dim: int) -> torch.Size:
     """The shape of `input` without its class dimension: one entry per sample."""
-    return (*input.shape[:dim], *input.shape[dim + 1 :])
+    return input.shape[:dim] + input.shape[dim + 1 :]
 
 
 def check_weight(weight: Tensor | None) -> None:
@@ -131,27 +158,21 @@ def check_weights(
 
 def check_classes(target: Tensor, num_classes: int, ignore_index: int) -> Classes:
     """The class indices of `target`, looked at where that costs no wait for a device."""
-    label = target.long()
-    if target.dtype == torch.uint64:  # What int64 cannot hold has wrapped around: no class.
-        label = label.where(label >= 0, torch.iinfo(torch.int64).max)
-    can_look = _can_look(target)
-    if can_look and not 0 <= ignore_index < num_classes and _are_within(label, num_classes):
-        return Classes(label, None, None)
-    valid = (label >= 0) & (label < num_classes)
-    kept = label != ignore_index
-    if can_look:
-        plain = truth((valid & kept).all())
-        if plain:
-            return Classes(label, None, None)
-        if plain is not None:
-            position = _first(kept & ~valid)
-            if position is not None:
-                raise IndexError(
-                    f"target: got class {target[position].item()} at position {position}; "
-                    f"expected 0 to {num_classes - 1}, or ignore_index={ignore_index}"
-                )
-            return Classes(label.where(kept, 0), kept, None)
-    return Classes(label.where(valid & kept, 0), kept, valid | ~kept)
+    if _can_look(target):
+        label = _long(target)
+        if _are_within(label, num_classes, ignore_index):
+            return Classes(target, num_classes, None, True)
+        is_bad = ((label < 0) | (label >= num_classes)) & (label != ignore_index)
+        found = truth(is_bad.any())
+        if found:
+            position = tuple(is_bad.nonzero()[0].tolist())
+            raise IndexError(
+                f"target: got class {target[position].item()} at position {position}; "
+                f"expected 0 to {num_classes - 1}, or ignore_index={ignore_index}"
+            )
+        if found is not None:
+            return Classes(target, num_classes, ignore_index, True)
+    return Classes(target, num_classes, ignore_index, False)
 
 
 def check_values(
@@ -208,16 +229,25 @@ def _can_look(tensor: Tensor) -> bool:
     # is_tracing is public, and left out of torch's type hints.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
-    return tensor.device.type == "cpu" or torch.is_anomaly_enabled()
+    return tensor.is_cpu or torch.is_anomaly_enabled()
 
 
-def _are_within(label: Tensor, num_classes: int) -> bool:
-    """Whether all labels are seen to be classes: one call, where most targets need no other."""
+def _long(target: Tensor) -> Tensor:
+    if target.dtype == torch.int64:  # By far the most frequent, and a small input notices a call.
+        return target
+    label = target.long()
+    if target.dtype == torch.uint64:  # What int64 cannot hold has wrapped around: no class.
+        label = label.where(label >= 0, torch.iinfo(torch.int64).max)
+    return label
+
+
+def _are_within(label: Tensor, num_classes: int, ignore_index: int) -> bool:
+    """Whether all labels are seen to be classes and none ignored: one call, as for most targets."""
     try:
-        least, greatest = torch.aminmax(label)
-        return least.item() >= 0 and greatest.item() < num_classes
-    except RuntimeError:  # None at all, or none to look at.
+        least, greatest = (bound.item() for bound in torch.aminmax(label))
+    except (IndexError, RuntimeError):  # None at all, or none to look at.
         return False
+    return 0 <= least <= greatest < num_classes and not least <= ignore_index <= greatest
 
 
 def truth(condition: Tensor) -> bool | None:

@@ -18,13 +18,14 @@ def squared_error(input: Tensor, target: Tensor) -> Tensor:
 
 def squared_error_of_class(input: Tensor, classes: Classes, dim: int) -> Tensor:
     """½ (y − t)², elementwise, where t is the one-hot row of a class."""
-    input, index = _masked(input, classes, dim)
+    input, index, kept = _masked(input, classes, dim)
     if input.shape[dim] == 0:
         return input
     # y − t differs from y in one place per row, so the row t itself is never made.
     minus_one = input.new_full((), -1).expand(index.shape)
     difference = input.scatter_add(dim, index, minus_one)
-    return difference * difference / 2
+    losses = difference * difference / 2
+    return losses if kept is None else losses.where(kept.unsqueeze(dim), 0)
 
 
 def cross_entropy(
@@ -64,7 +65,7 @@ def cross_entropy_of_class(
     label_smoothing: float,
 ) -> Tensor:
     """− w_c · log(y_c + δ), per sample of class c, with y = softmax(x) from logits."""
-    input, index = _masked(input, classes, dim)
+    input, index, kept = _masked(input, classes, dim)
     if input.shape[dim] == 0:
         return input.sum(dim)
     log_normalizer = None
@@ -72,24 +73,24 @@ def cross_entropy_of_class(
         input, log_normalizer = _shifted(input, dim)
     losses = -_guarded_log(input.gather(dim, index), log_normalizer, delta).squeeze(dim)
     if weight is not None:
-        losses = losses * weight[classes.label]
+        losses = losses * weight[index.squeeze(dim)]
     if label_smoothing:  # t = (1−ε)·[k=c] + ε/C, and Σₖ over the second part reads the whole row.
         uniform = -_guarded_log(input, log_normalizer, delta)
         if weight is not None:
             uniform = uniform * _along(weight, uniform, dim)
         losses = (1 - label_smoothing) * losses + label_smoothing * uniform.mean(dim)
-    return losses
+    return losses if kept is None else losses.where(kept, 0)
 
 
-def _masked(input: Tensor, classes: Classes, dim: int) -> tuple[Tensor, Tensor]:
-    """`input` and index ready to gather: what is ignored is cut off, what is impossible is NaN."""
-    label, kept, valid = classes
+def _masked(input: Tensor, classes: Classes, dim: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`input` with impossible rows NaN and ignored rows cut off, the index, and what is kept."""
+    kept, valid = classes.kept, classes.valid
     if valid is not None:  # A factor, because it makes the gradient of the whole row NaN too.
         one_or_nan = torch.where(valid, 1.0, torch.nan).to(input.dtype)
         input = input * one_or_nan.unsqueeze(dim)
     if kept is not None:  # Not a factor 0: that would let a NaN or inf of an ignored row through.
         input = input.where(kept.unsqueeze(dim), 1)
-    return input, label.unsqueeze(dim)
+    return input, classes.label.unsqueeze(dim), kept
 
 
 def _shifted(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:

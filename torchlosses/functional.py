@@ -1,7 +1,6 @@
 """The losses as functions: check, then compute, then reduce."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,10 +38,10 @@ def sum_squared_error(
     checks.check_weights(input, None, dim, sample_weight, target.shape)
     dtype = _compute_dtype(input, target)
     classes = checks.check_classes(target, input.shape[dim], ignore_index) if is_index else None
-    weights = _sample_weights(sample_weight, classes, target.shape, dtype)
+    weights = None if sample_weight is None else sample_weight.to(dtype).expand(target.shape)
+    divisor = _divisor(reduction, input, classes, weights, input.numel(), target.numel(), dtype)
     if weights is not None and is_index:
         weights = weights.unsqueeze(dim)
-    divisor = _divisor(reduction, input, weights, input.shape)
 
     def formula(input: Tensor, target: Tensor) -> Tensor:
         if classes is None:
@@ -55,16 +54,17 @@ def sum_squared_error(
     if kernels is None:
         return formula(input, target)
     return fused.run(
+        kernels,
         kernels.squared_error,
         formula,
         input,
         target,
         dim,
-        classes=classes,
-        weights=weights,
-        divisor=divisor,
+        classes,
+        weights,
+        divisor,
         losses_shape=input.shape if reduction == "none" else None,
-        is_elementwise=True,
+        is_elementwise=not is_index,
         is_index=is_index,
         dtype=dtype,
     )
@@ -99,19 +99,21 @@ def cross_entropy_error(
     if input.dim() == 0 and target.shape == input.shape:  # One class, and no dimension for it.
         input, target = input.unsqueeze(0), target.unsqueeze(0)
     is_index = checks.is_class_index(input, target, dim)
-    samples = checks.samples_shape(input, dim)
+    samples = target.shape if is_index else checks.samples_shape(input, dim)
     checks.check_weights(input, weight, dim, sample_weight, samples)
     checks.check_values(input, None if is_index else target, dim, from_logits, sample_weight)
     dtype = _compute_dtype(input, target)
+    classes = checks.check_classes(target, input.shape[dim], ignore_index) if is_index else None
+    weights = None if sample_weight is None else sample_weight.to(dtype).expand(samples)
+    class_weights = weights
     if weight is not None:
         weight = weight.to(dtype)
-    classes = checks.check_classes(target, input.shape[dim], ignore_index) if is_index else None
-    weights = class_weights = _sample_weights(sample_weight, classes, samples, dtype)
-    if classes is not None and weight is not None:  # As in torch, these weigh the samples too.
-        class_weights = weight[classes.label]
-        if weights is not None:
-            class_weights = class_weights * weights
-    divisor = _divisor(reduction, input, class_weights, samples)
+        if classes is not None:  # As in torch, these weigh the samples too.
+            class_weights = weight[classes.label]
+            if weights is not None:
+                class_weights = class_weights * weights
+    count = math.prod(samples)
+    divisor = _divisor(reduction, input, classes, class_weights, count, count, dtype)
     options: dict[str, Any] = {"delta": delta, "from_logits": from_logits}
     row_options = options | {"weight": weight, "label_smoothing": label_smoothing}
 
@@ -131,16 +133,17 @@ def cross_entropy_error(
     else:
         kernel, factors = kernels.cross_entropy_of_class, class_weights
     return fused.run(
+        kernels,
         kernel,
         formula,
         input,
         target,
         dim,
-        classes=classes,
-        weights=None if factors is None else factors.unsqueeze(dim),
-        divisor=divisor,
+        classes,
+        None if factors is None else factors.unsqueeze(dim),
+        divisor,
         losses_shape=samples if reduction == "none" else None,
-        is_elementwise=not (from_logits or label_smoothing or reduction == "none")
+        is_elementwise=not (is_index or from_logits or label_smoothing or reduction == "none")
         and weight is None,
         dtype=dtype,
         **options,
@@ -149,37 +152,37 @@ def cross_entropy_error(
 
 def _compute_dtype(input: Tensor, target: Tensor) -> torch.dtype:
     """float64 if input and target promote to it, and else float32, half precision included."""
-    dtype = input.dtype
-    if target.is_floating_point():
-        dtype = torch.promote_types(dtype, target.dtype)
-    return dtype if dtype == torch.float64 else torch.float32
-
-
-def _sample_weights(
-    sample_weight: Tensor | None,
-    classes: Classes | None,
-    samples: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor | None:
-    """One weight per sample, 0 where it is ignored; None if every weight is 1."""
-    kept = None if classes is None else classes.kept
-    if sample_weight is None:
-        return None if kept is None else kept.to(dtype)
-    weights = sample_weight.to(dtype).expand(samples)
-    return weights if kept is None else weights.where(kept, 0)
+    if torch.float64 in (input.dtype, target.dtype):
+        return torch.float64
+    return torch.float32
 
 
 def _divisor(
-    reduction: str, input: Tensor, weights: Tensor | None, losses_shape: Sequence[int]
+    reduction: str,
+    input: Tensor,
+    classes: Classes | None,
+    weights: Tensor | None,
+    num_losses: int,
+    num_samples: int,
+    dtype: torch.dtype,
 ) -> Tensor | float:
-    """What the reduction divides the sum by."""
-    if reduction == "mean":
-        if weights is not None:
-            return weights.expand(losses_shape).sum()
-        return max(math.prod(losses_shape), 1)
+    """What the reduction divides the sum by: 1 where that is a sum over nothing.
+
+    `num_losses` come from `num_samples`, each of which has a weight or may be ignored.
+    """
     if reduction == "batchmean" and input.dim() > 1:
         return max(input.shape[0], 1)
-    return 1
+    if reduction != "mean":
+        return 1
+    kept = None if classes is None else classes.kept
+    share = num_losses // max(num_samples, 1)
+    if weights is None:
+        if kept is None:
+            return max(num_losses, 1)
+        return (kept.sum(dtype=dtype) * share).clamp(min=1)
+    if kept is not None:
+        weights = weights.where(kept, 0)
+    return (weights.sum() * share).where((weights != 0).any(), 1)
 
 
 def _reduce(
@@ -190,7 +193,4 @@ def _reduce(
     if reduction == "none":
         return losses
     total = losses.sum()
-    if isinstance(divisor, Tensor):  # Over nothing the mean is 0, and so is its gradient.
-        is_nothing = (divisor == 0) & (total == 0)
-        return (total / divisor.where(~is_nothing, 1)).where(~is_nothing, 0)
-    return total if reduction == "sum" else total / divisor
+    return total if isinstance(divisor, int) and divisor == 1 else total / divisor

@@ -3,7 +3,7 @@
 The formula stays the truth: whatever autograd asks beyond one first derivative is answered by it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 
-from torchlosses import checks
 from torchlosses.checks import Classes
 from torchlosses.kernels import cpu
 
@@ -19,12 +18,7 @@ Formula = Callable[[Tensor, Tensor], Tensor]
 
 # The kernels of each kind of device; the formulas serve all others.
 KERNELS: dict[str, ModuleType] = {"cpu": cpu}
-# Elements of the input up to which it is calls that cost, not memory: the formula has fewer of them
-# if no gradient is wanted.
-SMALL = 2**13
-# float16 is left to the formula: what is too small for it would be lost before a loss scaler's
-# factor, which is the upstream gradient, could lift it.
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -50,14 +44,14 @@ def find_kernels(input: Tensor, target: Tensor, *weights: Tensor | None) -> Modu
     if (
         torch.compiler.is_compiling()  # First: a size is a guard of the compiled graph.
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or input.numel() < (1 if wants_gradient(input, target) else SMALL + 1)
-        or input.dim() == 0
         or type(input) not in PLAIN
         or type(target) not in PLAIN
         or input.dtype not in DTYPES
         or (target.is_floating_point() and target.dtype not in DTYPES)
         or not input.is_contiguous()
         or not target.is_contiguous()
+        or input.numel() == 0
+        or input.dim() == 0
         or _is_transformed()
         or _count_modes()
         # Private; the public way is to unpack every tensor.
@@ -70,106 +64,130 @@ def find_kernels(input: Tensor, target: Tensor, *weights: Tensor | None) -> Modu
     return KERNELS.get(input.device.type)
 
 
-def wants_gradient(input: Tensor, target: Tensor) -> bool:
-    return torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
-
-
 def run(
+    kernels: ModuleType,
     kernel: Callable[..., Any],
     formula: Formula,
     input: Tensor,
     target: Tensor,
     dim: int,
-    *,
     classes: Classes | None,
     weights: Tensor | None,
     divisor: Tensor | float,
-    losses_shape: Sequence[int] | None,
+    *,
+    losses_shape: torch.Size | None,
     is_elementwise: bool,
     **options: Any,
 ) -> Tensor:
-    """The loss by a kernel of canonical arguments, or by the formula if they cannot be made.
+    """The loss by a kernel, in canonical arguments.
 
-    `weights` broadcasts to the input; `losses_shape` is None for a sum.
+    `weights` broadcasts to the input; `losses_shape` is None for a sum; where the loss
+    `is_elementwise`, an element has nothing to do with the others of its row.
     """
-    if isinstance(divisor, Tensor) and not divisor:
-        return formula(input, target)  # It knows what a mean over nothing is.
-    scale = 1 / divisor if weights is None else weights / divisor
-    shape: tuple[int, ...] = input.shape
-    if dim != 1 or input.dim() != 2:
-        inner = input.shape[dim + 1 :].numel()
-        shape = (input.shape[:dim].numel(), input.shape[dim], *(() if inner == 1 else (inner,)))
-    samples = (shape[0], 1, *shape[2:])
-    if isinstance(scale, Tensor):
-        by_element = scale.expand(input.shape)
-        if input.shape[dim] != 1 and by_element.stride(dim):
-            return formula(input, target)  # One factor per element is none per sample.
-        scale = by_element.narrow(dim, 0, 1).reshape(samples)
-    elif is_elementwise and classes is None and len(shape) != 2:
-        shape = (input.numel(), 1)
+    shape = input.shape
+    if dim != 1 or len(shape) != 2:
+        inner = shape[dim + 1 :].numel()
+        shape = torch.Size((shape[:dim].numel(), shape[dim], *(() if inner == 1 else (inner,))))
+    scale = None
+    if weights is not None:
+        factors = weights.expand(input.shape)
+        if shape[1] == 1 or factors.stride(dim) == 0:
+            scale = factors.narrow(dim, 0, 1).reshape(shape[0], 1, *shape[2:])
+        else:  # One for each element, which then is a sample of its own.
+            shape = torch.Size((input.numel(), 1))
+            scale = factors.reshape(shape)
+    elif is_elementwise and len(shape) != 2:
+        shape = torch.Size((input.numel(), 1))
+    options |= {
+        "divisor": divisor,
+        "ignore_index": None if classes is None else classes.ignore_index,
+        "is_sum": losses_shape is None,
+    }
 
-    def call(input: Tensor, target: Tensor, needs: tuple[bool, bool]) -> cpu.Result:
+    def call(
+        input: Tensor, target: Tensor, needs: tuple[bool, bool], upstream: Tensor | None = None
+    ) -> cpu.Result:
+        factor = scale
+        if upstream is not None:
+            factor = (upstream if scale is None else scale * upstream).expand(samples_of(shape))
         result: cpu.Result = kernel(
             _view(input, shape),
-            _view(target, shape) if classes is None else classes.label.reshape(samples),
-            scale=scale,
-            kept=None if classes is None or classes.kept is None else classes.kept.reshape(samples),
-            is_sum=losses_shape is None,
+            _view(target, shape if classes is None else samples_of(shape)),
+            scale=factor,
             needs=needs,
             **options,
         )
         return result
 
-    if wants_gradient(input, target):
-        loss: Tensor = OnePass.apply(call, formula, input, target)
+    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        loss: Tensor = OnePass.apply(call, kernels.rescale, formula, input, target)
     else:
         loss = call(input, target, (False, False)).loss
     return loss if losses_shape is None else loss.view(losses_shape)
 
 
-def _view(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+def samples_of(shape: torch.Size) -> tuple[int, ...]:
+    return (shape[0], 1, *shape[2:])
+
+
+def _view(tensor: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     return tensor if tensor.shape == shape else tensor.view(shape)
 
 
 class OnePass(Function):
-    """A loss whose gradients are made together with it and handed over once."""
+    """A loss whose gradients are made together with it and handed over once.
+
+    Those of float16 wait for the upstream gradient: what is too small for that dtype would be lost
+    before a loss scaler's factor could lift it.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        call: Callable[[Tensor, Tensor, tuple[bool, bool]], cpu.Result],
+        call: Callable[..., cpu.Result],
+        rescale: Callable[[Tensor, Tensor], Tensor],
         formula: Formula,
         input: Tensor,
         target: Tensor,
     ) -> Tensor:
-        loss, *gradients = call(input, target, ctx.needs_input_grad[2:])
-        ctx.call, ctx.formula, ctx.gradients, ctx.shape = call, formula, gradients, input.shape
+        ctx.waits = torch.float16 in (input.dtype, target.dtype)
+        needs = (False, False) if ctx.waits else ctx.needs_input_grad[3:]
+        loss, *ctx.gradients = call(input, target, needs)
+        ctx.call, ctx.rescale, ctx.formula, ctx.shape = call, rescale, formula, input.shape
         ctx.save_for_backward(input, target)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        needs = ctx.needs_input_grad[3:]
+        if (
+            torch.is_grad_enabled()  # To be differentiated again.
+            or torch.compiler.is_compiling()
+            or not _has_memory(grad_loss)
+            # No factor of a sample, as those that wait take it.
+            or (ctx.waits and grad_loss.dim() > 0 and grad_loss.shape[1] != 1)
+        ):
+            return (None, None, None, *_by_formula(ctx, grad_loss, needs))
+        if ctx.waits:
+            _, *gradients = ctx.call(*ctx.saved_tensors, needs, grad_loss)
+        else:
             if gradients is None:  # They are with whoever went backward first.
-                _, *gradients = ctx.call(*ctx.saved_tensors, ctx.needs_input_grad[2:])
-            if ctx.shape.numel() <= SMALL:  # To look at its value takes longer than to multiply.
-                is_one: bool | None = True
-                gradients = [g if g is None else g * grad_loss for g in gradients]
-            else:
-                is_one = checks.truth((grad_loss == 1).all())  # None in a batch.
-            if is_one is False:
-                for gradient in gradients:
-                    if gradient is not None:
-                        gradient.mul_(grad_loss)
-            if is_one is not None:
-                return (None, None, *(g if g is None else _view(g, ctx.shape) for g in gradients))
-        # To be differentiated again, traced or batched.
-        return (None, None, *_by_formula(ctx, grad_loss))
+                _, *gradients = ctx.call(*ctx.saved_tensors, needs)
+            gradients = [g if g is None else ctx.rescale(g, grad_loss) for g in gradients]
+        return (None, None, None, *(g if g is None else _view(g, ctx.shape) for g in gradients))
 
 
-def _by_formula(ctx: Any, grad_loss: Tensor) -> Iterator[Tensor | None]:
-    needs = ctx.needs_input_grad[2:]
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether there are numbers to read: not in a batch of upstream gradients, nor in a trace."""
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _by_formula(ctx: Any, grad_loss: Tensor, needs: tuple[bool, bool]) -> Iterator[Tensor | None]:
     arguments = ctx.saved_tensors
     is_differentiable = torch.is_grad_enabled()
     if not is_differentiable:

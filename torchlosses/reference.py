@@ -77,7 +77,7 @@ def _squared_error(
     scale = np.broadcast_to(scale, y.shape)
     losses = np.where(kept, scale * (y - t) ** 2 / 2, 0).reshape(np.shape(input))
     slopes = np.where(kept, scale * (y - t), 0)
-    return _reduce(losses, slopes, reduction, np.sum(scale * kept), np.shape(input))
+    return _reduce(losses, slopes, reduction, scale * kept, np.shape(input))
 
 
 def _cross_entropy(
@@ -100,7 +100,7 @@ def _cross_entropy(
     samples = [size for d, size in enumerate(y.shape) if d != axis]
     scale = np.broadcast_to(np.asarray(sample_weight, np.float64), samples)
     scale = np.expand_dims(scale, axis) * kept
-    divisor = np.sum(scale * w * t if is_index else scale)
+    weights = np.sum(scale * w * t, axis) if is_index else scale
 
     with np.errstate(divide="ignore", invalid="ignore"):
         t = w * ((1 - label_smoothing) * t + label_smoothing / max(classes, 1))
@@ -117,7 +117,7 @@ def _cross_entropy(
         terms = np.where((t == 0) & (log_guarded == -np.inf), 0, -t * log_guarded)
         losses = np.where(kept, terms * scale, 0).sum(axis)
         slopes = np.where(kept, slopes * scale, 0)
-    return _reduce(losses, slopes, reduction, divisor, np.shape(input))
+    return _reduce(losses, slopes, reduction, weights, np.shape(input))
 
 
 def _canonical(
@@ -140,16 +140,15 @@ def _along(classes: Array, axis: int, ndim: int) -> Array:
 
 
 def _reduce(
-    losses: Array, slopes: Array, reduction: str, mean_divisor: Any, shape: tuple[int, ...]
+    losses: Array, slopes: Array, reduction: str, weights: Array, shape: tuple[int, ...]
 ) -> tuple[Array, Array]:
     slopes = slopes.reshape(shape)
     if reduction == "none":
         return losses, slopes
-    total = np.sum(losses)
-    if reduction == "sum":
-        return total, slopes
-    divisor = mean_divisor if reduction == "mean" else (shape[0] if len(shape) > 1 else 1)
-    if divisor == 0 and total == 0:
-        return np.zeros(()), np.zeros(shape)
+    divisor: Any = 1
+    if reduction == "batchmean" and len(shape) > 1:
+        divisor = max(shape[0], 1)
+    if reduction == "mean" and np.any(weights != 0):  # Over nothing, the sum of 0 is the mean.
+        divisor = np.sum(weights)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return total / divisor, slopes / divisor
+        return np.sum(losses) / divisor, slopes / divisor

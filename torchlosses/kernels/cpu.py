@@ -2,17 +2,19 @@
 
 A loss is bound by memory, so what counts is how often a tensor as large as the input comes from
 memory or goes there: each function says how often it reads (R) and writes (W) one. Whatever else
-happens to a block happens in cache, in scratch that is allocated once.
+happens to a block happens in cache, in scratch that is allocated once. A small loss is bound by
+calls instead: an input of one block goes through no loop, and constants are tensors already.
 
 Arguments are canonical. `input` is contiguous and has the shape (outer, classes) or (outer,
-classes, inner), a dense target likewise; class indices have 1 in the place of classes, and so has
-what is known of each sample: `scale`, the factor of its loss (a number where all have the same, and
-that is 1 unless the losses are summed), and `kept`, False where it is ignored (None where none is).
-Results are computed and losses returned in `dtype`; a gradient has the dtype of its tensor and is
-None where `needs` does not ask for it.
+classes, inner), a dense target likewise; class indices, of any integer dtype, have 1 in the place
+of classes, and so has `scale`, the factor of each sample's loss (None where all are 1). Samples of
+class `ignore_index` count for nothing (None: there are none). The loss is divided by `divisor`, a
+number or a 0-D tensor. Results are computed and losses returned in `dtype`; a gradient has the
+dtype of its tensor and is None where `needs` does not ask for it.
 """
 
 import ctypes
+import functools
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
@@ -27,7 +29,6 @@ BLOCK = 2**19
 TINY = torch.finfo(torch.float32).tiny
 
 Needs = tuple[bool, bool]
-Scale = Tensor | float
 Room = Sequence[Tensor | None]
 # From a block's input and target in the dtype of computation, and room to work in, the last of it
 # for the slope by the input (None is fresh memory): the terms that sum to the loss, and the slopes
@@ -50,16 +51,17 @@ def squared_error(
 
     def body(y: Tensor, t: Tensor, room: Room) -> Any:
         if is_index:
-            minus_one = y.new_full((), -1).expand(t.shape)
+            minus_one = _constant(-1, y.dtype).expand(t.shape)
             difference = torch.scatter_add(y, 1, t, minus_one, out=room[-1])
         else:
             difference = torch.sub(y, t, out=room[-1])
-        squares = torch.mul(difference, difference, out=room[0])
-        return squares, difference, -difference if needs[1] else None
+        zero = _constant(0, y.dtype)
+        terms = torch.addcmul(zero, difference, difference, value=0.5, out=room[0])
+        return terms, difference, -difference if needs[1] else None
 
     return _run(
-        body, input, target, is_index=is_index, needs=needs,
-        rooms=2, coefficient=0.5, is_elementwise=True, **common,
+        body, input, target,
+        is_index=is_index, needs=needs, rooms=2, is_elementwise=True, **common,
     )  # fmt: skip
 
 
@@ -84,6 +86,7 @@ def cross_entropy(
         weight = weight.view([-1] + [1] * (input.dim() - 2))
 
     def body(y: Tensor, t: Tensor, room: Room) -> Any:
+        zero = _constant(0, y.dtype)
         if is_index:
             rest = y.new_full((), 1 - label_smoothing).expand(t.shape)
             t = torch.full_like(y, uniform).scatter_add_(1, t, rest)
@@ -101,11 +104,11 @@ def cross_entropy(
         else:
             if from_logits:
                 y = _softmax(y, is_log=False, out=room[1])
-            log = torch.add(y, delta, out=room[0])
+            log = torch.add(y, _constant(delta, y.dtype), out=room[0])
             if delta < TINY:  # y + δ can be 0, and 0·log 0 is 0.
                 log.masked_fill_((t == 0) & (log == 0), 1)
             if needs[0]:
-                slope = torch.addcdiv(y.new_zeros(()), t, log, value=-1, out=room[-1])
+                slope = torch.addcdiv(zero, t, log, value=-1, out=room[-1])
                 if from_logits:
                     slope.mul_(y)
             log.log_()
@@ -114,7 +117,7 @@ def cross_entropy(
             torch.addcmul(slope, y, slope.sum(1, keepdim=True), value=-1, out=slope)
         if needs[1]:
             slope_t = log * ((label_smoothing - 1) * (1 if weight is None else weight))
-        return log.mul_(t), slope, slope_t
+        return torch.addcmul(zero, log, t, value=-1, out=log), slope, slope_t
 
     rooms = (2 if from_logits else 1) + needs[0]
     return _run(body, input, target, is_index=is_index, needs=needs, rooms=rooms, **common)
@@ -136,20 +139,26 @@ def cross_entropy_of_class(
         log = y.gather(1, label)
         gate = None
         if delta:
-            guarded = log + delta
-            gate, log = log.div_(guarded), guarded.log()
+            guarded = log + _constant(delta, x.dtype)
+            gate, log = log.div_(guarded), guarded.log_()
         if not needs[0]:
-            return log, None, None
+            return log.neg_(), None, None
         if gate is None:
             gate = torch.ones_like(log)
             y.exp_()
         slope = torch.mul(y, gate, out=y if room[-1] is None else room[-1])
-        return log, slope.scatter_add_(1, label, gate.neg_()), None
+        return log.neg_(), slope.scatter_add_(1, label, gate.neg_()), None
 
     if from_logits:
         rooms = 1 + needs[0]
         return _run(body, input, target, is_index=True, needs=needs, rooms=rooms, **common)
     return _of_class(input, target, delta, needs, **common)
+
+
+def rescale(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+    """The gradient times that of the loss, which comes as one number or one per loss; in place."""
+    is_one = grad_loss.item() == 1 if grad_loss.dim() == 0 else bool((grad_loss == 1).all())
+    return gradient if is_one else gradient.mul_(grad_loss)
 
 
 def _of_class(
@@ -158,22 +167,26 @@ def _of_class(
     delta: float,
     needs: Needs,
     *,
-    scale: Scale,
-    kept: Tensor | None,
+    ignore_index: int | None,
+    scale: Tensor | None,
+    divisor: Tensor | float,
     dtype: torch.dtype,
     is_sum: bool,
 ) -> Result:
     """From probabilities only the entries of the targets are looked at, all in one block."""
-    guarded = input.gather(1, target).to(dtype) + delta
+    label, kept = _label(target, ignore_index)
+    guarded = _to(input.gather(1, label), dtype) + _constant(delta, dtype)
     grad_input = None
     if needs[0]:
-        slope = _weigh(-1 / guarded, scale, kept).to(input.dtype)
+        slope = torch.div(_constant(-1, dtype), guarded)
+        slope = _to(_weigh(slope, _factor(scale, divisor), kept), input.dtype)
         grad_input = _empty(input, input.dtype).zero_()
         # By its bits: bfloat16 itself torch scatters in a float32 copy of the whole.
         bits = torch.int16 if input.dtype == torch.bfloat16 else input.dtype
-        grad_input.view(bits).scatter_(1, target, slope.view(bits))
+        grad_input.view(bits).scatter_(1, label, slope.view(bits))
     losses = _weigh(guarded.log_(), scale, kept)
-    return Result(-losses.sum() if is_sum else -losses, grad_input, None)
+    loss = losses.sum() if is_sum else losses
+    return Result(_divided(loss.neg_(), divisor), grad_input, None)
 
 
 def _run(
@@ -182,30 +195,35 @@ def _run(
     target: Tensor,
     *,
     is_index: bool,
-    scale: Scale,
-    kept: Tensor | None,
+    ignore_index: int | None,
+    scale: Tensor | None,
+    divisor: Tensor | float,
     dtype: torch.dtype,
     is_sum: bool,
     needs: Needs,
     rooms: int,
-    coefficient: float = -1,
     is_elementwise: bool = False,
 ) -> Result:
-    """What a body gives for all blocks: `coefficient` times its terms, and its slopes."""
+    """What a body gives for all blocks: its terms, and its slopes."""
 
-    def compute(y: Tensor, t: Tensor, room: Room, scale: Scale, kept: Tensor | None) -> Any:
-        t = t if is_index else _to(t, dtype)
+    def compute(y: Tensor, t: Tensor, room: Room, scale: Tensor | None) -> Any:
+        kept = None
+        if is_index:
+            t, kept = _label(t, ignore_index)
+        else:
+            t = _to(t, dtype)
         terms, slope, slope_t = body(_to(y, dtype), t, room)
-        # The factor that all terms share waits for their sum.
-        terms = _weigh(terms, scale if isinstance(scale, Tensor) else 1, kept)
+        terms = _weigh(terms, scale, kept)
+        factor = _factor(scale, divisor)
+        slope, slope_t = _weigh(slope, factor, kept), _weigh(slope_t, factor, kept)
         if is_sum:
             terms = terms.sum()
         elif not is_elementwise:
             terms = terms.sum(1, keepdim=True)
-        return terms, _weigh(slope, scale, kept), _weigh(slope_t, scale, kept)
+        return terms, slope, slope_t
 
     if input.numel() <= BLOCK:
-        loss, grad_input, grad_target = compute(input, target, [None] * rooms, scale, kept)
+        loss, grad_input, grad_target = compute(input, target, [None] * rooms, scale)
         if grad_input is not None:
             grad_input = _to(grad_input, input.dtype)
         if grad_target is not None:
@@ -219,15 +237,15 @@ def _run(
         in_place = int(grad_input is not None and grad_input.dtype == dtype)
         scratch: list[Tensor] = []
         sums = []
-        for y, t, grad_y, grad_t, part, factor, is_kept in _blocks(
-            input, target, grad_input, grad_target, losses, scale, kept
+        for y, t, grad_y, grad_t, part, factor in _blocks(
+            input, target, grad_input, grad_target, losses, scale
         ):
             scratch = scratch or [torch.empty_like(y, dtype=dtype) for _ in range(rooms - in_place)]
             # The last block can be smaller than the first.
             room = [rest.view(-1)[: y.numel()].view(y.shape) for rest in scratch]
             if in_place:
                 room.append(grad_y)
-            terms, slope, slope_t = compute(y, t, room, factor, is_kept)
+            terms, slope, slope_t = compute(y, t, room, factor)
             if part is None:
                 sums.append(terms)
             else:
@@ -236,9 +254,34 @@ def _run(
                 grad_y.copy_(slope)
             if grad_t is not None:
                 grad_t.copy_(slope_t)
-        loss = torch.stack(sums).double().sum() if losses is None else losses
-    loss = loss * (coefficient if isinstance(scale, Tensor) else coefficient * scale)
-    return Result(_to(loss, dtype), grad_input, grad_target)
+        loss = torch.stack(sums).sum(dtype=torch.float64) if losses is None else losses
+    return Result(_to(_divided(loss, divisor), dtype), grad_input, grad_target)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    """A 0-D tensor: a Python number in its place would be made into one at every call."""
+    return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def _label(target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor | None]:
+    """Class indices that are safe to gather with, and which samples are kept."""
+    label = _to(target, torch.int64)
+    if ignore_index is None:
+        return label, None
+    kept = label != ignore_index
+    return label.where(kept, 0), kept
+
+
+def _factor(scale: Tensor | None, divisor: Tensor | float) -> Tensor | float | None:
+    """What the slopes of a loss are to be multiplied by, if by anything."""
+    if scale is not None:
+        return scale / divisor
+    return None if isinstance(divisor, int) and divisor == 1 else 1 / divisor
+
+
+def _divided(loss: Tensor, divisor: Tensor | float) -> Tensor:
+    return loss if isinstance(divisor, int) and divisor == 1 else loss / divisor
 
 
 def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -246,13 +289,13 @@ def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _weigh(value: Tensor | None, scale: Scale, kept: Tensor | None) -> Any:
+def _weigh(value: Tensor | None, factor: Tensor | float | None, kept: Tensor | None) -> Any:
     """Applies, in place, what is known of each sample."""
     if value is not None:
         if kept is not None:
             value.masked_fill_(~kept, 0)
-        if isinstance(scale, Tensor) or scale != 1:
-            value.mul_(scale)
+        if factor is not None:
+            value.mul_(factor)
     return value
 
 
