@@ -227,6 +227,9 @@ def _hard_cross_entropies() -> Iterator[Sample]:
         yield Sample(f"ce-corners-onehot-{kind}", loss, corners, onehot.astype(kind))
     rounded = {"delta": 1e-300}  # 0 in float32, where 0·log 0 must still be 0.
     yield Sample("ce-corners-delta-of-1e-300", loss, onehot + 0.0, onehot, rounded)
+    for kind, target in (("onehot", onehot), ("index", index)):
+        negative = np.where(corners == 0, -0.0, corners)  # −0.0 + 0 is 0, and its slope −∞.
+        yield Sample(f"ce-corners-negative-zero-{kind}", loss, negative, target, {"delta": 0})
     odd = np.array([[0.1, -0.2, 2.0], [3.0, 0.2, 0.5]])
     yield Sample("ce-targets-that-are-no-distribution", loss, np.abs(odd), odd)
     yield Sample(

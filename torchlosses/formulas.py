@@ -108,7 +108,7 @@ def _guarded_log(input: Tensor, log_normalizer: Tensor | None, delta: float) -> 
         if delta == 0:
             return input
         input = input.exp()
-    return (input + delta if delta else input).log()
+    return (input + delta).log()  # With a δ of 0 too: it makes 0 of −0.0, whose slope is −∞.
 
 
 def _along(weight: Tensor, like: Tensor, dim: int) -> Tensor:
