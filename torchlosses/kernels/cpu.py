@@ -92,6 +92,8 @@ def cross_entropy(
             t = torch.full_like(y, uniform).scatter_add_(1, t, rest)
         elif label_smoothing:
             t = t * (1 - label_smoothing) + uniform
+        # y + δ can be 0 then, and 0·log 0 is 0; of a weight of 0, it is not.
+        is_zero: Any = t == 0 if delta < TINY else None
         if weight is not None:
             t = t * weight
         slope = slope_t = None
@@ -100,13 +102,13 @@ def cross_entropy(
             if needs[0]:
                 y = torch.exp(log, out=room[1])
                 slope = torch.neg(t, out=room[-1])
-            log.masked_fill_((t == 0) & (log == -torch.inf), 0)  # 0·log 0 is 0.
+            log.masked_fill_(is_zero & (log == -torch.inf), 0)
         else:
             if from_logits:
                 y = _softmax(y, is_log=False, out=room[1])
             log = torch.add(y, _constant(delta, y.dtype), out=room[0])
-            if delta < TINY:  # y + δ can be 0, and 0·log 0 is 0.
-                log.masked_fill_((t == 0) & (log == 0), 1)
+            if is_zero is not None:
+                log.masked_fill_(is_zero & (log == 0), 1)
             if needs[0]:
                 slope = torch.addcdiv(zero, t, log, value=-1, out=room[-1])
                 if from_logits:
