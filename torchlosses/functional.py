@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlosses import checks, formulas, fused
+from torchlosses import checks, formulas, fused, sharded
 from torchlosses.checks import Classes
 
 __all__ = ["cross_entropy_error", "sum_squared_error"]
@@ -37,6 +37,21 @@ def sum_squared_error(
     is_index = checks.is_class_index(input, target, dim)
     checks.check_weights(input, None, dim, sample_weight, target.shape)
     dtype = _compute_dtype(input, target)
+    if sharded.is_sharded(input, target, sample_weight):
+        losses, divisor = sharded.run(
+            sum_squared_error,
+            input,
+            target,
+            dim,
+            is_index=is_index,
+            is_elementwise=True,
+            sample_weight=sample_weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            divisor=_divisor(reduction, input, None, None, input.numel(), 1, dtype),
+            dtype=dtype,
+        )
+        return _reduce(losses, None, reduction, divisor)
     classes = checks.check_classes(target, input.shape[dim], ignore_index) if is_index else None
     weights = None if sample_weight is None else sample_weight.to(dtype).expand(target.shape)
     divisor = _divisor(reduction, input, classes, weights, input.numel(), target.numel(), dtype)
@@ -101,8 +116,27 @@ def cross_entropy_error(
     is_index = checks.is_class_index(input, target, dim)
     samples = target.shape if is_index else checks.samples_shape(input, dim)
     checks.check_weights(input, weight, dim, sample_weight, samples)
-    checks.check_values(input, None if is_index else target, dim, from_logits, sample_weight)
     dtype = _compute_dtype(input, target)
+    if sharded.is_sharded(input, target, weight, sample_weight):
+        losses, divisor = sharded.run(
+            cross_entropy_error,
+            input,
+            target,
+            dim,
+            is_index=is_index,
+            is_elementwise=False,
+            weight=weight,
+            sample_weight=sample_weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            divisor=_divisor(reduction, input, None, None, math.prod(samples), 1, dtype),
+            dtype=dtype,
+            delta=delta,
+            from_logits=from_logits,
+            label_smoothing=label_smoothing,
+        )
+        return _reduce(losses, None, reduction, divisor)
+    checks.check_values(input, None if is_index else target, dim, from_logits, sample_weight)
     classes = checks.check_classes(target, input.shape[dim], ignore_index) if is_index else None
     weights = None if sample_weight is None else sample_weight.to(dtype).expand(samples)
     class_weights = weights
