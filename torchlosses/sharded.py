@@ -247,7 +247,8 @@ class Shards:
                 placements.append(Partial())
         shape = part.shape if dims is None else torch.Size([self.shape[d] for d in dims])
         joined = _reduced(_from_local(part, self.mesh, placements, shape))
-        if joined.requires_grad:
+        # The compiler refuses it itself.
+        if joined.requires_grad and not torch.compiler.is_compiling():
             joined.register_hook(_refuse_second_derivative)
         return joined
 
@@ -268,7 +269,7 @@ def _local(
 ) -> Tensor:
     """The shard of a tensor by other placements, and by which its gradient comes back."""
     placed = tensor.redistribute(placements=placements)
-    if placed.requires_grad:
+    if placed.requires_grad and not torch.compiler.is_compiling():
         # torch 2.11 gives the gradient of an uneven shard the strides of another shape, and gathers
         # it where it is accumulated.
         placed.register_hook(
