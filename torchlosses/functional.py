@@ -38,7 +38,7 @@ def sum_squared_error(
     checks.check_weights(input, None, dim, sample_weight, target.shape)
     dtype = _compute_dtype(input, target)
     if sharded.is_sharded(input, target, sample_weight):
-        losses, divisor = sharded.run(
+        return sharded.run(
             sum_squared_error,
             input,
             target,
@@ -51,7 +51,6 @@ def sum_squared_error(
             divisor=_divisor(reduction, input, None, None, input.numel(), 1, dtype),
             dtype=dtype,
         )
-        return _reduce(losses, None, reduction, divisor)
     classes = checks.check_classes(target, input.shape[dim], ignore_index) if is_index else None
     weights = None if sample_weight is None else sample_weight.to(dtype).expand(target.shape)
     divisor = _divisor(reduction, input, classes, weights, input.numel(), target.numel(), dtype)
@@ -118,7 +117,7 @@ def cross_entropy_error(
     checks.check_weights(input, weight, dim, sample_weight, samples)
     dtype = _compute_dtype(input, target)
     if sharded.is_sharded(input, target, weight, sample_weight):
-        losses, divisor = sharded.run(
+        return sharded.run(
             cross_entropy_error,
             input,
             target,
@@ -135,7 +134,6 @@ def cross_entropy_error(
             from_logits=from_logits,
             label_smoothing=label_smoothing,
         )
-        return _reduce(losses, None, reduction, divisor)
     checks.check_values(input, None if is_index else target, dim, from_logits, sample_weight)
     classes = checks.check_classes(target, input.shape[dim], ignore_index) if is_index else None
     weights = None if sample_weight is None else sample_weight.to(dtype).expand(samples)

@@ -46,10 +46,10 @@ def run(
     divisor: Tensor | float,
     dtype: torch.dtype,
     **options: Any,
-) -> tuple[Tensor, Tensor | float]:
-    """The losses, or their sum, and what the reduction divides it by.
+) -> Tensor:
+    """The reduced loss, where `loss` is that of plain tensors.
 
-    `loss` is that of plain tensors, and `divisor` is right where nothing has a weight.
+    `divisor` is what divides the sum if nothing has a weight.
     """
     shards = Shards(input, dim)
     y = shards.input
@@ -101,21 +101,23 @@ def run(
         if sample_weight is not None:
             losses = losses * weights
     if reduction == "mean" and not (sample_weight is None and place is None):
-        shared = () if is_elementwise else (dim,)
         if place is not None:
-            if place.classes.kept is not None:
-                kept = place.classes.kept
-                weights = weights.where(kept.unsqueeze(dim) if is_elementwise else kept, 0)
+            kept = place.classes.kept
+            if not is_elementwise:  # Each sample counts where its class is.
+                weights = weights.where(place.is_here, 0)
+            elif kept is not None:
+                weights = weights.where(kept.unsqueeze(dim), 0)
             if weight is not None:
-                shared = ()
                 by_class = formulas.along(weight, y, dim).expand_as(y)
                 weights = weights * place.pick(by_class, dim, 0)
+        elif not (is_elementwise or shards.is_first):
+            weights = torch.zeros_like(weights)
         sums = torch.stack((weights.sum(), (weights != 0).sum(dtype=dtype)))
-        total, count = shards.join(sums, shared=shared)
+        total, count = shards.join(sums)
         divisor = total.where(count > 0, 1)  # The mean over nothing is 0.
     if reduction == "none":
-        return shards.join(losses, lost), divisor
-    return shards.join(losses.sum()), divisor
+        return shards.join(losses, lost)
+    return shards.join(losses.sum()) / divisor
 
 
 class Place(NamedTuple):
@@ -154,6 +156,10 @@ class Shards:
         self.dim = dim
         self.num_classes = input.shape[dim] if input.dim() else 1
         self.is_cut = [p.is_shard(dim) for p in self.placements]
+        # Of the processes that have the same rows, and other classes of them.
+        self.is_first = all(
+            self.mesh.get_local_rank(i) == 0 for i, cut in enumerate(self.is_cut) if cut
+        )
         self.input = _local(input, self.placements, self.placements)
 
     def part(self, name: str, tensor: Tensor, dims: Sequence[int]) -> Tensor:
@@ -227,19 +233,16 @@ class Shards:
         logits = logits - self.over_classes(maximum, "max")
         return logits, self.over_classes(logits.exp().sum(self.dim, keepdim=True)).log()
 
-    def join(
-        self, part: Tensor, dims: Sequence[int] | None = None, shared: Sequence[int] = ()
-    ) -> Tensor:
+    def join(self, part: Tensor, dims: Sequence[int] | None = None) -> Tensor:
         """The DTensor of which each process has a part, with the input's `dims`.
 
-        It is summed over what else the input is cut in, other than the `shared` dimensions, whose
-        processes have the same part. Without `dims` it has the shape of the part.
+        It is summed over what else the input is cut in. Without `dims` it has the part's shape.
         """
         from torch.distributed.tensor import Partial, Replicate, Shard
 
         placements: list[Placement] = []
         for p in self.placements:
-            if not isinstance(p, Shard) or p.dim in shared:
+            if not isinstance(p, Shard):
                 placements.append(Replicate())
             elif dims is not None and p.dim in dims:
                 placements.append(Shard(dims.index(p.dim)))

@@ -1,0 +1,603 @@
+"""Several processes get the loss, the gradient and the parameters of one.
+
+To start processes takes seconds, so those of one number run all cases in a row. Each case is a test
+of its own, by its name.
+"""
+
+import functools
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from samples import REDUCTIONS, SAMPLES, Sample
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchlosses import CrossEntropyError, SumSquaredError
+from torchlosses.functional import cross_entropy_error, sum_squared_error
+
+if not (dist.is_available() and dist.is_gloo_available()):
+    pytest.skip("this torch has no gloo", allow_module_level=True)
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
+
+WORLDS = (2, 4)
+PATIENCE = 60  # Seconds that one process waits for another.
+LIMIT = 240  # Seconds for all cases of one number of processes.
+CASES: dict[str, Callable[[], None]] = {}
+
+
+def case(*arguments: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run by every process, once for each argument."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        for argument in arguments:
+            CASES[f"{function.__name__}[{argument}]"] = functools.partial(function, argument)
+        if not arguments:
+            CASES[function.__name__] = function
+        return function
+
+    return add
+
+
+def work(rank: int, world: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/store",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=PATIENCE),
+    )
+    failures: dict[str, str] = {}
+    in_step = True
+    for name, run in CASES.items():
+        if not in_step:
+            failures[name] = "not run: the processes are out of step"
+            continue
+        torch.manual_seed(0)
+        try:
+            run()
+        except Exception as error:  # A wrong number leaves all in step, and little else does.
+            failures[name] = traceback.format_exc()
+            in_step = isinstance(error, AssertionError)
+    Path(directory, f"{rank}.json").write_text(json.dumps(failures))
+    if in_step:
+        dist.barrier()  # Without it the process that ends first aborts the others.
+        dist.destroy_process_group()
+
+
+@functools.cache
+def run_all(world: int, directory: str) -> dict[str, str]:
+    """The failures of all processes by the name of their case."""
+    context: Any = mp.spawn(  # type: ignore[attr-defined]
+        work, (world, directory), nprocs=world, join=False
+    )
+    deadline = time.monotonic() + LIMIT
+    while not context.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail(f"{world} processes were not through after {LIMIT} s")
+    failures: dict[str, str] = {}
+    for rank in range(world):
+        found = json.loads(Path(directory, f"{rank}.json").read_text())
+        for name, text in found.items():
+            failures[name] = failures.get(name, "") + f"process {rank}: {text}\n"
+    return failures
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    return {world: str(tmp_path_factory.mktemp(f"world{world}")) for world in WORLDS}
+
+
+@functools.cache
+def meshes() -> list[DeviceMesh]:
+    """One dimension, and for four processes two."""
+    shapes = [(2,)] if dist.get_world_size() == 2 else [(4,), (2, 2)]
+    return [init_device_mesh("cpu", shape) for shape in shapes]
+
+
+def layouts(mesh: DeviceMesh, rank: int, dim: int) -> list[tuple[Shard | Replicate, ...]]:
+    if mesh.ndim == 1:
+        return [(Shard(d),) for d in range(rank)] + [(Replicate(),)]
+    other = 0 if dim else rank - 1
+    return [(Shard(other), Shard(dim)), (Shard(dim), Shard(dim)), (Shard(dim), Replicate())]
+
+
+def spread(tensor: Tensor, mesh: DeviceMesh, placements: Any) -> DTensor:
+    """The same on every process, so each cuts out its own and nothing is sent."""
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+def beside(placements: Any, dims: Any) -> list[Any]:
+    """How a tensor lies that has the input's `dims` and goes with its shards."""
+    return [
+        Shard(dims.index(p.dim)) if isinstance(p, Shard) and p.dim in dims else Replicate()
+        for p in placements
+    ]
+
+
+def close(actual: Any, expected: Any, mesh: DeviceMesh, placements: Any) -> None:
+    """The placements are these, and the shard is that of the expected tensor."""
+    assert actual.placements == tuple(placements)
+    shard = spread(expected, mesh, placements).to_local()
+    torch.testing.assert_close(actual.to_local(), shard, rtol=1e-10, atol=1e-12, equal_nan=True)
+
+
+def check_sample(sample: Sample, mesh: DeviceMesh, placements: Any, is_plain: bool) -> None:
+    input, target, options = sample.tensors(torch.float64)
+    rank = input.dim()
+    dim = sample.options.get("dim")
+    dim = min(1, rank - 1) if dim is None else dim % rank
+    every = list(range(rank))
+    rows = every[:dim] + every[dim + 1 :]
+    leaf = input.clone().requires_grad_()
+    expected = sample.function(leaf, target, **options)
+    expected.sum().backward()
+
+    def part(tensor: Tensor, dims: list[int]) -> Tensor:
+        return tensor if is_plain else spread(tensor, mesh, beside(placements, dims))
+
+    sharded = spread(input, mesh, placements).requires_grad_()
+    target = part(target, rows if sample.is_index else every)
+    if "weight" in options:
+        options["weight"] = part(options["weight"], [dim])
+    if "sample_weight" in options:
+        weight = options["sample_weight"]
+        lost = every if sample.loss == "sum_squared_error" and not sample.is_index else rows
+        dims = lost[len(lost) - weight.dim() :]
+        dims = [d if n == input.shape[d] else -1 for n, d in zip(weight.shape, dims, strict=True)]
+        options["sample_weight"] = part(weight, dims)
+    loss = sample.function(sharded, target, **options)
+    dims = []
+    if sample.options.get("reduction") == "none":
+        dims = every if sample.loss == "sum_squared_error" else rows
+    close(loss, expected.detach(), mesh, beside(placements, dims))
+    loss.sum().backward()
+    close(sharded.grad, leaf.grad, mesh, placements)
+
+
+def family(sample: Sample) -> str:
+    return "-".join(sample.name.split("-")[:3])
+
+
+FAMILIES = sorted({family(sample) for sample in SAMPLES})
+
+
+@case(*FAMILIES)
+def samples(name: str) -> None:
+    """Value, gradient and their placements, with other arguments as DTensors and as they are."""
+    failed = []
+    for mesh in meshes():
+        for number, sample in enumerate(s for s in SAMPLES if family(s) == name):
+            if not sample.input.ndim:
+                continue
+            dim = sample.options.get("dim")
+            dim = min(1, sample.input.ndim - 1) if dim is None else dim % sample.input.ndim
+            for placements in layouts(mesh, sample.input.ndim, dim):
+                try:
+                    check_sample(sample, mesh, placements, is_plain=number % 2 == 1)
+                except AssertionError as error:
+                    failed.append(f"{sample.name} as {placements}: {error}")
+    assert not failed, "\n".join(failed)
+
+
+FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "squares": (sum_squared_error, {}),
+    "probabilities": (cross_entropy_error, {}),
+    "logits": (cross_entropy_error, {"from_logits": True}),
+    "smooth": (cross_entropy_error, {"from_logits": True, "label_smoothing": 0.1}),
+}
+
+
+class Traffic(TorchDispatchMode):
+    """The number of elements of each tensor that goes to other processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # It is asked again for what is done with the shards.
+        if func.namespace == "_c10d_functional" and "tensor" not in func.name().split("_"):
+            self.sizes.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+# Rows of one process, and how many numbers per row it sends: maximum and sum of exponentials, and
+# on the way back the gradient of the sum. Beside them goes the loss, and for a mean a divisor.
+TRAVELS = {"squares": 0, "probabilities": 0, "logits": 3, "smooth": 3}
+
+
+@case(*FORMS)
+def only_numbers_per_sample_travel(form: str) -> None:
+    loss, options = FORMS[form]
+    samples, classes = 12, 101
+    for mesh in meshes():
+        placements = [Shard(1)] if mesh.ndim == 1 else [Shard(0), Shard(1)]
+        rows = samples if mesh.ndim == 1 else samples // 2
+        for is_index in (False, True):
+            for reduction in REDUCTIONS:
+                input = torch.rand(samples, classes).softmax(1)
+                target = torch.randint(classes, (samples,)) if is_index else input.flip(0)
+                y = spread(input, mesh, placements).requires_grad_()
+                t = spread(target, mesh, beside(placements, [0] if is_index else [0, 1]))
+                seed = None
+                with CommDebugMode() as collectives, Traffic() as traffic:
+                    value = loss(y, t, reduction=reduction, **options)
+                    if reduction == "none":
+                        seed = torch.ones_like(value)
+                    value.backward(seed)
+                per_row = [rows] * TRAVELS[form]
+                totals = [1] * mesh.ndim
+                if reduction == "none":
+                    totals = [] if form == "squares" else [rows]
+                elif reduction == "mean" and is_index:
+                    totals = [1, 2] * mesh.ndim
+                where = f"{mesh.ndim}-D, index {is_index}, {reduction}"
+                assert sorted(traffic.sizes) == sorted(per_row + totals), (where, traffic.sizes)
+                counts = collectives.get_comm_counts()
+                assert sum(counts.values()) == len(traffic.sizes), where
+                assert {str(op).rpartition(".")[2] for op, n in counts.items() if n} <= {
+                    "all_reduce"
+                }, where
+
+
+@case()
+def a_batch_shard_sends_its_sum_once() -> None:
+    for loss, options in FORMS.values():
+        y = spread(torch.rand(9, 5).softmax(1), *one_dimension(Shard(0))).requires_grad_()
+        t = spread(torch.randint(5, (9,)), *one_dimension(Shard(0)))
+        with Traffic() as traffic:
+            loss(y, t, **options).backward()
+        assert traffic.sizes == [1]
+
+
+def one_dimension(placement: Any) -> tuple[DeviceMesh, list[Any]]:
+    return meshes()[0], [placement]
+
+
+@case("dtensor", "plain")
+def gradients_of_the_other_arguments(kind: str) -> None:
+    """They come back as their tensors are, whole on every process where those are whole."""
+    for loss, options in FORMS.values():
+        for is_index in (False, True):
+            for placement in (Shard(0), Shard(1)):
+                mesh, placements = one_dimension(placement)
+                y = torch.rand(6, 7, dtype=torch.float64).softmax(1)
+                t: Tensor = torch.randint(7, (6,)) if is_index else y.flip(0)
+                rest = {"sample_weight": torch.rand(6, dtype=torch.float64)}
+                if loss is cross_entropy_error:
+                    rest["weight"] = torch.rand(7, dtype=torch.float64)
+                elif not is_index:
+                    rest["sample_weight"] = rest["sample_weight"].unsqueeze(1)
+
+                def leaves(
+                    wrap: Callable[[Tensor], Tensor],
+                    t: Tensor = t,
+                    rest: dict[str, Tensor] = rest,
+                ) -> dict[str, Tensor]:
+                    made = {name: wrap(tensor) for name, tensor in (rest | {"target": t}).items()}
+                    return {
+                        name: tensor.requires_grad_(tensor.is_floating_point())
+                        for name, tensor in made.items()
+                    }
+
+                expected, actual = leaves(Tensor.clone), leaves(Tensor.clone)
+                if kind == "dtensor":
+                    actual = leaves(functools.partial(spread, mesh=mesh, placements=[Replicate()]))
+                value = loss(y, **expected, reduction="mean", **options)
+                value.backward()
+                sharded = loss(spread(y, mesh, placements), **actual, reduction="mean", **options)
+                sharded.backward()
+                torch.testing.assert_close(sharded.to_local(), value)
+                for name, leaf in actual.items():
+                    grad: Any = leaf.grad
+                    if isinstance(grad, DTensor):
+                        assert grad.placements == (Replicate(),)
+                        grad = grad.to_local()
+                    torch.testing.assert_close(grad, expected[name].grad)
+
+
+@case(torch.float16, torch.bfloat16)
+def half_precision(dtype: torch.dtype) -> None:
+    for loss, options in FORMS.values():
+        for placement in (Shard(0), Shard(1)):
+            y = torch.rand(6, 7).softmax(1).to(dtype)
+            t = torch.randint(7, (6,))
+            leaf = y.clone().requires_grad_()
+            sharded = spread(y, *one_dimension(placement)).requires_grad_()
+            expected, actual = loss(leaf, t, **options), loss(sharded, t, **options)
+            assert actual.dtype == torch.float32
+            torch.testing.assert_close(actual.to_local(), expected)
+            expected.backward()
+            actual.backward()
+            grad: Any = sharded.grad
+            assert grad.dtype == dtype
+            torch.testing.assert_close(grad.full_tensor(), leaf.grad)
+
+
+@case()
+def a_shard_of_no_classes() -> None:
+    """Where it is one, the way back goes through the same collectives."""
+    for loss, options in FORMS.values():
+        for classes in (1, 3):
+            for is_index in (False, True):
+                y = torch.rand(4, classes, dtype=torch.float64).softmax(1)
+                t = torch.randint(classes, (4,)) if is_index else y.flip(0)
+                mesh, placements = one_dimension(Shard(1))
+                weight = (
+                    {} if loss is sum_squared_error else {"weight": torch.rand(classes).double()}
+                )
+                leaf, sharded = y.clone().requires_grad_(), spread(y, mesh, placements)
+                sharded.requires_grad_()
+                expected = loss(leaf, t, reduction="mean", **options, **weight)
+                expected.backward()
+                actual = loss(sharded, t, reduction="mean", **options, **weight)
+                actual.backward()
+                close(actual, expected.detach(), mesh, [Replicate()])
+                close(sharded.grad, leaf.grad, mesh, placements)
+
+
+@case()
+def a_sum_that_is_still_to_be_made() -> None:
+    mesh, _ = one_dimension(None)
+    x, t = torch.rand(4, 5).double(), torch.randint(5, (4,))
+    for loss, options in FORMS.values():
+        share = DTensor.from_local(x / mesh.size(), mesh, [Partial()])
+        torch.testing.assert_close(loss(share, t, **options).to_local(), loss(x, t, **options))
+
+
+@case()
+def uneven_shards_that_are_the_batches_of_their_processes() -> None:
+    mesh, placements = one_dimension(Shard(0))
+    y, t = torch.rand(10, 5).softmax(1), torch.randint(5, (10,))
+    for loss, options in FORMS.values():
+        for reduction in ("sum", "mean", "batchmean"):
+            own = [
+                DTensor.from_local(
+                    tensor.split(sizes())[dist.get_rank()],
+                    mesh,
+                    placements,
+                    run_check=False,
+                    shape=tensor.shape,
+                    stride=tensor.stride(),
+                )
+                for tensor in (y, t)
+            ]
+            value = loss(own[0], own[1], reduction=reduction, **options)
+            expected = loss(y, t, reduction=reduction, **options)
+            torch.testing.assert_close(value.to_local(), expected)
+
+
+def raised(kind: type[Exception], *words: str) -> Any:
+    return pytest.raises(kind, match="(?s)" + ".*".join(words))
+
+
+@case()
+def what_does_not_fit_is_an_error() -> None:
+    world = dist.get_world_size()
+    mesh, by_class = one_dimension(Shard(1))
+    y, t = torch.rand(8, 9).softmax(1), torch.randint(9, (8,))
+    sharded = spread(y, mesh, by_class)
+    for loss, options in FORMS.values():
+        with raised(ValueError, "input: got Tensor", "expected a DTensor"):
+            loss(y, spread(t, mesh, [Replicate()]), **options)
+        with raised(ValueError, "target: got placements", "Shard", "expected", "Replicate"):
+            loss(sharded, spread(t, mesh, [Shard(0)]), **options)
+        with raised(ValueError, "target: got placements", "expected"):
+            loss(sharded, spread(y, mesh, [Shard(0)]), **options)
+        with raised(ValueError, "sample_weight: got placements", "expected"):
+            loss(sharded, t, sample_weight=spread(torch.rand(8), mesh, [Shard(0)]), **options)
+        with raised(ValueError, r"target: got shape \(4,\) for an input of shape \(8, 9\)"):
+            loss(sharded, t[:4], **options)
+        other = DeviceMesh("cpu", list(reversed(range(world))))
+        with raised(ValueError, "target: got DeviceMesh", "expected DeviceMesh"):
+            loss(sharded, spread(t, other, [Replicate()]), **options)
+    # The shards are not those that DTensor makes of nine classes.
+    sizes = [1, 8] if world == 2 else [1, 6, 1, 1]
+    odd = DTensor.from_local(
+        y.split(sizes, 1)[dist.get_rank()].contiguous(),
+        mesh,
+        by_class,
+        run_check=False,
+        shape=y.shape,
+        stride=y.stride(),
+    )
+    for loss, options in FORMS.values():
+        if sizes[dist.get_rank()] != sharded.to_local().shape[1]:
+            for target in (t, y):
+                with raised(ValueError, "got a shard of shape", "expected"):
+                    loss(odd, target, **options)
+    dist.barrier()
+
+
+@case()
+def a_bad_class_is_an_error_where_it_is() -> None:
+    mesh, by_class = one_dimension(Shard(1))
+    y, t = torch.rand(8, 9).softmax(1), torch.arange(8)
+    t[5] = 9
+    for loss, options in FORMS.values():
+        for placement in (Shard(1), Replicate()):
+            message = r"target: got class 9 at position \(5,\)"
+            with raised(IndexError, message) as caught:
+                loss(spread(y, mesh, [placement]), t, **options)
+            assert "shard" in caught.value.__notes__[0]
+        t[5] = -100
+        ignored = loss(spread(y, mesh, by_class), t, **options).to_local()
+        torch.testing.assert_close(ignored, loss(y, t, **options))
+        t[5] = 9
+    with (
+        torch.autograd.set_detect_anomaly(True, check_nan=False),
+        raised(ValueError, "input: got 2 at position", "from_logits=True"),
+    ):
+        y = torch.full((8, 8), 2.0)  # So every process has one.
+        cross_entropy_error(spread(y, mesh, by_class), torch.zeros(8, dtype=torch.int64))
+
+
+@case()
+def a_bad_class_that_nobody_looked_at_is_nan() -> None:
+    mesh, by_class = one_dimension(Shard(1))
+    y, t = torch.rand(3, 9).softmax(1), torch.tensor([0, 9, -100])
+    for loss, options in FORMS.values():
+        sharded = spread(y, mesh, by_class).requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("torchlosses.checks._can_look", lambda tensor: False)
+            losses = loss(sharded, t, reduction="none", **options)
+        by_sample = losses.full_tensor().reshape(3, -1).isnan()
+        assert by_sample.all(1).tolist() == by_sample.any(1).tolist() == [False, True, False]
+        losses.sum().backward()
+        by_class_grad: Any = sharded.grad
+        grad = by_class_grad.full_tensor()
+        assert grad.isnan().all(1).tolist() == grad.isnan().any(1).tolist() == [False, True, False]
+        assert not grad[2].any()
+
+
+@case()
+def a_second_derivative_is_an_error() -> None:
+    for placement in (Shard(0), Shard(1)):
+        mesh, placements = one_dimension(placement)
+        for loss, options in FORMS.values():
+            y = spread(torch.rand(4, 5), mesh, placements).requires_grad_()
+            value = loss(y, torch.arange(4), **options)
+            with raised(NotImplementedError, "create_graph"):
+                torch.autograd.grad(value, y, create_graph=True)
+
+
+@case("squares", "logits")
+def compiled(form: str) -> None:
+    loss, options = FORMS[form]
+    mesh, _ = one_dimension(None)
+    # Of an uneven shard, torch's own compiler lays the gradient out anew.
+    y, t = torch.rand(8, 8), torch.randint(8, (8,))
+    leaf = y.clone().requires_grad_()
+    expected = loss(leaf, t, **options)
+    expected.backward()
+    for placement in (Shard(0), Shard(1)):
+        torch._dynamo.reset()
+        function = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        sharded = spread(y, mesh, [placement]).requires_grad_()
+        target = spread(t, mesh, beside([placement], [0]))
+        value = function(sharded, target, **options)
+        value.backward()
+        torch.testing.assert_close(value.full_tensor(), expected)
+        grad: Any = sharded.grad
+        assert grad.placements == (placement,)
+        torch.testing.assert_close(grad.full_tensor(), leaf.grad)
+
+
+def sizes() -> list[int]:
+    """How many of ten samples each process has; of four, one has none."""
+    return [7, 3] if dist.get_world_size() == 2 else [5, 0, 1, 4]
+
+
+def criteria(reduction: str) -> Iterator[tuple[nn.Module, bool]]:
+    """Each loss, and whether it takes class indices."""
+    weight = torch.linspace(0.5, 2, 5, dtype=torch.float64)
+    for is_index in (False, True):
+        yield SumSquaredError(reduction=reduction), is_index
+        yield CrossEntropyError(from_logits=True, reduction=reduction), is_index
+    yield CrossEntropyError(from_logits=True, reduction=reduction, weight=weight), True
+
+
+def count(criterion: Any, logits: Tensor, target: Tensor) -> Tensor:
+    """What the reduction divides by, of the samples of this process."""
+    if criterion.reduction == "batchmean":
+        return torch.tensor(float(len(logits)), dtype=logits.dtype)
+    per_sample = torch.ones(len(logits), dtype=logits.dtype)
+    if target.dim() == 1:
+        per_sample = (target != criterion.ignore_index).to(logits.dtype)
+        if getattr(criterion, "weight", None) is not None:
+            per_sample = per_sample * criterion.weight[target.clamp(min=0)]
+    return per_sample.sum() * (logits.shape[1] if isinstance(criterion, SumSquaredError) else 1)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+
+
+def batches(is_index: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(10, 6, dtype=torch.float64, generator=generator)
+        t = torch.randn(10, 5, dtype=torch.float64, generator=generator).softmax(1)
+        if is_index:
+            t = t.argmax(1)
+            t[seed] = -100
+        yield x, t
+
+
+def train(model: nn.Module, criterion: Any, is_index: bool, is_spread: bool) -> None:
+    """SGD, with the batch whole or with the recipe of the README on a part of it."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    reduction = criterion.reduction
+    for x, t in batches(is_index):
+        if is_spread:
+            x, t = (tensor.split(sizes())[dist.get_rank()] for tensor in (x, t))
+            y = model(x)
+            divisor = torch.ones((), dtype=y.dtype)
+            if reduction in ("mean", "batchmean"):
+                divisor = count(criterion, y, t)
+                dist.all_reduce(divisor)
+            criterion.reduction = "sum"
+            loss = criterion(y, t) * dist.get_world_size() / divisor
+            criterion.reduction = reduction
+        else:
+            loss = criterion(model(x), t).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def parallel(kind: str) -> nn.Module:
+    if kind == "ddp":
+        return DistributedDataParallel(network())
+    model = network()
+    fully_shard(model)
+    return model
+
+
+@case(*(f"{kind}-{reduction}" for kind in ("ddp", "fsdp") for reduction in REDUCTIONS))
+def data_parallel(name: str) -> None:
+    kind, reduction = name.split("-")
+    for criterion, is_index in criteria(reduction):
+        expected, model = network(), parallel(kind)
+        train(expected, criterion, is_index, is_spread=False)
+        train(model, criterion, is_index, is_spread=True)
+        for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            torch.testing.assert_close(whole.data, other.data, rtol=1e-10, atol=1e-12)
+
+
+@case()
+def a_mean_of_means_is_another() -> None:
+    """Which is why there is a recipe."""
+    x, t = next(batches(True))
+    y, target = (tensor.split(sizes())[dist.get_rank()] for tensor in (x, t))
+    mean = CrossEntropyError(from_logits=True, reduction="mean")(y, target)
+    dist.all_reduce(mean)
+    expected = CrossEntropyError(from_logits=True, reduction="mean")(x, t)
+    assert (mean / dist.get_world_size() - expected).abs() > 1e-3
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", CASES)
+def test_processes(name: str, world: int, directories: dict[int, str]) -> None:
+    failures = run_all(world, directories[world])
+    assert name not in failures, failures[name]
