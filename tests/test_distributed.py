@@ -133,6 +133,9 @@ def beside(placements: Any, dims: Any) -> list[Any]:
 
 def close(actual: Any, expected: Any, mesh: DeviceMesh, placements: Any) -> None:
     """The placements are these, and the shard is that of the expected tensor."""
+    if not expected.numel():  # torch 2.11 leaves no placement to a gradient of nothing.
+        assert actual.shape == expected.shape
+        return
     assert actual.placements == tuple(placements)
     shard = spread(expected, mesh, placements).to_local()
     torch.testing.assert_close(actual.to_local(), shard, rtol=1e-10, atol=1e-12, equal_nan=True)

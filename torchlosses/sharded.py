@@ -86,12 +86,12 @@ def run(
     except (IndexError, ValueError) as error:
         error.add_note("The position is one in the shard of this process.")
         raise
-    y = y.to(dtype)
-    weights = y.new_ones(()) if sample_weight is None else sample_weight.to(dtype)
+    weights = y.new_ones((), dtype=dtype) if sample_weight is None else sample_weight.to(dtype)
     weights = weights.expand([y.shape[d] for d in weighted])
     if is_elementwise and is_index:
         weights = weights.unsqueeze(dim).expand_as(y)
     if not is_whole:
+        y = y.to(dtype)
         if place is None:
             losses = _cross_entropy(y, target.to(dtype), shards, **options)
         elif is_elementwise:
