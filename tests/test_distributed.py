@@ -70,9 +70,10 @@ def work(rank: int, world: int, directory: str) -> None:
         torch.manual_seed(0)
         try:
             run()
-        except Exception as error:  # A wrong number leaves all in step, and little else does.
+        # A wrong number, or no error where one is due, leaves all in step, and little else does.
+        except (Exception, pytest.fail.Exception) as error:
             failures[name] = traceback.format_exc()
-            in_step = isinstance(error, AssertionError)
+            in_step = isinstance(error, (AssertionError, pytest.fail.Exception))
     Path(directory, f"{rank}.json").write_text(json.dumps(failures))
     if in_step:
         dist.barrier()  # Without it the process that ends first aborts the others.
