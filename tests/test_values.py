@@ -100,6 +100,14 @@ def test_values_by_hand(
     assert loss.tolist() == pytest.approx(expected, abs=1e-14)
 
 
+def test_mean_of_weights_that_repeat(device: str) -> None:
+    """Every weight counts for ten elements; their sum must not drift with their number."""
+    weight = torch.rand(4_000_000, 1, device=device)
+    ones = torch.ones((), device=device).expand(4_000_000, 10)
+    loss = functional.sum_squared_error(ones, ones * 0, reduction="mean", sample_weight=weight)
+    assert loss.item() == pytest.approx(0.5, rel=1e-6)
+
+
 def test_reference_gradients_by_hand() -> None:
     assert reference.sum_squared_error_grad(ROWS, [0, -100]).tolist() == [
         [-0.5, 0.25, 0.25],

@@ -48,14 +48,16 @@ def sum_squared_error(
             sample_weight=sample_weight,
             reduction=reduction,
             ignore_index=ignore_index,
-            divisor=_divisor(reduction, input, None, None, input.numel(), 1, dtype),
+            divisor=_divisor(reduction, input, None, None, input.numel(), dtype),
             dtype=dtype,
         )
     classes = checks.check_classes(target, input.shape[dim], ignore_index) if is_index else None
-    weights = None if sample_weight is None else sample_weight.to(dtype).expand(target.shape)
-    divisor = _divisor(reduction, input, classes, weights, input.numel(), target.numel(), dtype)
-    if weights is not None and is_index:
-        weights = weights.unsqueeze(dim)
+    weights = None if sample_weight is None else sample_weight.to(dtype)
+    divisor = _divisor(reduction, input, classes, weights, input.numel(), dtype)
+    if weights is not None:
+        weights = weights.expand(target.shape)
+        if is_index:
+            weights = weights.unsqueeze(dim)
 
     def formula(input: Tensor, target: Tensor) -> Tensor:
         if classes is None:
@@ -128,7 +130,7 @@ def cross_entropy_error(
             sample_weight=sample_weight,
             reduction=reduction,
             ignore_index=ignore_index,
-            divisor=_divisor(reduction, input, None, None, math.prod(samples), 1, dtype),
+            divisor=_divisor(reduction, input, None, None, math.prod(samples), dtype),
             dtype=dtype,
             delta=delta,
             from_logits=from_logits,
@@ -136,16 +138,16 @@ def cross_entropy_error(
         )
     checks.check_values(input, None if is_index else target, dim, from_logits, sample_weight)
     classes = checks.check_classes(target, input.shape[dim], ignore_index) if is_index else None
-    weights = None if sample_weight is None else sample_weight.to(dtype).expand(samples)
-    class_weights = weights
+    weights = class_weights = None if sample_weight is None else sample_weight.to(dtype)
     if weight is not None:
         weight = weight.to(dtype)
         if classes is not None:  # As in torch, these weigh the samples too.
             class_weights = weight[classes.label]
             if weights is not None:
                 class_weights = class_weights * weights
-    count = math.prod(samples)
-    divisor = _divisor(reduction, input, classes, class_weights, count, count, dtype)
+    divisor = _divisor(reduction, input, classes, class_weights, math.prod(samples), dtype)
+    if weights is not None:
+        weights = weights.expand(samples)
     options: dict[str, Any] = {"delta": delta, "from_logits": from_logits}
     row_options = options | {"weight": weight, "label_smoothing": label_smoothing}
 
@@ -172,7 +174,7 @@ def cross_entropy_error(
         target,
         dim,
         classes,
-        None if factors is None else factors.unsqueeze(dim),
+        None if factors is None else factors.expand(samples).unsqueeze(dim),
         divisor,
         losses_shape=samples if reduction == "none" else None,
         is_elementwise=not (is_index or from_logits or label_smoothing or reduction == "none")
@@ -195,26 +197,26 @@ def _divisor(
     classes: Classes | None,
     weights: Tensor | None,
     num_losses: int,
-    num_samples: int,
     dtype: torch.dtype,
 ) -> Tensor | float:
     """What the reduction divides the sum by: 1 where that is a sum over nothing.
 
-    `num_losses` come from `num_samples`, each of which has a weight or may be ignored.
+    `weights` broadcast to what has a weight of its own, and that to the losses.
     """
     if reduction == "batchmean" and input.dim() > 1:
         return max(input.shape[0], 1)
-    if reduction != "mean":
+    if reduction != "mean" or num_losses == 0:
         return 1
     kept = None if classes is None else classes.kept
-    share = num_losses // max(num_samples, 1)
     if weights is None:
         if kept is None:
-            return max(num_losses, 1)
-        return (kept.sum(dtype=dtype) * share).clamp(min=1)
+            return num_losses
+        return (kept.sum(dtype=dtype) * (num_losses // kept.numel())).clamp(min=1)
     if kept is not None:
         weights = weights.where(kept, 0)
-    return (weights.sum() * share).where((weights != 0).any(), 1)
+    # Not expanded: torch adds what repeats one by one, and is a percent off at 10⁸ of them.
+    total = weights.sum() * (num_losses // weights.numel())
+    return total.where((weights != 0).any(), 1)
 
 
 def _reduce(
