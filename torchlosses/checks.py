@@ -5,7 +5,7 @@ A message names the argument, what it got, and what it should be.
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -158,21 +158,21 @@ def check_weights(
 
 def check_classes(target: Tensor, num_classes: int, ignore_index: int) -> Classes:
     """The class indices of `target`, looked at where that costs no wait for a device."""
-    if _can_look(target):
-        label = _long(target)
-        if _are_within(label, num_classes, ignore_index):
-            return Classes(target, num_classes, None, True)
-        is_bad = ((label < 0) | (label >= num_classes)) & (label != ignore_index)
-        found = truth(is_bad.any())
-        if found:
-            position = tuple(is_bad.nonzero()[0].tolist())
-            raise IndexError(
-                f"target: got class {target[position].item()} at position {position}; "
-                f"expected 0 to {num_classes - 1}, or ignore_index={ignore_index}"
-            )
-        if found is not None:
-            return Classes(target, num_classes, ignore_index, True)
-    return Classes(target, num_classes, ignore_index, False)
+    unseen = Classes(target, num_classes, ignore_index, is_valid=False)
+    if not _can_look(target):
+        return unseen
+    if _are_within(_long(target), num_classes, ignore_index):
+        return Classes(target, num_classes, ignore_index=None, is_valid=True)
+    valid: Any = unseen.valid
+    if _truth(valid.all()):
+        return Classes(target, num_classes, ignore_index, is_valid=True)
+    position = _first(~valid)
+    if position is None:
+        return unseen
+    raise IndexError(
+        f"target: got class {target[position].item()} at position {position}; "
+        f"expected 0 to {num_classes - 1}, or ignore_index={ignore_index}"
+    )
 
 
 def check_values(
@@ -187,7 +187,7 @@ def check_values(
         return
     input = input.detach()
     if from_logits:
-        if input.shape[dim] > 1 and truth(_is_distribution(input, dim).all()) and input.numel():
+        if input.shape[dim] > 1 and _truth(_is_distribution(input, dim).all()) and input.numel():
             warnings.warn(
                 "input: every row is a probability distribution already, and from_logits=True "
                 "takes the softmax once more; pass the logits, or from_logits=False",
@@ -250,7 +250,7 @@ def _are_within(label: Tensor, num_classes: int, ignore_index: int) -> bool:
     return 0 <= least <= greatest < num_classes and not least <= ignore_index <= greatest
 
 
-def truth(condition: Tensor) -> bool | None:
+def _truth(condition: Tensor) -> bool | None:
     """The value of a one-element condition, or None where it has none to look at.
 
     A tensor under vmap, a fake tensor and a tensor being traced answer with a RuntimeError.
@@ -263,7 +263,7 @@ def truth(condition: Tensor) -> bool | None:
 
 def _first(condition: Tensor) -> tuple[int, ...] | None:
     """The first position where the condition holds, if there is one to be seen."""
-    if not truth(condition.any()):
+    if not _truth(condition.any()):
         return None
     return tuple(condition.nonzero()[0].tolist())
 

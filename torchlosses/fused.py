@@ -84,20 +84,21 @@ def run(
     `weights` broadcasts to the input; `losses_shape` is None for a sum; where the loss
     `is_elementwise`, an element has nothing to do with the others of its row.
     """
-    shape = input.shape
-    if dim != 1 or len(shape) != 2:
-        inner = shape[dim + 1 :].numel()
-        shape = torch.Size((shape[:dim].numel(), shape[dim], *(() if inner == 1 else (inner,))))
+    shape: tuple[int, ...] = input.shape
+    factors = None if weights is None else weights.expand(shape)
+    if factors is None:
+        is_flat = is_elementwise and len(shape) != 2
+    else:  # One for each element makes it a sample of its own.
+        is_flat = shape[dim] != 1 and factors.stride(dim) != 0
+    if is_flat:
+        shape = (input.numel(), 1)
+    elif dim != 1 or len(shape) != 2:
+        inner = input.shape[dim + 1 :].numel()
+        shape = (input.shape[:dim].numel(), shape[dim], *(() if inner == 1 else (inner,)))
+    samples = (shape[0], 1, *shape[2:])
     scale = None
-    if weights is not None:
-        factors = weights.expand(input.shape)
-        if shape[1] == 1 or factors.stride(dim) == 0:
-            scale = factors.narrow(dim, 0, 1).reshape(shape[0], 1, *shape[2:])
-        else:  # One for each element, which then is a sample of its own.
-            shape = torch.Size((input.numel(), 1))
-            scale = factors.reshape(shape)
-    elif is_elementwise and len(shape) != 2:
-        shape = torch.Size((input.numel(), 1))
+    if factors is not None:
+        scale = (factors if is_flat else factors.narrow(dim, 0, 1)).reshape(samples)
     options |= {
         "divisor": divisor,
         "ignore_index": None if classes is None else classes.ignore_index,
@@ -109,10 +110,10 @@ def run(
     ) -> cpu.Result:
         factor = scale
         if upstream is not None:
-            factor = (upstream if scale is None else scale * upstream).expand(samples_of(shape))
+            factor = (upstream if scale is None else scale * upstream).expand(samples)
         result: cpu.Result = kernel(
             _view(input, shape),
-            _view(target, shape if classes is None else samples_of(shape)),
+            _view(target, shape if classes is None else samples),
             scale=factor,
             needs=needs,
             **options,
@@ -126,11 +127,7 @@ def run(
     return loss if losses_shape is None else loss.view(losses_shape)
 
 
-def samples_of(shape: torch.Size) -> tuple[int, ...]:
-    return (shape[0], 1, *shape[2:])
-
-
-def _view(tensor: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+def _view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return tensor if tensor.shape == shape else tensor.view(shape)
 
 

@@ -92,7 +92,7 @@ def cross_entropy(
             t = torch.full_like(y, uniform).scatter_add_(1, t, rest)
         elif label_smoothing:
             t = t * (1 - label_smoothing) + uniform
-        # y + δ can be 0 then, and 0·log 0 is 0; of a weight of 0, it is not.
+        # Without a δ to speak of, y + δ can be 0: 0·log 0 is 0, but a weight of 0 leaves it NaN.
         is_zero: Any = t == 0 if delta < TINY else None
         if weight is not None:
             t = t * weight
