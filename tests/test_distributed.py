@@ -548,7 +548,7 @@ def batches(is_index: bool) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def train(model: nn.Module, criterion: Any, is_index: bool, is_spread: bool) -> None:
-    """SGD, with the batch whole or with the recipe of the README on a part of it."""
+    """SGD on a whole batch, or on a part of it with the recipe of the README."""
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     reduction = criterion.reduction
     for x, t in batches(is_index):

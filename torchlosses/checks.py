@@ -158,11 +158,12 @@ def check_weights(
 
 def check_classes(target: Tensor, num_classes: int, ignore_index: int) -> Classes:
     """The class indices of `target`, looked at where that costs no wait for a device."""
-    unseen = Classes(target, num_classes, ignore_index, is_valid=False)
-    if not _can_look(target):
-        return unseen
-    if _are_within(_long(target), num_classes, ignore_index):
+    can_look = _can_look(target)
+    if can_look and _are_within(_long(target), num_classes, ignore_index):
         return Classes(target, num_classes, ignore_index=None, is_valid=True)
+    unseen = Classes(target, num_classes, ignore_index, is_valid=False)
+    if not can_look:
+        return unseen
     valid: Any = unseen.valid
     if _truth(valid.all()):
         return Classes(target, num_classes, ignore_index, is_valid=True)
