@@ -1,5 +1,7 @@
 """Every test that takes a `device` runs on each one that is there, by formula and by kernels."""
 
+import os
+
 import pytest
 import torch
 
@@ -8,6 +10,10 @@ from torchlosses import fused
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
     DEVICES.append("cuda")
+if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py has such a process.
+    from torchlosses.kernels import triton
+
+    fused.KERNELS["cpu"] = lambda device: triton
 
 
 def pytest_report_header() -> str:

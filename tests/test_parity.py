@@ -1,11 +1,15 @@
 """Value and gradient agree with the NumPy reference, in every dtype."""
 
 import functools
+import os
 
 import numpy as np
 import pytest
 import torch
 from samples import SAMPLES, Sample
+
+# Triton's interpreter cuts bits off where it makes bfloat16: up to a whole unit, not half a one.
+UNITS = 1 if os.environ.get("TRITON_INTERPRET") == "1" else 0.5
 
 # rtol, atol of the value and of the gradient, against float64 on the same rounded arguments.
 TOLERANCES = {
@@ -16,7 +20,7 @@ TOLERANCES = {
     # The value is computed in float32. The gradient is rounded once, at the end: by half a unit in
     # the last of 11 or 8 bits, or of the smallest subnormal number.
     torch.float16: ((2e-6, 5e-7), (1.01 * 2**-11, 2**-24)),
-    torch.bfloat16: ((2e-6, 5e-7), (1.01 * 2**-8, 5e-7)),
+    torch.bfloat16: ((2e-6, 5e-7), (UNITS * 1.01 * 2**-7, 5e-7)),
 }
 
 

@@ -3,6 +3,8 @@
 The formula stays the truth: whatever autograd asks beyond one first derivative is answered by it.
 """
 
+import functools
+import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -16,8 +18,6 @@ from torchlosses.kernels import cpu
 
 Formula = Callable[[Tensor, Tensor], Tensor]
 
-# The kernels of each kind of device; the formulas serve all others.
-KERNELS: dict[str, ModuleType] = {"cpu": cpu}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PLAIN = (Tensor, nn.Parameter)
 
@@ -33,6 +33,34 @@ _is_transformed: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", _unknown
 )
 _count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _unknown)
+
+
+@functools.cache
+def _find_triton(device: torch.device) -> ModuleType | None:
+    """Imported for the first CUDA tensor: that takes a second, and not every build has Triton."""
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return None  # On neither was anything here ever run.
+    try:
+        from torchlosses.kernels import triton
+    except ImportError:
+        return None
+    try:  # Triton builds its launcher with the C compiler of the machine, if there is one.
+        triton.rescale(torch.ones(1, device=device), torch.ones((), device=device))
+    except Exception as error:
+        warnings.warn(
+            f"torchlosses is slower on {device} than it could be, for Triton does not work there: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        return None
+    return triton
+
+
+# What finds the kernels of each kind of device; the formulas serve all others.
+KERNELS: dict[str, Callable[[torch.device], ModuleType | None]] = {
+    "cpu": lambda device: cpu,
+    "cuda": _find_triton,
+}
 
 
 def find_kernels(input: Tensor, target: Tensor, *weights: Tensor | None) -> ModuleType | None:
@@ -61,7 +89,8 @@ def find_kernels(input: Tensor, target: Tensor, *weights: Tensor | None) -> Modu
     for weight in weights:
         if weight is not None and weight.requires_grad:
             return None
-    return KERNELS.get(input.device.type)
+    find = KERNELS.get(input.device.type)
+    return None if find is None else find(input.device)
 
 
 def run(

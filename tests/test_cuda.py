@@ -1,0 +1,180 @@
+"""What only a GPU can show: nothing waits for it, nothing depends on chance, and nothing is lost.
+
+`compute-sanitizer --tool memcheck python -m pytest tests/test_cuda.py -k every_kernel`, and
+racecheck in the place of memcheck, look at what the kernels read and write.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchlosses import fused
+from torchlosses.functional import cross_entropy_error, sum_squared_error
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+DEVICE = "cuda"
+
+LOGITS = {"from_logits": True}
+# Every kernel: a loss, its options, and whether it takes classes too.
+FORMS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
+    "squares": (sum_squared_error, {}),
+    "probabilities": (cross_entropy_error, {}),
+    "logits": (cross_entropy_error, LOGITS),
+    "logits, no guard": (cross_entropy_error, LOGITS | {"delta": 0}),
+    "logits, smoothed": (cross_entropy_error, LOGITS | {"label_smoothing": 0.1}),
+}
+# Rows of one tile, rows of several, and samples, not classes, side by side.
+SHAPES = [(37, 1000), (5, 20_011), (3, 21, 33, 65)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def calls(
+    shape: tuple[int, ...], dtype: torch.dtype, reduction: str
+) -> Iterator[tuple[str, Callable[..., Tensor], Tensor, dict[str, Any]]]:
+    """Each loss of an input, with the input, and its other arguments."""
+    samples = (shape[0], *shape[2:])
+    for name, (loss, options) in FORMS.items():
+        for is_index in (False, True):
+            y = torch.rand(shape, device=DEVICE).softmax(1).to(dtype).requires_grad_()
+            target = torch.rand(shape, device=DEVICE).softmax(1).to(dtype)
+            if is_index:
+                target = torch.randint(shape[1], samples, device=DEVICE)
+                target.view(-1)[::7] = -100
+            weights = shape if name == "squares" and not is_index else samples
+            given = {"target": target, "sample_weight": torch.rand(weights, device=DEVICE)}
+            if name != "squares":
+                given["weight"] = torch.rand(shape[1], device=DEVICE)
+            for more in ({}, given):
+                arguments: dict[str, Any] = {"target": target} | more | options
+                yield f"{name}, {is_index=}", loss, y, arguments | {"reduction": reduction}
+
+
+def gradient(loss: Callable[..., Tensor], y: Tensor, arguments: dict[str, Any]) -> Any:
+    value = loss(y, **arguments)
+    return value, *torch.autograd.grad(value, y, torch.full_like(value, 0.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_every_kernel_gives_what_the_formula_gives(
+    shape: tuple[int, ...], dtype: torch.dtype, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ulp = torch.finfo(dtype).eps
+    for name, loss, y, arguments in calls(shape, dtype, reduction):
+        assert fused.find_kernels(y, arguments["target"]) is not None
+        value, grad = gradient(loss, y, arguments)
+        exact = {
+            key: given.double()
+            if isinstance(given, Tensor) and given.is_floating_point()
+            else given
+            for key, given in arguments.items()
+        }
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, "KERNELS", {})
+            expected = gradient(loss, y.detach().double().requires_grad_(), exact)
+        for ours, theirs, rtol in ((value, expected[0], 3e-6), (grad, expected[1], max(ulp, 2e-5))):
+            limit = torch.finfo(ours.dtype).max
+            torch.testing.assert_close(
+                ours.double().clamp(-limit, limit), theirs.clamp(-limit, limit),
+                rtol=rtol, atol=1e-6, msg=lambda message: f"{name}: {message}",  # noqa: B023
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_nothing_waits(reduction: str) -> None:
+    every = [call for dtype in DTYPES for call in calls((64, 50), dtype, reduction)]
+    for _, loss, y, arguments in every:  # What Triton compiles, it compiles now.
+        gradient(loss, y, arguments)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _, loss, y, arguments in every:
+            gradient(loss, y, arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_graph_captures_forward_and_backward() -> None:
+    for name, loss, y, arguments in calls((64, 50), torch.float32, "mean"):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            gradient(loss, y, arguments)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = gradient(loss, y, arguments)
+        for _ in range(2):
+            with torch.no_grad():
+                y.copy_(torch.rand_like(y).softmax(1))
+            graph.replay()
+            for ours, expected in zip(captured, gradient(loss, y, arguments), strict=True):
+                assert torch.equal(ours, expected), name
+
+
+def test_the_same_bits_every_time() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        for shape in SHAPES:
+            for name, loss, y, arguments in calls(shape, torch.float32, "sum"):
+                first = gradient(loss, y, arguments)
+                for _ in range(5):
+                    again = gradient(loss, y, arguments)
+                    assert all(map(torch.equal, first, again)), name
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_class_out_of_range_is_nan_and_the_gpu_lives_on() -> None:
+    for name, loss, y, arguments in calls((8, 50), torch.float32, "none"):
+        target = arguments["target"]
+        if target.dim() == 2:
+            continue
+        target[:] = torch.tensor([0, 1, 50, 10**12, -1, -100, 3, 4])
+        for value in gradient(loss, y, arguments):
+            bad = value.view(8, -1).isnan().all(1).tolist()
+            assert bad == [False, False, True, True, True, False, False, False], name
+    torch.cuda.synchronize()
+
+
+def test_memory_is_the_gradient_and_little_more() -> None:
+    for name, loss, y, arguments in calls((4096, 4096), torch.float32, "sum"):
+        gradient(loss, y, arguments)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        gradient(loss, y, arguments)
+        assert torch.cuda.max_memory_allocated() - before <= y.nbytes + 2**20, name
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("is_index", [False, True])
+def test_more_than_2_to_the_31_elements(name: str, is_index: bool) -> None:
+    shape = (2**16 + 3, 2**15)
+    if torch.cuda.mem_get_info()[0] < 6 * 2 * shape[0] * shape[1]:
+        pytest.skip("the GPU has too little memory")
+    loss, options = FORMS[name]
+    y = torch.full(shape, 0.5, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    if is_index:
+        target = torch.full(shape[:1], shape[1] - 1, device=DEVICE)
+    else:
+        target = torch.full(shape, 2.0**-10, device=DEVICE, dtype=torch.bfloat16)
+    last = slice(shape[0] - 2, None)
+    value = loss(y, target, **options)
+    (grad,) = torch.autograd.grad(value, y)
+    part = y.detach()[last].requires_grad_()
+    expected, expected_grad = gradient(loss, part, {"target": target[last]} | options)
+    torch.testing.assert_close(value, expected * (shape[0] / 2), rtol=1e-4, atol=0)
+    assert torch.equal(grad[last], expected_grad * 2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU at most")
+def test_tensors_of_a_gpu_that_is_not_the_current_one() -> None:
+    y = torch.rand(64, 50, device="cuda:1", requires_grad=True)
+    sum_squared_error(y, torch.zeros_like(y)).backward()
+    assert y.grad is not None
+    torch.testing.assert_close(y.grad, y.detach())
