@@ -2,17 +2,25 @@
 
     python examples/benchmark.py                          # every workload: some ten minutes
     python examples/benchmark.py --shapes 4096x8192 --dtypes float32 --rounds 15
+    python examples/benchmark.py --device cuda --steps backward "backward of 0.5" --rounds 5
 
 The contenders of a workload take turns within one run, so that a machine whose speed drifts treats
 all alike, and the table gives ratios first: how many times as long as torchlosses another takes, by
-the medians. The floor reads each argument once, and allocates and writes the gradient once; beside
-it stands how many times as long as the floor torchlosses takes. `memory` is the peak of what is
-allocated beyond the arguments, in units of the input's size. A CSV with all times, and a picture,
-go to `runs/`.
+the medians. Liger-Kernel and quack, where they are installed, are beside it from logits. The floor
+reads each argument once, and allocates and writes the gradient once; beside it stands how many
+times as long as the floor torchlosses takes. `memory` is the peak of what is allocated beyond the
+arguments, in units of the input's size. `GB/s` counts the same bytes as the floor, over the time of
+torchlosses, and `of copy` divides that by what a plain copy reads and writes a second. A CSV with
+all times, and a picture, go to `runs/`.
+
+On CUDA, times are those between two events on the device, with its cache emptied before; what is
+too small to fill the device is bound by calls, and timed on the host, as on the CPU.
 """
 
 import argparse
 import csv
+import functools
+import importlib
 import itertools
 import statistics
 import sys
@@ -30,10 +38,22 @@ from torch.utils.benchmark import Timer
 from torchlosses.functional import cross_entropy_error, sum_squared_error
 
 DELTA = 1e-7
-SHAPES = ("64x10", "1024x1000", "4096x8192", "16x21x256x256")
+SHAPES = {
+    "cpu": ("64x10", "1024x1000", "4096x8192", "16x21x256x256"),
+    "cuda": (
+        "128x10", "65536x10", "8192x8192", "8192x32000", "16x21x512x512",
+        "16384x1000", "16384x4096", "16384x32768", "16384x131072",
+    ),
+}  # fmt: skip
+SMALL = 2**20  # Bytes, of an input that is bound by calls on CUDA.
 DTYPES = ("float32", "bfloat16")
 STEPS = {"forward": None, "backward": 1.0, "backward of 0.5": 0.5}  # Names and upstream gradients.
-RIVALS = ("torch", "eager", "compiled", "floor")
+# Modules and functions of others that serve one workload, rows of logits: one overwrites them.
+PEERS = {
+    "liger": ("liger_kernel.transformers.functional", "liger_cross_entropy"),
+    "quack": ("quack.cross_entropy", "cross_entropy"),
+}
+RIVALS = ("torch", "eager", "compiled", *PEERS, "floor")
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -107,14 +127,21 @@ def step(loss: Loss, input: Tensor, target: Tensor, upstream: float | None) -> C
     return backward
 
 
-def floor(
-    workload: str, input: Tensor, target: Tensor, upstream: float | None
-) -> Callable[[], Any]:
-    """The same memory: each argument read once, the gradient allocated and written once."""
+def peer(name: str) -> Loss:
+    module, function = PEERS[name]
+    loss: Callable[..., Tensor] = getattr(importlib.import_module(module), function)
+    return lambda x, c: loss(x, c, reduction="sum")
+
+
+def read_once(workload: str, input: Tensor, target: Tensor) -> list[Tensor]:
+    """The arguments, as far as they are of the input's size and every element counts."""
     reads = [target] if "dense" in workload else []
-    if workload != "probabilities, index":
-        reads.append(input)
-    rows = max(2**19 // input[0].numel(), 1)
+    return reads if workload == "probabilities, index" else [*reads, input]
+
+
+def floor(reads: list[Tensor], input: Tensor, upstream: float | None) -> Callable[[], Any]:
+    """The same memory: each argument read once, the gradient allocated and written once."""
+    rows = len(input) if input.is_cuda else max(2**19 // input[0].numel(), 1)
 
     def touch() -> Any:
         gradient = None if upstream is None else torch.empty_like(input)
@@ -132,6 +159,25 @@ def floor(
         return gradient
 
     return touch
+
+
+def turn(call: Callable[[], Any], *, on_device: bool) -> Callable[[], float]:
+    """A turn of a contender: the seconds that a call takes."""
+    if on_device:
+        from triton.testing import do_bench
+
+        return lambda: do_bench(call, warmup=5, rep=50, return_mode="median") / 1e3
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    number = max(int(0.02 / timer.timeit(3).mean), 1)
+    return lambda: timer.timeit(number).mean
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes that a copy reads and writes a second."""
+    source = torch.ones(2**26, device=device)
+    copy = torch.empty_like(source)
+    once = turn(lambda: copy.copy_(source), on_device=device == "cuda")
+    return 2 * source.nbytes / statistics.median(once() for _ in range(5))
 
 
 def peak_memory(call: Callable[[], Any], device: str) -> int:
@@ -152,43 +198,55 @@ def peak_memory(call: Callable[[], Any], device: str) -> int:
 def measure(
     workload: str, shape: Sequence[int], dtype: torch.dtype, upstream: float | None, options: Any
 ) -> dict[str, float]:
-    """Median seconds of each contender, and the peak of memory of ours in input sizes."""
+    """Median seconds of each contender, the bytes that count, and the peak of memory of ours."""
     input, target = arguments(workload, shape, dtype, options.device)
     ours, theirs, formula = WORKLOADS[workload]
+    reads = read_once(workload, input, target)
     torch._dynamo.reset()
-    contenders: dict[str, Callable[[], Callable[[], Any]]] = {
-        "torchlosses": lambda: step(ours, input, target, upstream),
-        "torch": lambda: step(theirs, input, target, upstream),
-        "eager": lambda: step(formula, input, target, upstream),
-        "compiled": lambda: step(torch.compile(formula), input, target, upstream),
-        "floor": lambda: floor(workload, input, target, upstream),
+    contenders: dict[str, Callable[[], Loss]] = {
+        "torchlosses": lambda: ours,
+        "torch": lambda: theirs,
+        "eager": lambda: formula,
+        "compiled": lambda: torch.compile(formula),
     }
-    timers, numbers, times = {}, {}, {}
+    if workload == "logits, index" and len(shape) == 2:
+        contenders |= {name: functools.partial(peer, name) for name in PEERS}
+    on_device = options.device == "cuda" and input.nbytes > SMALL
+    turns = {"floor": turn(floor(reads, input, upstream), on_device=on_device)}
     for name, make in contenders.items():
         try:
-            call = make()
+            call = step(make(), input, target, upstream)
             call()
-        except RuntimeError as error:
+        except (RuntimeError, ImportError) as error:
             print(f"  left out: {name} ({str(error).splitlines()[0]})")
             continue
-        timers[name] = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        numbers[name] = max(int(0.02 / timers[name].timeit(3).mean), 1)
-        times[name] = list[float]()
-    for _, name in itertools.product(range(options.rounds), timers):
-        times[name].append(timers[name].timeit(numbers[name]).mean)
+        turns[name] = turn(call, on_device=on_device)
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for _, name in itertools.product(range(options.rounds), turns):
+        times[name].append(turns[name]())
     result = {name: statistics.median(values) for name, values in times.items()}
     memory = peak_memory(step(ours, input, target, upstream), options.device)
-    return result | {"memory": memory / (input.numel() * input.element_size())}
+    written = 0 if upstream is None else input.nbytes
+    return result | {
+        "memory": memory / input.nbytes,
+        "bytes": sum(read.nbytes for read in reads) + written,
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [("workload", "shape", "dtype", "step", *RIVALS[:3], "of the floor", "memory", "ms")]
+    *rivals, floor = RIVALS
+    lines = [
+        ("workload", "shape", "dtype", "step", *rivals, f"of the {floor}", "memory", "ms",
+         "GB/s", "of copy")
+    ]  # fmt: skip
     for row in rows:
         ours = row["torchlosses"]
-        ratios = (f"{row[name] / ours:.2f}x" if name in row else "-" for name in RIVALS[:3])
-        over = f"{ours / row['floor']:.2f}x" if ours > 1e-3 else "-"
+        ratios = (f"{row[name] / ours:.2f}x" if name in row else "-" for name in rivals)
+        over = f"{ours / row[floor]:.2f}x" if row["bytes"] > SMALL else "-"
+        bandwidth = row["bytes"] / ours
         start = (row["workload"], row["shape"], row["dtype"], row["step"])
-        lines.append((*start, *ratios, over, f"{row['memory']:.2f}", f"{ours * 1e3:.3f}"))
+        end = (f"{bandwidth / 1e9:.1f}", f"{bandwidth / row['copy']:.2f}")
+        lines.append((*start, *ratios, over, f"{row['memory']:.2f}", f"{ours * 1e3:.3f}", *end))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
@@ -197,16 +255,17 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """For loss and gradient in float32: each rival's time over that of torchlosses."""
     rows = [row for row in rows if row["step"] == "backward" and row["dtype"] == rows[0]["dtype"]]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    rivals = [name for name in RIVALS if any(name in row for row in rows)]
     figure, grid = plt.subplots(
         1, len(shapes), figsize=(3.4 * len(shapes), 3.6), sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for axes, shape in zip(grid[0], shapes, strict=True):
         part = [row for row in rows if row["shape"] == shape]
-        for index, name in enumerate(RIVALS):
-            places = [place + 0.2 * index for place in range(len(part))]
+        for index, name in enumerate(rivals):
+            places = [place + 0.8 / len(rivals) * index for place in range(len(part))]
             ratios = [row.get(name, 0) / row["torchlosses"] for row in part]
-            axes.barh(places, ratios, 0.2, label=name)
+            axes.barh(places, ratios, 0.8 / len(rivals), label=name)
         axes.axvline(1, color="black", lw=0.8)
         axes.set_yticks([place + 0.3 for place in range(len(part))], [r["workload"] for r in part])
         axes.set(title=shape.replace("x", " × "), xlabel="time over that of torchlosses")
@@ -223,8 +282,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxC")
+    parser.add_argument("--device", default="cpu", choices=SHAPES)
+    parser.add_argument("--shapes", nargs="+", metavar="NxC")
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=STEPS)
@@ -235,18 +294,32 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads")
-    cells = list(
-        itertools.product(options.dtypes, options.shapes, options.workloads, options.steps)
-    )
+    copy = copy_bandwidth(options.device)
+    if options.device == "cuda":
+        machine = torch.cuda.get_device_name()
+    else:
+        machine = f"cpu, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {machine}, copy {copy / 1e9:.1f} GB/s")
+    shapes = options.shapes or SHAPES[options.device]
+    cells = list(itertools.product(options.dtypes, shapes, options.workloads, options.steps))
     rows = []
     for number, (dtype, shape, workload, name) in enumerate(cells, 1):
         print(f"[{number}/{len(cells)}] {workload}, {shape}, {dtype}, {name}", flush=True)
         sizes = [int(size) for size in shape.split("x")]
         result = measure(workload, sizes, getattr(torch, dtype), STEPS[name], options)
-        row = {"workload": workload, "shape": shape, "dtype": dtype, "step": name}
+        row = {"workload": workload, "shape": shape, "dtype": dtype, "step": name, "copy": copy}
         rows.append(row | result)
-    columns = ("workload", "shape", "dtype", "step", "torchlosses", *RIVALS, "memory")
+    columns = (
+        "workload",
+        "shape",
+        "dtype",
+        "step",
+        "torchlosses",
+        *RIVALS,
+        "memory",
+        "bytes",
+        "copy",
+    )
     with (options.output_dir / "benchmark.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()

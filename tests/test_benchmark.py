@@ -2,10 +2,12 @@
 
 import csv
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("matplotlib", reason="the extra 'example' is not installed")
 
@@ -21,6 +23,10 @@ def test_benchmark_measures_every_workload(
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
+    module, function = benchmark.PEERS["liger"]
+    liger = types.SimpleNamespace(**{function: F.cross_entropy})
+    monkeypatch.setitem(sys.modules, module, liger)
+    monkeypatch.setitem(sys.modules, benchmark.PEERS["quack"][0], None)
     benchmark.main(["--shapes", "4x3", "2x3x2", "--rounds=1", f"--output-dir={tmp_path}"])
     output = capsys.readouterr().out
     assert "left out: compiled (no compiler)" in output
@@ -29,7 +35,9 @@ def test_benchmark_measures_every_workload(
     assert len(rows) == 2 * 2 * len(benchmark.WORKLOADS) * len(benchmark.STEPS)
     for row in rows:
         assert row["compiled"] == ""
-        assert all(float(row[name]) > 0 for name in ("torchlosses", "torch", "eager"))
+        assert all(float(row[name]) > 0 for name in ("torchlosses", "torch", "eager", "copy"))
+        assert bool(row["liger"]) == (row["workload"] == "logits, index" and row["shape"] == "4x3")
+        assert row["quack"] == ""
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
 
 
