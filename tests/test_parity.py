@@ -8,6 +8,8 @@ import pytest
 import torch
 from samples import SAMPLES, Sample
 
+from torchlosses import CrossEntropyError
+
 # Triton's interpreter cuts bits off where it makes bfloat16: up to a whole unit, not half a one.
 UNITS = 1 if os.environ.get("TRITON_INTERPRET") == "1" else 0.5
 
@@ -47,3 +49,12 @@ def assert_matches_reference(sample: Sample, dtype: torch.dtype, device: str) ->
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
 def test_matches_reference(sample: Sample, dtype: torch.dtype, device: str) -> None:
     assert_matches_reference(sample, dtype, device)
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_a_class_weight_of_0_does_not_hide_log_0(from_logits: bool, device: str) -> None:
+    y = torch.tensor([[-torch.inf, 0.0]] if from_logits else [[0.0, 1.0]], device=device)
+    weight = torch.tensor([0.0, 1.0], device=device)
+    loss = CrossEntropyError(weight=weight, delta=0, from_logits=from_logits)
+    assert loss(y, torch.full_like(y, 0.5)).isnan()
+    assert loss(y, torch.tensor([[0.0, 1.0]], device=device)) == 0

@@ -274,7 +274,7 @@ def _targets(
     target_ptr, weight_ptr, k, offsets, is_used, in_row, is_label, kept, uniform,
     IS_INDEX: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """w·((1−ε)·t + ε/C), or 0 where nothing is read, and its derivative by t."""
+    """w·((1−ε)·t + ε/C), whether that is 0 but for w, and its derivative by t."""
     is_read = is_used[:, None] & in_row
     if IS_INDEX:
         t = tl.where(is_label, 1.0, 0.0).to(DTYPE)
@@ -282,19 +282,20 @@ def _targets(
         t = tl.load(target_ptr + offsets, mask=is_read, other=0).to(DTYPE)
     kept = tl.full((1, 1), kept, DTYPE)
     t = t * kept + tl.full((), uniform, DTYPE)
+    is_0 = (t == 0) | ~is_read
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + k[None, :], mask=in_row, other=0)
         t *= weight
         kept *= weight
-    return tl.where(is_read, t, 0), kept
+    return tl.where(is_read, t, 0), is_0, kept
 
 
 @triton.jit
-def _guarded(y, t, delta, CAN_BE_0: tl.constexpr, DTYPE: tl.constexpr):
-    """y + δ, but 1 where 0·log 0 is to be 0."""
+def _guarded(y, is_0, delta, CAN_BE_0: tl.constexpr, DTYPE: tl.constexpr):
+    """y + δ, but 1 where 0·log 0 is to be 0: of a target that is 0, not of a weight."""
     guarded = y + tl.full((), delta, DTYPE)
     if CAN_BE_0:
-        guarded = tl.where((t == 0) & (guarded == 0), 1, guarded)
+        guarded = tl.where(is_0 & (guarded == 0), 1, guarded)
     return guarded
 
 
@@ -331,7 +332,7 @@ def _elements_kernel(
         for start in range(0, classes, BLOCK_CLASSES):
             k, offsets, in_row, is_label = _tile(row, label, start, classes, inner, BLOCK_CLASSES)
             y = tl.load(input_ptr + offsets, mask=is_used[:, None] & in_row, other=0).to(DTYPE)
-            t, by_target = _targets(
+            t, is_0, by_target = _targets(
                 target_ptr, weight_ptr, k, offsets, is_used, in_row, is_label, kept, uniform,
                 IS_INDEX, DTYPE,
             )  # fmt: skip
@@ -340,7 +341,7 @@ def _elements_kernel(
                 target_slope = -slope
                 term = slope * slope * 0.5
             else:
-                guarded = _guarded(y, t, delta, CAN_BE_0, DTYPE)
+                guarded = _guarded(y, is_0, delta, CAN_BE_0, DTYPE)
                 log = tl.log(guarded)
                 slope = -t / guarded
                 target_slope = -log * by_target
@@ -504,19 +505,19 @@ def _operands(
     input_ptr, target_ptr, weight_ptr, row, label, is_used, start, classes, inner, kept, uniform,
     IS_INDEX: tl.constexpr, DTYPE: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """A tile of logits, that of its targets with their derivative, its offsets, and what exists."""
+    """A tile of logits, what `_targets` says of it, its offsets, and which classes exist."""
     k, offsets, in_row, is_label = _tile(row, label, start, classes, inner, BLOCK_CLASSES)
     x = _logits(input_ptr, offsets, is_used, in_row, DTYPE)
-    t, by_target = _targets(
+    t, is_0, by_target = _targets(
         target_ptr, weight_ptr, k, offsets, is_used, in_row, is_label, kept, uniform,
         IS_INDEX, DTYPE,
     )  # fmt: skip
-    return x, t, by_target, offsets, in_row
+    return x, t, is_0, by_target, offsets, in_row
 
 
 @triton.jit
 def _softmax(
-    x, t, maximum, normalizer, delta,
+    x, t, is_0, maximum, normalizer, delta,
     IS_EXACT: tl.constexpr, CAN_BE_0: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """p = softmax(x), log(p + δ) and t·p / (p + δ)."""
@@ -524,10 +525,10 @@ def _softmax(
     p = tl.exp(shifted) * (1 / normalizer)[:, None]
     if IS_EXACT:
         log = shifted - tl.log(normalizer)[:, None]
-        log = tl.where((t == 0) & (log == float("-inf")), 0, log)  # 0·log 0 is 0.
+        log = tl.where(is_0 & (log == float("-inf")), 0, log)  # 0·log 0 is 0.
         return p, log, t
     else:  # noqa: RET505 - Only one branch is compiled.
-        guarded = _guarded(p, t, delta, CAN_BE_0, DTYPE)
+        guarded = _guarded(p, is_0, delta, CAN_BE_0, DTYPE)
         return p, tl.log(guarded), t * p / guarded
 
 
@@ -558,13 +559,15 @@ def _softmax_kernel(
             IS_INDEX, DTYPE, BLOCK_SAMPLES,
         )  # fmt: skip
         if IS_WHOLE:
-            x, t, by_target, offsets, in_row = _operands(
+            x, t, is_0, by_target, offsets, in_row = _operands(
                 input_ptr, target_ptr, weight_ptr, row, label, is_used, 0, classes, inner,
                 kept, uniform, IS_INDEX, DTYPE, BLOCK_CLASSES,
             )  # fmt: skip
             maximum = tl.max(x, 1)
             normalizer = tl.sum(tl.exp(x - maximum[:, None]), 1)
-            p, log, gated = _softmax(x, t, maximum, normalizer, delta, IS_EXACT, CAN_BE_0, DTYPE)
+            p, log, gated = _softmax(
+                x, t, is_0, maximum, normalizer, delta, IS_EXACT, CAN_BE_0, DTYPE
+            )
             slope = (p * tl.sum(gated, 1)[:, None] - gated) * scale[:, None]
             target_slope = -log * by_target * scale[:, None]
             is_written = is_there[:, None] & in_row
@@ -578,23 +581,23 @@ def _softmax_kernel(
             if grad_input_ptr is not None:
                 for step in range(1, tl.cdiv(classes, BLOCK_CLASSES) + 1):
                     start = (tl.cdiv(classes, BLOCK_CLASSES) - step) * BLOCK_CLASSES
-                    x, t, _, _, _ = _operands(
+                    x, t, is_0, _, _, _ = _operands(
                         input_ptr, target_ptr, weight_ptr, row, label, is_used, start, classes,
                         inner, kept, uniform, IS_INDEX, DTYPE, BLOCK_CLASSES,
                     )  # fmt: skip
                     _, _, gated = _softmax(
-                        x, t, maximum, normalizer, delta, IS_EXACT, CAN_BE_0, DTYPE
+                        x, t, is_0, maximum, normalizer, delta, IS_EXACT, CAN_BE_0, DTYPE
                     )
                     s += gated
             s = tl.sum(s, 1)[:, None]
             terms = tl.zeros((BLOCK_SAMPLES, BLOCK_CLASSES), DTYPE)
             for start in range(0, classes, BLOCK_CLASSES):
-                x, t, by_target, offsets, in_row = _operands(
+                x, t, is_0, by_target, offsets, in_row = _operands(
                     input_ptr, target_ptr, weight_ptr, row, label, is_used, start, classes, inner,
                     kept, uniform, IS_INDEX, DTYPE, BLOCK_CLASSES,
                 )  # fmt: skip
                 p, log, gated = _softmax(
-                    x, t, maximum, normalizer, delta, IS_EXACT, CAN_BE_0, DTYPE
+                    x, t, is_0, maximum, normalizer, delta, IS_EXACT, CAN_BE_0, DTYPE
                 )
                 slope = (p * s - gated) * scale[:, None]
                 target_slope = -log * by_target * scale[:, None]
