@@ -5,8 +5,10 @@
     python examples/mnist.py --trainer.max_epochs 2 --trainer.precision bf16-mixed --model.lr 0.001
     python examples/mnist.py --model.criterion torchlosses.CrossEntropyError \
         --model.criterion.from_logits true           # one loss, with its options
+    python examples/mnist.py --trainer.devices 2 --trainer.strategy ddp --trainer.accelerator cpu
     python examples/mnist.py --print_config > my.yaml; python examples/mnist.py --config my.yaml
 
+Several processes share each batch, so their steps are as large as those of one.
 Logs, a checkpoint for each loss and the picture `mnist.png` go to `runs/`. A run goes on from its
 checkpoint with `--ckpt_path FILE` beside the same `--model.criterion`.
 """
@@ -19,7 +21,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning as L
 import matplotlib.pyplot as plt
@@ -33,7 +35,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import MNIST
 
@@ -64,14 +67,37 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
-class Data(NamedTuple):
+class Data(L.LightningDataModule):
     """Images for training and for the test, and what suits their number."""
 
     name: str
-    train: Images
-    test: Images
-    batch_size: int
-    max_epochs: int
+
+    def __init__(
+        self, name: str, train: Images, test: Images, batch_size: int, max_epochs: int
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.train = train
+        self.test = test
+        self.batch_size = batch_size
+        self.max_epochs = max_epochs
+
+    def loader(self, images: Images, batch_size: int, **options: Any) -> DataLoader[Any]:
+        """Of each batch, the share of one process."""
+        trainer: Any = self.trainer
+        share = max(batch_size // trainer.world_size, 1)
+        return DataLoader(images, share, collate_fn=as_it_is, **options)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.loader(self.train, self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        trainer: Any = self.trainer
+        own = slice(trainer.global_rank, None, trainer.world_size)
+        test = Images(self.test.images[own], self.test.labels[own])
+        # The sampler that Lightning would put here makes shares equal by taking digits twice.
+        sampler: Any = DistributedSampler(test, num_replicas=1, rank=0, shuffle=False)
+        return self.loader(test, 500, sampler=sampler)
 
 
 def load(data: str, data_dir: str) -> Data:
@@ -87,16 +113,22 @@ def load(data: str, data_dir: str) -> Data:
         message = f"MNIST is not in {data_dir!r}, and could not be downloaded ({reason})"
         if data == "mnist":
             raise SystemExit(f"--data mnist: {message}") from error
-        print(f"{message}: training on {DIGITS} instead.", flush=True)
-        return load_scikit_learn_digits()._replace(name=f"{DIGITS} instead of MNIST")
+        if is_first_process():
+            print(f"{message}: training on {DIGITS} instead.", flush=True)
+        digits = load_scikit_learn_digits()
+        digits.name = f"{DIGITS} instead of MNIST"
+        return digits
     finally:
         socket.setdefaulttimeout(timeout)
 
 
+def is_first_process() -> bool:
+    """Whether this is the one that starts the others, which it does when training starts."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 def load_mnist(data_dir: str) -> Data:
-    # Of several processes only the first downloads; it is through before it starts the others.
-    download = getattr(rank_zero_only, "rank", 0) == 0
-    splits = (MNIST(data_dir, train, download=download) for train in (True, False))
+    splits = (MNIST(data_dir, train, download=is_first_process()) for train in (True, False))
     train, test = (Images(split.data[:, None].float() / 255, split.targets) for split in splits)
     return Data("MNIST", train, test, batch_size=64, max_epochs=5)
 
@@ -131,6 +163,7 @@ class Classifier(L.LightningModule):
             nn.Conv2d(16, 32, 5), nn.ReLU(), nn.MaxPool2d(2),
             nn.Flatten(), nn.Dropout(0.25), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 10),
         )  # fmt: skip
+        self.test_loss = MeanMetric()
         self.accuracy = MulticlassAccuracy(10, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
@@ -142,18 +175,24 @@ class Classifier(L.LightningModule):
         logits = self.network(images)
         probabilities = logits.softmax(1)
         from_logits = getattr(self.criterion, "from_logits", False)
-        return self.criterion(logits if from_logits else probabilities, labels), probabilities
+        loss = self.criterion(logits if from_logits else probabilities, labels)
+        if getattr(self.criterion, "reduction", None) == "sum":
+            # Gradients are averaged over the processes, which makes a mean of a sum.
+            loss = loss * self.trainer.world_size
+        return loss, probabilities
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         loss, _ = self.loss(*batch)
-        self.log("train_loss", loss, on_epoch=True, batch_size=len(batch[1]))
+        self.log("train_loss", loss, on_epoch=True, batch_size=len(batch[1]), sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         loss, probabilities = self.loss(*batch)
+        # Metrics, because Lightning's own mean rounds a share of a batch to whole samples.
+        self.test_loss(loss, len(batch[1]))
         self.accuracy(probabilities, batch[1])
-        self.log("test_loss", loss, batch_size=len(batch[1]), sync_dist=True)
-        self.log("test_accuracy", self.accuracy, prog_bar=True, batch_size=len(batch[1]))
+        self.log("test_loss", self.test_loss)
+        self.log("test_accuracy", self.accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters(), self.lr)
@@ -186,15 +225,15 @@ def parse(arguments: Sequence[str]) -> CLI:
 
 def train(cli: CLI, data: Data) -> dict[str, Any]:
     """One run: what the table and the picture show of it."""
-    training = DataLoader(data.train, data.batch_size, shuffle=True, collate_fn=as_it_is)
-    test = DataLoader(data.test, 500, collate_fn=as_it_is)
     log = CSVLogger(cli.config.output_dir, type(cli.model.criterion).__name__)
     cli.trainer.logger = log
     start = time.perf_counter()
-    cli.trainer.fit(cli.model, training, test, ckpt_path=cli.config.ckpt_path)
+    cli.trainer.fit(cli.model, datamodule=data, ckpt_path=cli.config.ckpt_path)
     seconds = time.perf_counter() - start
-    with Path(log.log_dir, "metrics.csv").open() as file:
-        metrics = list(csv.DictReader(file))
+    metrics = []
+    if cli.trainer.is_global_zero:  # Which alone has written them.
+        with Path(log.log_dir, "metrics.csv").open() as file:
+            metrics = list(csv.DictReader(file))
     return {
         "loss": log.name,
         "epochs": cli.trainer.current_epoch,
