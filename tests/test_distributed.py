@@ -209,7 +209,7 @@ FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 class Traffic(TorchDispatchMode):
-    """The number of elements of each tensor that goes to other processes."""
+    """The bytes of each tensor that goes to other processes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ class Traffic(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # It is asked again for what is done with the shards.
         if func.namespace == "_c10d_functional" and "tensor" not in func.name().split("_"):
-            self.sizes.append(args[0].numel())
+            self.sizes.append(args[0].nbytes)
         return func(*args, **(kwargs or {}))
 
 
@@ -254,7 +254,8 @@ def only_numbers_per_sample_travel(form: str) -> None:
                 elif reduction == "mean" and is_index:
                     totals = [1, 2] * mesh.ndim
                 where = f"{mesh.ndim}-D, index {is_index}, {reduction}"
-                assert sorted(traffic.sizes) == sorted(per_row + totals), (where, traffic.sizes)
+                expected = sorted(4 * numbers for numbers in per_row + totals)  # In float32.
+                assert sorted(traffic.sizes) == expected, (where, traffic.sizes)
                 counts = collectives.get_comm_counts()
                 assert sum(counts.values()) == len(traffic.sizes), where
                 assert {str(op).rpartition(".")[2] for op, n in counts.items() if n} <= {
@@ -262,14 +263,32 @@ def only_numbers_per_sample_travel(form: str) -> None:
                 }, where
 
 
-@case()
-def a_batch_shard_sends_its_sum_once() -> None:
-    for loss, options in FORMS.values():
-        y = spread(torch.rand(9, 5).softmax(1), *one_dimension(Shard(0))).requires_grad_()
-        t = spread(torch.randint(5, (9,)), *one_dimension(Shard(0)))
-        with Traffic() as traffic:
-            loss(y, t, **options).backward()
-        assert traffic.sizes == [1]
+@case(*FORMS)
+def a_batch_shard_sends_its_sum_once(form: str) -> None:
+    """Once in each dimension of the mesh, and beside it the divisor if the targets make it."""
+    loss, options = FORMS[form]
+    for mesh in meshes():
+        placements = [Shard(0)] * mesh.ndim
+        for is_index in (False, True):
+            for reduction in REDUCTIONS:
+                leaf = torch.rand(9, 5).softmax(1).requires_grad_()
+                target = torch.randint(5, (9,)) if is_index else leaf.detach().flip(0)
+                expected = loss(leaf, target, reduction=reduction, **options)
+                expected.sum().backward()
+                y = spread(leaf.detach(), mesh, placements).requires_grad_()
+                t = spread(target, mesh, placements)
+                with CommDebugMode() as collectives, Traffic() as traffic:
+                    value: Any = loss(y, t, reduction=reduction, **options)
+                    value.backward(torch.ones_like(value))
+                bytes_sent = [] if reduction == "none" else [4] * mesh.ndim
+                if reduction == "mean" and is_index:
+                    bytes_sent += [8] * mesh.ndim
+                assert sorted(traffic.sizes) == bytes_sent, (mesh.ndim, is_index, reduction)
+                assert collectives.get_total_counts() == len(bytes_sent)
+                torch.testing.assert_close(value.full_tensor(), expected)
+                grad: Any = y.grad
+                assert grad.placements == tuple(placements)
+                torch.testing.assert_close(grad.full_tensor(), leaf.grad)
 
 
 def one_dimension(placement: Any) -> tuple[DeviceMesh, list[Any]]:
