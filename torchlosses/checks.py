@@ -177,40 +177,56 @@ def check_classes(target: Tensor, num_classes: int, ignore_index: int) -> Classe
 
 
 def check_values(
-    input: Tensor, target: Tensor | None, dim: int, from_logits: bool, sample_weight: Tensor | None
+    input: Tensor,
+    target: Tensor | None,
+    classes: Classes | None,
+    dim: int,
+    from_logits: bool,
+    sample_weight: Tensor | None,
 ) -> None:
     """Values that cannot be right, or are suspicious; a pass over the data, so only on request.
 
     The request is PyTorch's own debug switch, `torch.autograd.detect_anomaly()`. `target` is None
-    where the targets are class indices.
+    where the targets are class indices. Samples that count for nothing may hold anything.
     """
     if not (_can_look(input) and torch.is_anomaly_enabled()):
         return
     input = input.detach()
+    kept = None if classes is None else classes.kept
+    if kept is None:
+        kept = torch.ones(samples_shape(input, dim), dtype=torch.bool, device=input.device)
+    counts = kept if sample_weight is None else kept & (sample_weight.detach() != 0)
     if from_logits:
-        if input.shape[dim] > 1 and _truth(_is_distribution(input, dim).all()) and input.numel():
+        # Few rows of logits may come close to it by chance.
+        rounding = 1e-2 if kept.numel() > 3 else 1e-5
+        position = _first(counts)
+        is_one = _is_distribution(input, dim, rounding) | ~counts
+        if input.shape[dim] > 1 and position is not None and _truth(is_one.all()):
             warnings.warn(
-                "input: every row is a probability distribution already, and from_logits=True "
-                "takes the softmax once more; pass the logits, or from_logits=False",
+                f"input: every row is a probability distribution already (that at position "
+                f"{position} has values {_range(input, dim, position)}), and from_logits=True "
+                f"takes the softmax once more; pass the logits, or from_logits=False",
                 stacklevel=3,
             )
     else:
         rounding = 4 * torch.finfo(input.dtype).eps
-        position = _first((input < -rounding) | (input > 1 + rounding))
+        # The logarithm of what is negative is NaN, and with a weight of 0 too.
+        is_bad = (input < -rounding) & kept.unsqueeze(dim)
+        is_bad |= (input > 1 + rounding) & counts.unsqueeze(dim)
+        position = _first(is_bad)
         if position is not None:
             raise ValueError(
                 f"input: got {input[position].item():g} at position {position}, which is no "
                 f"probability; expected 0 to 1 (for logits, pass from_logits=True)"
             )
     if target is not None:
-        suspicious = ~_is_distribution(target.detach(), dim)
-        if sample_weight is not None:
-            suspicious &= sample_weight.detach() != 0
-        position = _first(suspicious)
+        target = target.detach()
+        position = _first(counts & ~_is_distribution(target, dim, 1e-2))
         if position is not None:
             warnings.warn(
-                f"target: the row at position {position} is no probability distribution; "
-                f"expected values of at least 0 that sum to 1 over dimension {dim}",
+                f"target: the row at position {position} is no probability distribution, with "
+                f"values {_range(target, dim, position)}; expected values of at least 0 that sum "
+                f"to 1 over dimension {dim} (for logits of a teacher, pass their softmax)",
                 stacklevel=3,
             )
 
@@ -269,10 +285,19 @@ def _first(condition: Tensor) -> tuple[int, ...] | None:
     return tuple(condition.nonzero()[0].tolist())
 
 
-def _is_distribution(values: Tensor, dim: int) -> Tensor:
-    """Whether each row is at least 0 and sums to 1, but for rounding."""
-    rounding = 1e-3
+def _is_distribution(values: Tensor, dim: int, rounding: float) -> Tensor:
+    """Whether each row is at least 0 and sums to 1, but for `rounding` and that of its dtype."""
+    least = -1e-4  # What 1 minus a sum over many classes can be.
     if values.is_floating_point():
-        rounding = max(rounding, 2 * torch.finfo(values.dtype).eps)
+        finfo = torch.finfo(values.dtype)
+        least = min(least, -finfo.eps)
+        # Below `tiny` all values are rounded to multiples of one step.
+        steps = values.shape[dim] * finfo.tiny * finfo.eps
+        rounding = max(rounding, 2 * finfo.eps) + steps
     values = values.double()
-    return (values >= 0).all(dim) & ((values.sum(dim) - 1).abs() <= rounding)
+    return (values >= least).all(dim) & ((values.sum(dim) - 1).abs() <= rounding)
+
+
+def _range(values: Tensor, dim: int, position: tuple[int, ...]) -> str:
+    row = values.movedim(dim, -1)[position].double()
+    return f"from {row.min().item():g} to {row.max().item():g} and a sum of {row.sum().item():g}"

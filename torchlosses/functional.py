@@ -136,8 +136,9 @@ def cross_entropy_error(
             from_logits=from_logits,
             label_smoothing=label_smoothing,
         )
-    checks.check_values(input, None if is_index else target, dim, from_logits, sample_weight)
     classes = checks.check_classes(target, input.shape[dim], ignore_index) if is_index else None
+    soft = None if is_index else target
+    checks.check_values(input, soft, classes, dim, from_logits, sample_weight)
     weights = class_weights = None if sample_weight is None else sample_weight.to(dtype)
     if weight is not None:
         weight = weight.to(dtype)

@@ -82,7 +82,8 @@ def run(
                 **options,
             )
         elif not options.get("from_logits", True):
-            checks.check_values(y, None, dim, False, None)
+            classes = None if place is None else place.classes
+            checks.check_values(y, None, classes, dim, False, sample_weight)
     except (IndexError, ValueError) as error:
         error.add_note("The position is one in the shard of this process.")
         raise
