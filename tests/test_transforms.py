@@ -1,6 +1,5 @@
-"""`torch.func`, the compiler, export and tracing give the numbers of a plain call."""
+"""`torch.func` and the compiler give the numbers of a plain call."""
 
-import warnings
 from typing import Any
 
 import pytest
@@ -144,43 +143,6 @@ def test_compiled_bad_class_is_nan(device: str) -> None:
         assert y.grad is not None
         assert y.grad.isnan().all(1).tolist() == [False, True, False, False]
         assert y.grad[2].count_nonzero() == 0
-
-
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("is_index", [False, True])
-@pytest.mark.parametrize(
-    "criterion",
-    [
-        SumSquaredError(reduction="mean"),
-        CrossEntropyError(reduction="mean", weight=torch.rand(5)),
-        CrossEntropyError(from_logits=True, reduction="batchmean", label_smoothing=0.1),
-    ],
-    ids=["sse", "probabilities", "logits"],
-)
-def test_export_with_dynamic_batch(criterion: nn.Module, is_index: bool, strict: bool) -> None:
-    def batch(size: int) -> tuple[Tensor, Tensor]:
-        y = torch.rand(size, 5).softmax(1)
-        return y, torch.randint(5, (size,)) if is_index else torch.rand(size, 5)
-
-    rows = torch.export.Dim("rows")
-    exported = torch.export.export(
-        criterion, batch(4), dynamic_shapes=({0: rows}, {0: rows}), strict=strict
-    ).module()
-    for size in (4, 7):
-        arguments = batch(size)
-        torch.testing.assert_close(exported(*arguments), criterion(*arguments))
-
-
-def test_trace() -> None:
-    y, t = torch.rand(4, 5), torch.tensor([0, 1, 2, 3])
-    with warnings.catch_warnings():
-        # Tracing fixes the shapes and says so.
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
-        traced = torch.jit.trace(CrossEntropyError(), (y, t))
-    other = torch.tensor([4, -100, 9, 1])
-    assert traced(y, t) == CrossEntropyError()(y, t)
-    assert traced(y, other).isnan()
-    assert traced(y, other.clamp(max=4)) == CrossEntropyError()(y, other.clamp(max=4))
 
 
 def test_fake_and_meta_tensors_have_shapes_and_no_values() -> None:

@@ -1,0 +1,153 @@
+"""What is exported, compiled ahead of time or traced gives the numbers of the loss itself."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor
+from torch import Tensor, nn
+
+from torchlosses import CrossEntropyError, SumSquaredError
+
+REDUCTIONS = ("sum", "mean", "batchmean", "none")
+ROWS = torch.export.Dim("rows")
+DYNAMIC = ({0: ROWS},) * 4
+DTYPES = {
+    torch.float32: torch.int64,
+    torch.float64: torch.int16,
+    torch.float16: torch.int32,
+    torch.bfloat16: torch.uint8,
+}
+
+
+class Every(nn.Module):
+    """Both losses in all forms, plain and with all options, on soft targets and on classes."""
+
+    def __init__(self, *reductions: str) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"label_smoothing": 0.1, "delta": 1e-3}
+        options["weight"] = torch.linspace(0.5, 2, 5)
+        plain: list[nn.Module] = [CrossEntropyError(from_logits=True, delta=0)]
+        weighted: list[nn.Module] = []
+        for reduction in reductions:
+            plain.append(SumSquaredError(reduction=reduction))
+            weighted.append(SumSquaredError(reduction=reduction))
+            for from_logits in (False, True):
+                form: dict[str, Any] = {"reduction": reduction, "from_logits": from_logits}
+                plain.append(CrossEntropyError(**form))
+                weighted.append(CrossEntropyError(**form, **options))
+        self.plain = nn.ModuleList(plain)
+        self.weighted = nn.ModuleList(weighted)
+
+    def forward(self, y: Tensor, soft: Tensor, label: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        losses = []
+        for criterion in self.plain:
+            losses += [criterion(y, soft), criterion(y, label)]
+        for criterion in self.weighted:
+            each = w.unsqueeze(1) if isinstance(criterion, SumSquaredError) else w
+            losses += [criterion(y, soft, sample_weight=each)]
+            losses += [criterion(y, label, sample_weight=w)]
+        return tuple(losses)
+
+
+def batch(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """One sample in three ignored, where the dtype of the classes has a sign."""
+    y, soft = (torch.randn(rows, 5).softmax(1).to(dtype) for _ in range(2))
+    label = torch.randint(5, (rows,)).to(DTYPES[dtype])
+    if label.dtype.is_signed:
+        label[::3] = -100
+    return y, soft, label, torch.rand(rows)
+
+
+def assert_the_same(graph: Any, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """For other numbers of samples too, one among them; and a class that is none is NaN."""
+    for rows in (4, 1, 23):
+        arguments = batch(rows, dtype)
+        for actual, expected in zip(graph(*arguments), model(*arguments), strict=True):
+            torch.testing.assert_close(torch.as_tensor(actual), expected, rtol=1e-5, atol=1e-6)
+    y, soft, label, w = batch(4, dtype)
+    label[1] = 5
+    for number, loss in enumerate(graph(y, soft, label, w)):
+        is_nan = torch.as_tensor(loss).isnan()
+        is_index = number % 2 == 1
+        assert is_nan.any() == is_index
+        if is_nan.dim():
+            assert is_nan.reshape(4, -1).any(1).tolist() == [False, is_index, False, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_export_with_a_dynamic_batch(dtype: torch.dtype) -> None:
+    model = Every(*REDUCTIONS).eval()
+    exported = torch.export.export(model, batch(4, dtype), dynamic_shapes=DYNAMIC)
+    operators = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    ours = [op for op in operators if not str(op).startswith(("aten.", "<built-in function"))]
+    assert not ours, ours  # Nor of anyone else.
+    assert_the_same(exported.module(), model, dtype)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_an_empty_batch_of_a_graph_of_more(reduction: str) -> None:
+    """The exporter takes a dynamic size for more than 0, so a mean is 0/0, as in torch's losses."""
+    y, soft, *_ = batch(4)
+    for criterion in (SumSquaredError(reduction=reduction), CrossEntropyError(reduction=reduction)):
+        exported = torch.export.export(criterion, (y, soft), dynamic_shapes=DYNAMIC[:2]).module()
+        loss = exported(y[:0], soft[:0])
+        assert loss.isnan().any() == (reduction in ("mean", "batchmean"))
+        own = torch.export.export(criterion, (y[:0], soft[:0])).module()
+        torch.testing.assert_close(own(y[:0], soft[:0]), criterion(y[:0], soft[:0]))
+
+
+@pytest.mark.parametrize("criterion", [SumSquaredError(), CrossEntropyError(reduction="mean")])
+def test_strict_export(criterion: nn.Module) -> None:
+    y, _, label, _ = batch(4)
+    exported = torch.export.export(
+        criterion, (y, label), dynamic_shapes=DYNAMIC[:2], strict=True
+    ).module()
+    for rows in (4, 7):
+        y, _, label, _ = batch(rows)
+        torch.testing.assert_close(exported(y, label), criterion(y, label))
+
+
+def test_compiled_ahead_of_time(tmp_path: Path) -> None:
+    model = Every("mean", "none").eval()
+    exported = torch.export.export(model, batch(4), dynamic_shapes=DYNAMIC)
+    # Documented under these names, there are no others.
+    path = torch._inductor.aoti_compile_and_package(
+        exported, package_path=str(tmp_path / "losses.pt2")
+    )
+    assert_the_same(torch._inductor.aoti_load_package(path), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_onnx(dtype: torch.dtype) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = Every("mean", *(("none", "batchmean") if dtype == torch.float32 else ())).eval()
+    with warnings.catch_warnings():
+        # It says that all four arguments have the same number of rows.
+        warnings.filterwarnings("ignore", "# The axis name: rows")
+        program: Any = torch.onnx.export(
+            model, batch(4, dtype), dynamo=True, dynamic_shapes=DYNAMIC, verbose=False
+        )
+    assert {node.domain for node in program.model.graph} == {""}  # ONNX's own operators.
+    session = runtime.InferenceSession(program.model_proto.SerializeToString())
+    inputs = [input.name for input in session.get_inputs()]
+
+    def graph(*arguments: Tensor) -> Any:
+        arrays = (argument.numpy() for argument in arguments)
+        return session.run(None, dict(zip(inputs, arrays, strict=True)))
+
+    assert_the_same(graph, model, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_trace(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = Every(*REDUCTIONS).eval()
+    with warnings.catch_warnings():
+        # Tracing says that it does not see where Python decides by a shape.
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        traced = torch.jit.trace(model, batch(4, dtype))
+    torch.jit.save(traced, tmp_path / "losses.pt")
+    assert_the_same(torch.jit.load(tmp_path / "losses.pt"), model, dtype)
