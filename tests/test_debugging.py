@@ -15,8 +15,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
-def _anomaly() -> Iterator[None]:
-    with torch.autograd.set_detect_anomaly(True):
+def _anomaly(device: str) -> Iterator[None]:
+    with torch.device(device), torch.autograd.set_detect_anomaly(True):
         yield
 
 
@@ -41,6 +41,9 @@ def soft_targets(label: Tensor, classes: int, dtype: torch.dtype) -> dict[str, T
         "distillation and label": (0.5 * teacher + 0.5 * onehot).to(dtype),
         "a uniform teacher": torch.zeros(len(label), classes, dtype=dtype).softmax(1),
         "one minus the rest": torch.cat((rest := teacher[:, 1:], 1 - rest.sum(1, True)), 1),
+        "one minus what was rounded up": (onehot - torch.finfo(dtype).eps * onehot.roll(1, 1)).to(
+            dtype
+        ),
     }
 
 
@@ -73,7 +76,7 @@ def batches(form: str) -> Iterator[tuple[Any, dict[str, Tensor], dict[str, Any]]
     "dtype", [torch.float32, torch.bfloat16, "mixed bfloat16", "mixed float16"]
 )
 @pytest.mark.parametrize("form", ["squares", "probabilities", "logits"])
-def test_training_that_is_right_is_silent(form: str, dtype: Any) -> None:
+def test_training_that_is_right_is_silent(form: str, dtype: Any, device: str) -> None:
     """Warnings are errors here. From logits of 0 to such as nearly make one-hot rows."""
     model = nn.Linear(10, 10)
     nn.init.zeros_(model.weight)
@@ -86,7 +89,7 @@ def test_training_that_is_right_is_silent(form: str, dtype: Any) -> None:
         model.to(dtype)
     optimizer = torch.optim.Adam(model.parameters(), 0.1, eps=1e-4)
     # Of a scale that is too large anomaly mode itself makes an error.
-    scaler = torch.amp.GradScaler("cpu", init_scale=1, enabled=half == torch.float16)
+    scaler = torch.amp.GradScaler(device, init_scale=1, enabled=half == torch.float16)
     for target, arguments, options in batches(form):
         if form == "squares":
             criterion: nn.Module = SumSquaredError()
@@ -94,13 +97,21 @@ def test_training_that_is_right_is_silent(form: str, dtype: Any) -> None:
             criterion = CrossEntropyError(from_logits=form == "logits", delta=delta, **options)
         label = target if target.dim() == 1 else target.float().argmax(1)
         x = nn.functional.one_hot(label.clamp(min=0), 10).to(model.weight.dtype)
-        with torch.autocast("cpu", half, enabled=is_mixed):
+        with torch.autocast(device, half, enabled=is_mixed):
             logits = model(3 * x)
             loss = criterion(logits if form == "logits" else logits.softmax(1), target, **arguments)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
+
+
+@pytest.mark.parametrize("bad", [-0.01, 1.01, 7.5, torch.inf])
+def test_what_is_no_probability_is_an_error(bad: float) -> None:
+    y = torch.full((2, 5), 0.2)
+    y[1, 3] = bad
+    with pytest.raises(ValueError, match=rf"input: got {bad:g} at position \(1, 3\)"):
+        cross_entropy_error(y, torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -138,6 +149,9 @@ def test_a_second_softmax_is_found_beside_padding_and_in_a_wider_dtype() -> None
 def test_logits_that_come_close_to_a_distribution_are_none() -> None:
     for x in ([0.3, 0.7005], [0.0, 0.9995], [0.5, 0.4991]):
         cross_entropy_error(torch.tensor([x]), torch.tensor([0]), from_logits=True)
+    # Where there is one class, or no sample, there is nothing to tell them by.
+    cross_entropy_error(torch.ones(4, 1), torch.zeros(4, dtype=torch.int64), from_logits=True)
+    cross_entropy_error(torch.ones(0, 4), torch.ones(0, 4), from_logits=True)
 
 
 def test_samples_that_count_for_nothing_may_hold_anything() -> None:
@@ -148,7 +162,8 @@ def test_samples_that_count_for_nothing_may_hold_anything() -> None:
         cross_entropy_error(y.clamp(min=0), label.abs() % 5)
     y[1] = 7
     weight = torch.tensor([1.0, 0, 1, 1])
-    for target in (label.clamp(min=0), softmax(4, 5, dtype=torch.float32)):
+    padded = softmax(4, 5, dtype=torch.float32) * weight.unsqueeze(1)
+    for target in (label.clamp(min=0), padded):
         assert cross_entropy_error(y, target, sample_weight=weight).isfinite()
         with pytest.raises(ValueError, match=r"got -7 at position \(1, 0\)"):  # It makes NaN.
             cross_entropy_error(-y.abs().where(y > 1, -y), target, sample_weight=weight)
@@ -187,6 +202,8 @@ def test_a_bad_class_is_an_error(loss: Callable[..., Tensor]) -> None:
 
 
 def test_without_the_switch_nothing_is_looked_at() -> None:
+    y, two = torch.full((2, 3), 2.0), torch.full((2, 3), 2.0)
     with torch.autograd.set_detect_anomaly(False), warnings.catch_warnings():
         warnings.simplefilter("error")
-        cross_entropy_error(torch.full((2, 3), 7.0), torch.full((2, 3), 7.0))
+        cross_entropy_error(y, two)
+        cross_entropy_error(y.softmax(1), two, from_logits=True)

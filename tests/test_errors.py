@@ -182,67 +182,6 @@ def test_class_out_of_range_on_cuda_is_nan(loss: Any) -> None:
     assert input.grad.isnan().all(1).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("loss", BOTH)
-def test_anomaly_mode_finds_a_bad_class(loss: Any, device: str) -> None:
-    with _anomaly(), pytest.raises(IndexError, match=words("target", 5, "(1,)")):
-        loss(y(2, 5, device=device), torch.tensor([0, 5], device=device))
-
-
-@pytest.mark.parametrize("bad", [-0.01, 1.01, 7.5])
-def test_anomaly_mode_finds_what_is_no_probability(bad: float, device: str) -> None:
-    input = y(2, 5, device=device)
-    input[1, 3] = bad
-    target = torch.tensor([0, 1], device=device)
-    cross_entropy_error(input, target)
-    with _anomaly():
-        with pytest.raises(ValueError, match=words("input", bad, (1, 3), "from_logits=True")):
-            cross_entropy_error(input, target)
-        cross_entropy_error(input, target, from_logits=True)
-
-
-@pytest.mark.parametrize("row", [[0.5, 0.6, 0.0], [-0.1, 1.1, 0.0], [0.0, 0.0, 0.0]])
-def test_anomaly_mode_warns_of_targets_that_are_no_distribution(
-    row: list[float], device: str
-) -> None:
-    target = torch.tensor([[0.2, 0.3, 0.5], row], device=device)
-    cross_entropy_error(y(2, 3, device=device), target)
-    with _anomaly():
-        with pytest.warns(UserWarning, match=words("target", "(1,)", "sum to 1")):
-            cross_entropy_error(y(2, 3, device=device), target)
-        weight = torch.tensor([1.0, 0.0], device=device)  # What weighs nothing is not looked at.
-        cross_entropy_error(y(2, 3, device=device), target, sample_weight=weight)
-
-
-def test_anomaly_mode_warns_of_a_second_softmax(device: str) -> None:
-    x = torch.randn(4, 5, device=device)
-    target = torch.tensor([0, 1, 2, 3], device=device)
-    cross_entropy_error(x.softmax(1), target, from_logits=True)
-    with _anomaly():
-        with pytest.warns(UserWarning, match=words("input", "probability", "from_logits=False")):
-            cross_entropy_error(x.softmax(1), target, from_logits=True)
-        cross_entropy_error(x, target, from_logits=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_anomaly_mode_is_silent_about_what_is_right(dtype: torch.dtype, device: str) -> None:
-    x = (4 * torch.randn(64, 1000, device=device)).to(dtype)
-    soft = torch.randn(64, 1000, device=device).to(dtype).softmax(1)
-    index = torch.randint(1000, (64,), device=device)
-    with _anomaly():
-        for target in (soft, index):
-            cross_entropy_error(x.softmax(1), target)
-            cross_entropy_error(x, target, from_logits=True)
-            sum_squared_error(x, target)
-        sum_squared_error(x, x)
-        cross_entropy_error(torch.ones_like(x[:, :1]), index * 0, from_logits=True)
-        cross_entropy_error(x[:0].softmax(1), soft[:0])
-        cross_entropy_error(x[:0], index[:0], from_logits=True)
-
-
-def _anomaly() -> Any:
-    return torch.autograd.set_detect_anomaly(True)
-
-
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
 def test_arguments_are_never_written_to(sample: Sample, device: str) -> None:
     input, target, options = sample.tensors(torch.float32, device)

@@ -289,11 +289,8 @@ def _is_distribution(values: Tensor, dim: int, rounding: float) -> Tensor:
     """Whether each row is at least 0 and sums to 1, but for `rounding` and that of its dtype."""
     least = -1e-4  # What 1 minus a sum over many classes can be.
     if values.is_floating_point():
-        finfo = torch.finfo(values.dtype)
-        least = min(least, -finfo.eps)
-        # Below `tiny` all values are rounded to multiples of one step.
-        steps = values.shape[dim] * finfo.tiny * finfo.eps
-        rounding = max(rounding, 2 * finfo.eps) + steps
+        eps = torch.finfo(values.dtype).eps
+        least, rounding = min(least, -eps), max(rounding, 2 * eps)
     values = values.double()
     return (values >= least).all(dim) & ((values.sum(dim) - 1).abs() <= rounding)
 
