@@ -51,7 +51,8 @@ def start(
     return subprocess.run(
         [sys.executable, str(EXAMPLES / "mnist.py"), "--trainer.accelerator=cpu", *arguments],
         cwd=directory,
-        env=os.environ | OFFLINE | (environment or {}),
+        # More threads of a network this small wait for each other, above all in several processes.
+        env=os.environ | OFFLINE | {"OMP_NUM_THREADS": "1"} | (environment or {}),
         capture_output=True,
         text=True,
         check=False,
