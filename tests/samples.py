@@ -57,18 +57,23 @@ class Sample:
     def reference(self, dtype: torch.dtype = torch.float64) -> tuple[Array, Array]:
         """Value and gradient in float64, of arguments that were rounded to `dtype` before."""
         input, target, options = self.tensors(dtype)
-        arrays = {
-            name: value.double().numpy() if isinstance(value, Tensor) else value
-            for name, value in options.items()
-        }
-        exact = target.double() if target.is_floating_point() else target
-        value, grad = (
-            getattr(torchlosses.reference, self.loss + suffix)(
-                input.double().numpy(), exact.numpy(), **arrays
-            )
-            for suffix in ("", "_grad")
-        )
-        return value, grad
+        return reference(self.loss, {"input": input, "target": target} | options)
+
+
+def reference(loss: str, arguments: dict[str, Any]) -> tuple[Array, Array]:
+    """Value and gradient in float64, of what tensors hold."""
+
+    def exact(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach().cpu()
+        return (value.double() if value.is_floating_point() else value).numpy()
+
+    arguments = {name: exact(value) for name, value in arguments.items()}
+    value, grad = (
+        getattr(torchlosses.reference, loss + suffix)(**arguments) for suffix in ("", "_grad")
+    )
+    return value, grad
 
 
 # The class dimension is the default one, first, last, and in the middle of three others.
@@ -230,6 +235,13 @@ def _hard_cross_entropies() -> Iterator[Sample]:
     for kind, target in (("onehot", onehot), ("index", index)):
         negative = np.where(corners == 0, -0.0, corners)  # −0.0 + 0 is 0, and its slope −∞.
         yield Sample(f"ce-corners-negative-zero-{kind}", loss, negative, target, {"delta": 0})
+    elsewhere = np.array([[np.nan, 0.5, -0.0], [0.5, inf, 0.5]])
+    named, zero_weight = np.array([2, 0, 1, 1]), np.array([1.0, 0.0, 1.0])
+    for delta in (1e-7, 0):  # What an index does not name is not there; log 0, if named, is.
+        options = {"delta": delta, "reduction": "none"}
+        yield Sample(f"ce-nan-elsewhere-delta={delta}", loss, elsewhere, np.array([1, 2]), options)
+        options = options | {"weight": zero_weight}
+        yield Sample(f"ce-zero-class-weight-delta={delta}", loss, corners, named, options)
     odd = np.array([[0.1, -0.2, 2.0], [3.0, 0.2, 0.5]])
     yield Sample("ce-targets-that-are-no-distribution", loss, np.abs(odd), odd)
     yield Sample(

@@ -61,6 +61,7 @@ def cross_entropy_error_grad(input: ArrayLike, target: ArrayLike, **options: Any
     return _cross_entropy(input, target, **options)[1]
 
 
+@np.errstate(all="ignore")
 def _squared_error(
     input: ArrayLike,
     target: ArrayLike,
@@ -80,6 +81,7 @@ def _squared_error(
     return _reduce(losses, slopes, reduction, scale * kept, np.shape(input))
 
 
+@np.errstate(all="ignore")
 def _cross_entropy(
     input: ArrayLike,
     target: ArrayLike,
@@ -102,21 +104,24 @@ def _cross_entropy(
     scale = np.expand_dims(scale, axis) * kept
     weights = np.sum(scale * w * t, axis) if is_index else scale
 
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = w * ((1 - label_smoothing) * t + label_smoothing / max(classes, 1))
-        if from_logits:
-            z = y - np.max(y, axis, keepdims=True, initial=-np.inf)
-            log_p = z - np.log(np.sum(np.exp(z), axis, keepdims=True))
-            p = np.exp(log_p)
-            log_guarded = log_p if delta == 0 else np.log(p + delta)
-            gated = t if delta == 0 else t * p / (p + delta)
-            slopes = p * np.sum(gated, axis, keepdims=True) - gated
-        else:
-            log_guarded = np.log(y + delta)
-            slopes = np.where((t == 0) & (y + delta == 0), 0, -t / (y + delta))
-        terms = np.where((t == 0) & (log_guarded == -np.inf), 0, -t * log_guarded)
-        losses = np.where(kept, terms * scale, 0).sum(axis)
-        slopes = np.where(kept, slopes * scale, 0)
+    t = (1 - label_smoothing) * t + label_smoothing / max(classes, 1)
+    if from_logits:
+        z = y - np.max(y, axis, keepdims=True, initial=-np.inf)
+        log_p = z - np.log(np.sum(np.exp(z), axis, keepdims=True))
+        p = np.exp(log_p)
+        log_guarded = log_p if delta == 0 else np.log(p + delta)
+        gated = w * t if delta == 0 else w * t * p / (p + delta)
+        slopes = p * np.sum(gated, axis, keepdims=True) - gated
+    else:
+        log_guarded = np.log(y + delta)
+        slopes = -w * t / (y + delta)
+    # A class that an index does not name is not there at all, NaN or not; else 0·log 0 is 0.
+    is_absent = (t == 0) & (is_index | (log_guarded == -np.inf))
+    if not from_logits:
+        slopes = np.where(is_absent, 0, slopes)
+    terms = np.where(is_absent, 0, -w * t * log_guarded)
+    losses = np.where(kept, terms * scale, 0).sum(axis)
+    slopes = np.where(kept, slopes * scale, 0)
     return _reduce(losses, slopes, reduction, weights, np.shape(input))
 
 
@@ -150,5 +155,4 @@ def _reduce(
         divisor = max(shape[0], 1)
     if reduction == "mean" and np.any(weights != 0):  # Over nothing, the sum of 0 is the mean.
         divisor = np.sum(weights)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.sum(losses) / divisor, slopes / divisor
+    return np.sum(losses) / divisor, slopes / divisor
