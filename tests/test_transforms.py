@@ -81,6 +81,16 @@ def test_vmap_is_a_loop(form: str, is_index: bool, reduction: str, device: str) 
     close(per_sample, torch.stack(expected))
 
 
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_vmap_over_samples_with_class_weights(from_logits: bool, device: str) -> None:
+    weight = torch.rand(5, dtype=torch.float64, device=device)
+    criterion = CrossEntropyError(weight=weight, from_logits=from_logits, reduction="mean")
+    y = torch.rand(3, 5, dtype=torch.float64, device=device)
+    t = torch.tensor([0, 4, -100], device=device)
+    loop = [by_autograd(lambda row, i=i: criterion(row, t[i]), y[i]) for i in range(3)]
+    close(vmap(grad(criterion))(y, t), torch.stack(loop))
+
+
 def test_vmap_over_a_bad_class_is_nan(device: str) -> None:
     y = torch.rand(3, 4, device=device)
     t = torch.tensor([0, 4, 1], device=device)

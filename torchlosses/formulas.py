@@ -76,7 +76,7 @@ def cross_entropy_of_class(
         input, log_normalizer = shifted(input, dim)
     losses = -guarded_log(input.gather(dim, index), log_normalizer, delta).squeeze(dim)
     if weight is not None:
-        losses = losses * weight[index.squeeze(dim)]
+        losses = losses * weight[index].squeeze(dim)
     if label_smoothing:  # t = (1−ε)·[k=c] + ε/C, and Σₖ over the second part reads the whole row.
         uniform = -guarded_log(input, log_normalizer, delta)
         if weight is not None:

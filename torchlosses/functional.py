@@ -143,7 +143,8 @@ def cross_entropy_error(
     if weight is not None:
         weight = weight.to(dtype)
         if classes is not None:  # As in torch, these weigh the samples too.
-            class_weights = weight[classes.label]
+            # Under vmap torch would ask a 0-D index for its value, which is not to be had.
+            class_weights = weight[classes.label.unsqueeze(dim)].squeeze(dim)
             if weights is not None:
                 class_weights = class_weights * weights
     divisor = _divisor(reduction, input, classes, class_weights, math.prod(samples), dtype)

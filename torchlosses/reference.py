@@ -111,17 +111,17 @@ def _cross_entropy(
         p = np.exp(log_p)
         log_guarded = log_p if delta == 0 else np.log(p + delta)
         gated = w * t if delta == 0 else w * t * p / (p + delta)
-        slopes = p * np.sum(gated, axis, keepdims=True) - gated
+        slopes = (p * np.sum(gated, axis, keepdims=True) - gated) * scale
     else:
         log_guarded = np.log(y + delta)
-        slopes = -w * t / (y + delta)
+        slopes = -w * t * scale / (y + delta)
     # A class that an index does not name is not there at all, NaN or not; else 0·log 0 is 0.
     is_absent = (t == 0) & (is_index | (log_guarded == -np.inf))
     if not from_logits:
         slopes = np.where(is_absent, 0, slopes)
     terms = np.where(is_absent, 0, -w * t * log_guarded)
     losses = np.where(kept, terms * scale, 0).sum(axis)
-    slopes = np.where(kept, slopes * scale, 0)
+    slopes = np.where(kept, slopes, 0)
     return _reduce(losses, slopes, reduction, weights, np.shape(input))
 
 
