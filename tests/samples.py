@@ -242,6 +242,8 @@ def _hard_cross_entropies() -> Iterator[Sample]:
         yield Sample(f"ce-nan-elsewhere-delta={delta}", loss, elsewhere, np.array([1, 2]), options)
         options = options | {"weight": zero_weight}
         yield Sample(f"ce-zero-class-weight-delta={delta}", loss, corners, named, options)
+    smooth = {"delta": 0, "label_smoothing": 1.0, "reduction": "none"}  # 0 of the class, and of ∞.
+    yield Sample("ce-corners-all-smooth", loss, corners, named, smooth)
     odd = np.array([[0.1, -0.2, 2.0], [3.0, 0.2, 0.5]])
     yield Sample("ce-targets-that-are-no-distribution", loss, np.abs(odd), odd)
     yield Sample(

@@ -81,7 +81,9 @@ def cross_entropy_of_class(
         uniform = -guarded_log(input, log_normalizer, delta)
         if weight is not None:
             uniform = uniform * along(weight, uniform, dim)
-        losses = (1 - label_smoothing) * losses + label_smoothing * uniform.mean(dim)
+        uniform = label_smoothing * uniform.mean(dim)
+        # An ε of 1 leaves nothing of the class by itself, not 0·∞ either.
+        losses = uniform if label_smoothing == 1 else (1 - label_smoothing) * losses + uniform
     return losses if kept is None else losses.where(kept, 0)
 
 

@@ -350,6 +350,6 @@ def _cross_entropy_of_class(
         uniform = -formulas.guarded_log(input, log_normalizer, delta)
         if weight is not None:
             uniform = uniform * formulas.along(weight, uniform, dim)
-        share = label_smoothing / shards.num_classes
-        losses = (1 - label_smoothing) * losses + share * uniform.sum(dim)
+        uniform = label_smoothing / shards.num_classes * uniform.sum(dim)
+        losses = uniform if label_smoothing == 1 else (1 - label_smoothing) * losses + uniform
     return losses if kept is None else losses.where(kept, 0)
