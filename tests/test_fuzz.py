@@ -1,0 +1,327 @@
+"""Whatever the shape, strides, dtypes, options, values and transform: the numbers of the reference.
+
+Some hundred calls belong to every run of the tests. A long run, of which every 1000 calls are a
+test that draws the same again, is
+
+    FUZZ_CASES=300000 python -m pytest -m fuzz tests/test_fuzz.py
+"""
+
+import contextlib
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from calls import COMPILED, SECOND, Call, calls
+from hypothesis import HealthCheck, Phase, given, settings
+from numpy.typing import ArrayLike, NDArray
+from samples import reference
+from torch import Tensor
+
+from torchlosses import functional, fused
+from torchlosses.kernels import cpu
+
+Arguments = dict[str, Any]
+
+# What `fused.KERNELS` is on each way to the same numbers.
+PATHS: dict[str, dict[str, Any]] = {"formula": {}, "kernels": fused.KERNELS}
+BLOCKS = (cpu.BLOCK, 64, 7)
+CASES = int(os.environ.get("FUZZ_CASES", "100000"))
+CHUNK = 1000
+STEP = 1e-5  # Of a difference in float64.
+
+agreed: Counter[str] = Counter()
+
+
+def check(call: Call) -> None:
+    for path, kernels in PATHS.items():
+        hypothesis.note(path)
+        with (
+            mock.patch.object(fused, "KERNELS", kernels),
+            mock.patch.object(cpu, "BLOCK", call.block),
+        ):
+            check_transform(call, call.arguments())
+    agreed[call.transform] += 1
+
+
+class Expected:
+    """Value and gradient by the reference, and how far rounding may take a result from them."""
+
+    def __init__(self, call: Call, arguments: Arguments) -> None:
+        self.loss, self.arguments = call.loss, arguments
+        dtypes = arguments["input"].dtype, arguments["target"].dtype
+        self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        self.eps = torch.finfo(self.dtype).eps
+        self.value, self.grad = reference(call.loss, arguments)
+
+    def check_value(self, value: Tensor) -> None:
+        assert value.dtype == self.dtype
+        assert value.shape == self.value.shape
+        # log(y + δ) near y + δ = 1 is right to a rounding of 1, in each term of the sum.
+        terms = 8 + self.arguments["input"].numel()
+        close(value, self.value, 16 * self.eps, 4 * self.eps * terms * self.spread)
+
+    def check_grad(self, grad: Tensor, upstream: ArrayLike = 1.0) -> None:
+        assert grad.dtype == self.arguments["input"].dtype
+        assert grad.shape == self.arguments["input"].shape
+        expected = self.grad * np.asarray(upstream)
+        rtol, atol = 16 * self.eps, 4 * self.eps
+        # A target near 0 is a multiple of the smallest number, and so is its product.
+        atol += 4 * torch.finfo(self.dtype).tiny * self.eps / self.least
+        if self.arguments.get("from_logits"):  # S − tⱼ/(pⱼ+δ) cancels.
+            finite = np.abs(expected[np.isfinite(expected)])
+            atol *= self.spread * (1 + finite.max(initial=0))
+            rtol *= self.spread
+        if grad.dtype != self.dtype:
+            stored = torch.finfo(grad.dtype)
+            # Rounded at the end, and by kernels also before the gradient from upstream comes, which
+            # is rounded itself if it is float64.
+            roundings = (3 if self.dtype == torch.float64 else 2) if fused.KERNELS else 1
+            rtol += roundings * stored.eps / 2
+            atol += stored.smallest_normal * stored.eps
+        is_odd = np.isfinite(grad.detach().double().numpy()) != np.isfinite(expected)
+        if is_odd.any():
+            is_odd &= self.overflows(grad.dtype)
+            expected = np.where(is_odd, grad.detach().double(), expected)
+        close(grad, expected, rtol, atol)
+
+    def overflows(self, dtype: torch.dtype) -> NDArray[np.bool]:
+        """Where a slope can be infinite before weights and divisor make it less, if they do.
+
+        They come last by kernels and, in float64, by the reference. The weights are at most 4
+        together; and a gradient of float16 waits in float32 for upstream's.
+        """
+        limit = torch.finfo(self.dtype if dtype == torch.float16 else dtype).max
+        plain = {"reduction": "sum", "weight": None, "sample_weight": 1.0}
+        plain = {name: value for name, value in plain.items() if name in self.arguments}
+        slopes = np.abs(reference(self.loss, self.arguments | plain)[1])
+        is_beyond: NDArray[np.bool] = (slopes > limit / 4) & (self.arguments["input"] != 0).numpy()
+        return is_beyond
+
+    @property
+    def least(self) -> float:
+        """The least y + δ, but for 0, that something is divided by."""
+        if "delta" not in self.arguments or self.arguments["from_logits"]:
+            return 1
+        guarded = self.arguments["input"].detach().double() + self.arguments["delta"]
+        guarded = guarded[guarded > 0]
+        return min(float(guarded.min()), 1) if guarded.numel() else 1
+
+    @property
+    def spread(self) -> float:
+        """By what e^z makes the error of z larger, as far as it does not underflow."""
+        input = self.arguments["input"].detach().double()
+        input = input[input.isfinite()]
+        if not self.arguments.get("from_logits") or not input.numel():
+            return 1
+        return 1 + min(float(input.max() - input.min()), 100)
+
+
+def close(actual: Tensor, expected: ArrayLike, rtol: float, atol: float) -> None:
+    limit = torch.finfo(actual.dtype).max
+    is_beyond = np.abs(expected) > limit
+    expected = np.where(is_beyond, np.copysign(np.inf, expected), expected)
+    torch.testing.assert_close(
+        actual.detach().double(), torch.as_tensor(expected, dtype=torch.float64),
+        rtol=rtol, atol=atol, equal_nan=True,
+    )  # fmt: skip
+
+
+def check_transform(call: Call, arguments: Arguments) -> None:
+    function = getattr(functional, call.loss)
+    input = arguments["input"]
+
+    def loss(y: Tensor) -> Tensor:
+        result: Tensor = function(**arguments | {"input": y})
+        return result
+
+    if call.bad_position is not None and call.transform not in ("vmap", *COMPILED):
+        with pytest.raises(IndexError):
+            loss(input)
+        return
+    rng = np.random.default_rng(call.seed)
+    if call.transform in SECOND:
+        check_second(call, arguments, function, rng)
+    elif call.transform == "vmap":
+        check_vmap(call, arguments, function, rng)
+    else:
+        check_first(call, arguments, loss, rng)
+
+
+def check_first(
+    call: Call, arguments: Arguments, loss: Callable[[Tensor], Tensor], rng: np.random.Generator
+) -> None:
+    input = arguments["input"]
+    expected = expect(call, arguments)
+    if call.transform == "no_grad":
+        expected.check_value(loss(input))
+    elif call.transform == "grad":
+        grad: Any = torch.func.grad(lambda y: loss(y).sum())(input)
+        expected.check_grad(grad)
+    elif call.transform == "jvp":
+        tangent = torch.tensor(rng.uniform(0.5, 2, input.shape), dtype=input.dtype)
+        # torch writes a tangent in the strides of its tensor.
+        plain = input.contiguous() if call.layouts["input"] == "expanded" else input
+        value, forward = torch.func.jvp(loss, (plain,), (tangent,))[:2]
+        expected.check_value(value)
+        products = expected.grad * tangent.double().numpy()
+        # 0·∞ on the way of a tangent is NaN.
+        if np.isfinite(products).all() and 1 / expected.least < torch.finfo(expected.dtype).max:
+            rough = 100 * expected.eps * expected.spread
+            close(forward.double().sum(), products.sum(), 0, rough * (1 + np.abs(products).sum()))
+    else:
+        if call.transform in COMPILED:
+            torch._dynamo.reset()
+            loss = torch.compile(loss, fullgraph=True, dynamic=True, backend=call.transform)
+        leaf = input.detach().requires_grad_()
+        value = loss(leaf)
+        expected.check_value(value)
+        upstream = torch.tensor(rng.uniform(0.5, 2, value.shape), dtype=value.dtype)
+        again = bool(rng.integers(2)) and call.transform not in COMPILED
+        for is_kept in (True, False) if again else (False,):
+            (grad,) = torch.autograd.grad(value, leaf, upstream, retain_graph=is_kept)
+            expected.check_grad(grad, per_element(call, upstream))
+
+
+def expect(call: Call, arguments: Arguments) -> Expected:
+    """The reference; where values cannot be looked at, with the row of a bad class NaN."""
+    if call.bad_position is None:
+        return Expected(call, arguments)
+    target = arguments["target"].clone()
+    target[call.bad_position] = 0
+    expected = Expected(call, arguments | {"target": target})
+    position = call.bad_position
+    row: Any = (*position[: call.axis], slice(None), *position[call.axis :])
+    is_none = arguments["reduction"] == "none"
+    is_row = is_none and expected.value.shape == arguments["input"].shape
+    expected.value = np.array(expected.value)
+    expected.value[row if is_row else position if is_none else ...] = np.nan
+    # A mean divides by what is not known, and makes all of it NaN or only the row.
+    expected.grad[row] = np.nan
+    return expected
+
+
+def per_element(call: Call, upstream: Tensor) -> NDArray[Any]:
+    """The gradient from upstream, so that it broadcasts to the input."""
+    rank = np.ndim(call.arrays["input"])
+    if call.arrays["reduction"] == "none" and upstream.dim() < rank:
+        upstream = upstream.unsqueeze(call.axis)
+    array: NDArray[Any] = upstream.double().numpy()
+    return array
+
+
+def check_vmap(
+    call: Call, arguments: Arguments, function: Callable[..., Tensor], rng: np.random.Generator
+) -> None:
+    """Three calls at once: the values reversed in one of them, the target shared or not."""
+    input, target = arguments["input"], arguments["target"]
+    inputs = [input, input.flip(list(range(input.dim()))), input]
+    where = int(rng.integers(-1, input.dim() + 1))
+    is_shared = call.bad_position is None and bool(rng.integers(2))  # Or it would be seen.
+
+    def loss(y: Tensor, t: Tensor) -> Tensor:
+        return function(**arguments | {"input": y, "target": t})
+
+    def grad(y: Tensor, t: Tensor) -> Any:
+        return torch.func.grad(lambda y: loss(y, t).sum())(y)
+
+    dims = (where, None if is_shared else 0)
+    batch = torch.stack(inputs, where), target if is_shared else torch.stack([target] * 3)
+    values, grads = torch.vmap(loss, dims)(*batch), torch.vmap(grad, dims)(*batch)
+    for y, value, grad_y in zip(inputs, values, grads, strict=True):
+        expected = expect(call, arguments | {"input": y})
+        expected.check_value(value)
+        expected.check_grad(grad_y)
+
+
+def check_second(
+    call: Call, arguments: Arguments, function: Callable[..., Tensor], rng: np.random.Generator
+) -> None:
+    """Against differences of the reference, along one direction through all floating arguments."""
+    names = [name for name in call.dtypes if call.layouts[name] != "expanded"]
+    if "input" not in names:
+        return
+    along = {name: torch.tensor(rng.normal(size=arguments[name].shape)) for name in names}
+    leaves = {name: arguments[name].detach().clone().requires_grad_() for name in names}
+
+    def moved(step: float) -> tuple[NDArray[Any], NDArray[Any]]:
+        there = {name: arguments[name] + step * along[name] for name in names}
+        return reference(call.loss, arguments | there)
+
+    def slope(grads: tuple[Tensor | None, ...]) -> Tensor:
+        """The derivative along that direction."""
+        products = [
+            (g * along[n]).sum() for n, g in zip(names, grads, strict=True) if g is not None
+        ]
+        return torch.stack(products).sum()
+
+    def grad(*values: Tensor) -> Any:
+        by_name = dict(zip(names, values, strict=True))
+        return torch.func.grad(lambda y: function(**arguments | by_name | {"input": y}).sum())(
+            by_name["input"]
+        )
+
+    (value_after, grad_after), (value_before, grad_before) = moved(STEP), moved(-STEP)
+    difference = (grad_after - grad_before) / (2 * STEP)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6 * (1 + np.abs(grad_after).sum())}
+    tensors = tuple(leaves.values())
+    value = function(**arguments | leaves)
+    if call.transform == "vjp_of_arguments":
+        upstream = torch.tensor(rng.uniform(0.5, 2, value.shape))
+        grads = torch.autograd.grad(value, tensors, upstream)
+        difference = (value_after - value_before) / (2 * STEP) * upstream.numpy()
+        close(slope(grads), difference.sum(), **tolerance)
+    elif call.transform == "jvp_of_grad":
+        plain = tuple(leaf.detach() for leaf in tensors)
+        tangent = torch.func.jvp(grad, plain, tuple(along.values()))[1]
+        close(tangent, difference, **tolerance)
+    else:
+        (grad_input,) = torch.autograd.grad(value.sum(), leaves["input"], create_graph=True)
+        row = torch.tensor(rng.normal(size=grad_input.shape))
+        seconds = torch.autograd.grad((grad_input * row).sum(), tensors, allow_unused=True)
+        close(slope(seconds), (difference * row.numpy()).sum(), **tolerance)
+
+
+def draw_and_check(cases: int, seed: int) -> None:
+    run = given(calls(BLOCKS))(check)
+    run = settings(
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )(run)
+    hypothesis.seed(seed)(run)()
+
+
+def test_some_hundred_calls() -> None:
+    draw_and_check(400, CASES)
+
+
+@pytest.fixture(scope="module")
+def _figure(request: pytest.FixtureRequest) -> Iterator[None]:
+    start = time.perf_counter()
+    agreed.clear()
+    yield
+    seconds = time.perf_counter() - start
+    kinds = ", ".join(f"{count} {kind}" for kind, count in agreed.most_common())
+    capture: Any = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+        print(
+            f"\n{agreed.total()} of {CASES} calls agree with the reference, each by "
+            f"{' and '.join(PATHS)}: {kinds}; {seconds:.0f} s, seeds 0 to {CASES - 1} by {CHUNK}, "
+            f"torch {torch.__version__}"
+        )
+
+
+@pytest.mark.fuzz
+@pytest.mark.usefixtures("_figure")
+@pytest.mark.parametrize("seed", range(0, CASES, CHUNK))
+def test_many_calls(seed: int) -> None:
+    draw_and_check(min(CHUNK, CASES - seed), seed)
