@@ -194,7 +194,7 @@ def expect(call: Call, arguments: Arguments) -> Expected:
     if call.bad_position is None:
         return Expected(call, arguments)
     target = arguments["target"].clone()
-    target[call.bad_position] = 0
+    target[call.bad_position] = 0 if arguments["ignore_index"] else 1  # It counts in a mean.
     expected = Expected(call, arguments | {"target": target})
     position = call.bad_position
     row: Any = (*position[: call.axis], slice(None), *position[call.axis :])
@@ -202,7 +202,6 @@ def expect(call: Call, arguments: Arguments) -> Expected:
     is_row = is_none and expected.value.shape == arguments["input"].shape
     expected.value = np.array(expected.value)
     expected.value[row if is_row else position if is_none else ...] = np.nan
-    # A mean divides by what is not known, and makes all of it NaN or only the row.
     expected.grad[row] = np.nan
     return expected
 
