@@ -94,8 +94,8 @@ def test_memory_is_flat(
     bytes_before, objects_before = resident(), len(gc.get_objects())
     call(calls)
     assert len(gc.get_objects()) - objects_before < 20
-    # A leak of one gradient or term a call, of 64 kB, would be twice as much.
-    assert resident() - bytes_before < calls * y.nbytes / 2
+    # Less than a leak of one gradient or term, of 64 kB, in each of the fewest calls.
+    assert resident() - bytes_before < 2**22
 
 
 def test_threads_call_one_module_at_once() -> None:
