@@ -94,7 +94,7 @@ class Expected:
             expected = np.where(is_odd, grad.detach().double(), expected)
         close(grad, expected, rtol, atol)
 
-    def overflows(self, dtype: torch.dtype) -> NDArray[np.bool]:
+    def overflows(self, dtype: torch.dtype) -> NDArray[np.bool_]:
         """Where a slope can be infinite before weights and divisor make it less, if they do.
 
         They come last by kernels and, in float64, by the reference. The weights are at most 4
@@ -104,7 +104,7 @@ class Expected:
         plain = {"reduction": "sum", "weight": None, "sample_weight": 1.0}
         plain = {name: value for name, value in plain.items() if name in self.arguments}
         slopes = np.abs(reference(self.loss, self.arguments | plain)[1])
-        is_beyond: NDArray[np.bool] = (slopes > limit / 4) & (self.arguments["input"] != 0).numpy()
+        is_beyond: NDArray[np.bool_] = (slopes > limit / 4) & (self.arguments["input"] != 0).numpy()
         return is_beyond
 
     @property
