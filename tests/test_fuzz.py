@@ -24,6 +24,7 @@ from calls import COMPILED, SECOND, Call, calls
 from hypothesis import HealthCheck, Phase, given, settings
 from numpy.typing import ArrayLike, NDArray
 from samples import reference
+from test_parity import UNITS
 from torch import Tensor
 
 from torchlosses import functional, fused
@@ -88,7 +89,7 @@ class Expected:
             # Rounded at the end, and by kernels also before the gradient from upstream comes, which
             # is rounded itself if it is float64.
             roundings = (3 if self.dtype == torch.float64 else 2) if fused.KERNELS else 1
-            rtol += roundings * stored.eps / 2
+            rtol += roundings * UNITS * stored.eps
             atol += stored.smallest_normal * stored.eps
         is_odd = np.isfinite(grad.detach().double().numpy()) != np.isfinite(expected)
         if is_odd.any():

@@ -49,7 +49,7 @@ def test_passes_in_the_interpreter() -> None:
          "-W", "ignore::RuntimeWarning",
          # Differences to check a gradient by take a thousand launches, of some ms each.
          "-k", "not formula and not gradcheck and not gradgradcheck",
-         *(here / f"test_{name}.py" for name in ("triton", "parity", "gradients"))],
+         *(here / f"test_{name}.py" for name in ("triton", "parity", "gradients", "fuzz"))],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stdout[-4000:]
