@@ -8,12 +8,12 @@ import torch
 from torchlosses import fused
 
 DEVICES = ["cpu"]
-if torch.cuda.is_available():
-    DEVICES.append("cuda")
 if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py has such a process.
     from torchlosses.kernels import triton
 
     fused.KERNELS["cpu"] = lambda device: triton
+elif torch.cuda.is_available():
+    DEVICES.append("cuda")
 
 
 def pytest_report_header() -> str:
