@@ -118,7 +118,7 @@ def step(loss: Loss, input: Tensor, target: Tensor, upstream: float | None) -> C
                 return loss(input, target)
 
         return forward
-    leaf = input.clone().requires_grad_()
+    leaf = input.detach().requires_grad_()
 
     def backward() -> Any:
         value = loss(leaf, target)
@@ -215,7 +215,8 @@ def measure(
     turns = {"floor": turn(floor(reads, input, upstream), on_device=on_device)}
     for name, make in contenders.items():
         try:
-            call = step(make(), input, target, upstream)
+            own = input.clone() if name in PEERS else input  # All others can share what is large.
+            call = step(make(), own, target, upstream)
             call()
         except (RuntimeError, ImportError) as error:
             print(f"  left out: {name} ({str(error).splitlines()[0]})")
