@@ -7,11 +7,12 @@ target. Nothing here waits for the device: what the host does not know is read b
 Arguments are canonical. `input` is contiguous and has the shape (outer, classes) or (outer,
 classes, inner), a dense target likewise. A target of class indices comes as the caller gave it, in
 any integer dtype, with 1 in the place of classes: a sample of class `ignore_index` (None where
-nothing is ignored) is not read and counts for nothing, and one of no class at all is not read
-either, its loss and its row of the gradient are NaN. `scale`, the factor of each sample's loss, has
-the shape of such a target, in any strides, or is None; `divisor` divides them all: a number, or a
-0-D tensor on the device. Results are computed and losses returned in `dtype`; a gradient has the
-dtype of its tensor and is None where `needs` does not ask for it.
+nothing is ignored) counts for nothing, and one of no class at all is not looked up, its loss and
+its row of the gradient are NaN. Rows of either are not read, but where samples lie side by side.
+`scale`, the factor of each sample's loss, has the shape of such a target, in any strides, or is
+None; `divisor` divides them all: a number, or a 0-D tensor on the device. Results are computed and
+losses returned in `dtype`; a gradient has the dtype of its tensor and is None where `needs` does
+not ask for it.
 
 One tile of a kernel is BLOCK_SAMPLES × BLOCK_CLASSES elements. Sample s, counted over outer and
 inner together, has class k at element (s // inner · classes + k) · inner + s % inner: with inner =
@@ -222,12 +223,14 @@ def _sizes(classes, inner, CLASSES_ALIGNMENT: tl.constexpr, INNER_ALIGNMENT: tl.
 def _samples(
     block, target_ptr, scale_ptr, divisor_ptr, samples, classes, inner,
     scale_outer_stride, scale_inner_stride, factor, ignore_index,
-    IS_INDEX: tl.constexpr, DTYPE: tl.constexpr, BLOCK_SAMPLES: tl.constexpr,
+    IS_INDEX: tl.constexpr, DTYPE: tl.constexpr, INNER_ALIGNMENT: tl.constexpr,
+    BLOCK_SAMPLES: tl.constexpr,
 ):  # fmt: skip
     """What is known of the samples of a block.
 
-    Their numbers, whether they exist, whether their rows are read, the offset of their first class,
-    their class, and the factor of their loss: scale / divisor, 0 if ignored, NaN if of no class.
+    Their numbers, whether they exist, whether their rows are read and used, the offset of their
+    first class, their class, and the factor of their loss: scale / divisor, 0 if ignored, NaN if of
+    no class.
     """
     sample = block * BLOCK_SAMPLES + tl.arange(0, BLOCK_SAMPLES).to(tl.int64)
     outside, inside = sample // inner, sample % inner
@@ -252,7 +255,10 @@ def _samples(
             is_used = is_used & (label != ignore_index)
         factor = tl.where(is_used, factor, 0)
         is_used = is_used & is_class
-    return sample, is_there, is_used, row, label, factor
+    is_read = is_used
+    if INNER_ALIGNMENT > 1:  # Samples side by side are loaded together: wide, if all of them are.
+        is_read = is_there
+    return sample, is_there, is_read, is_used, row, label, factor
 
 
 @triton.jit
@@ -322,16 +328,17 @@ def _elements_kernel(
     total = tl.zeros((BLOCK_SAMPLES, BLOCK_CLASSES), DTYPE)
     first_block = tl.program_id(0).to(tl.int64)
     for block in range(first_block, tl.cdiv(samples, BLOCK_SAMPLES), tl.num_programs(0)):
-        sample, is_there, is_used, row, label, scale = _samples(
+        sample, is_there, is_read, is_used, row, label, scale = _samples(
             block, target_ptr, scale_ptr, divisor_ptr, samples, classes, inner,
             scale_outer_stride, scale_inner_stride, factor, ignore_index,
-            IS_INDEX, DTYPE, BLOCK_SAMPLES,
+            IS_INDEX, DTYPE, INNER_ALIGNMENT, BLOCK_SAMPLES,
         )  # fmt: skip
         if not IS_SUM:
             total = tl.zeros((BLOCK_SAMPLES, BLOCK_CLASSES), DTYPE)
         for start in range(0, classes, BLOCK_CLASSES):
             k, offsets, in_row, is_label = _tile(row, label, start, classes, inner, BLOCK_CLASSES)
-            y = tl.load(input_ptr + offsets, mask=is_used[:, None] & in_row, other=0).to(DTYPE)
+            y = tl.load(input_ptr + offsets, mask=is_read[:, None] & in_row, other=0).to(DTYPE)
+            y = tl.where(is_used[:, None], y, 0)
             t, is_0, by_target = _targets(
                 target_ptr, weight_ptr, k, offsets, is_used, in_row, is_label, kept, uniform,
                 IS_INDEX, DTYPE,
@@ -374,10 +381,10 @@ def _class_kernel(
     total = tl.zeros((BLOCK_SAMPLES,), DTYPE)
     first_block = tl.program_id(0).to(tl.int64)
     for block in range(first_block, tl.cdiv(samples, BLOCK_SAMPLES), tl.num_programs(0)):
-        sample, is_there, is_used, row, label, scale = _samples(
+        sample, is_there, _is_read, is_used, row, label, scale = _samples(
             block, target_ptr, scale_ptr, divisor_ptr, samples, classes, inner,
             scale_outer_stride, scale_inner_stride, factor, ignore_index,
-            True, DTYPE, BLOCK_SAMPLES,
+            True, DTYPE, INNER_ALIGNMENT, BLOCK_SAMPLES,
         )  # fmt: skip
         y = tl.load(input_ptr + row + label * inner, mask=is_used, other=0).to(DTYPE)
         guarded = tl.where(is_used, y + tl.full((), delta, DTYPE), 1)
@@ -400,15 +407,15 @@ def _class_kernel(
 
 
 @triton.jit
-def _logits(input_ptr, offsets, is_used, in_row, DTYPE: tl.constexpr):
-    """A tile of logits: 0 in rows that are not read, and −inf beyond the last class."""
-    x = tl.load(input_ptr + offsets, mask=is_used[:, None] & in_row, other=0).to(DTYPE)
-    return tl.where(in_row, x, float("-inf"))
+def _logits(input_ptr, offsets, is_read, is_used, in_row, DTYPE: tl.constexpr):
+    """A tile of logits: 0 in rows that are not used, and −inf beyond the last class."""
+    x = tl.load(input_ptr + offsets, mask=is_read[:, None] & in_row, other=0).to(DTYPE)
+    return tl.where(in_row, tl.where(is_used[:, None], x, 0), float("-inf"))
 
 
 @triton.jit
 def _normalizers(
-    input_ptr, row, label, is_used, classes, inner,
+    input_ptr, row, label, is_read, is_used, classes, inner,
     DTYPE: tl.constexpr, BLOCK_SAMPLES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
     """max x and Σ exp(x − max x) of rows longer than a tile, in one look.
@@ -424,7 +431,7 @@ def _normalizers(
     normalizer = tl.zeros((BLOCK_SAMPLES, BLOCK_CLASSES), DTYPE)
     for start in range(0, classes, BLOCK_CLASSES):
         _, offsets, in_row, _ = _tile(row, label, start, classes, inner, BLOCK_CLASSES)
-        x = _logits(input_ptr, offsets, is_used, in_row, DTYPE)
+        x = _logits(input_ptr, offsets, is_read, is_used, in_row, DTYPE)
         ratio = tl.exp(-tl.abs(x - maximum))
         is_new = x > maximum
         normalizer = tl.where(is_new, normalizer * ratio + 1, normalizer + ratio)
@@ -451,22 +458,23 @@ def _softmax_of_class_kernel(
     total = tl.zeros((BLOCK_SAMPLES,), DTYPE)
     first_block = tl.program_id(0).to(tl.int64)
     for block in range(first_block, tl.cdiv(samples, BLOCK_SAMPLES), tl.num_programs(0)):
-        sample, is_there, is_used, row, label, scale = _samples(
+        sample, is_there, is_read, is_used, row, label, scale = _samples(
             block, target_ptr, scale_ptr, divisor_ptr, samples, classes, inner,
             scale_outer_stride, scale_inner_stride, factor, ignore_index,
-            True, DTYPE, BLOCK_SAMPLES,
+            True, DTYPE, INNER_ALIGNMENT, BLOCK_SAMPLES,
         )  # fmt: skip
         x_c = tl.load(input_ptr + row + label * inner, mask=is_used, other=0).to(DTYPE)
         if IS_WHOLE:
             _, offsets, in_row, is_label = _tile(row, label, 0, classes, inner, BLOCK_CLASSES)
-            x = _logits(input_ptr, offsets, is_used, in_row, DTYPE)
+            x = _logits(input_ptr, offsets, is_read, is_used, in_row, DTYPE)
             maximum = tl.max(x, 1)
             exponential = tl.exp(x - maximum[:, None])
             normalizer = tl.sum(exponential, 1)
         else:
             maximum, normalizer = _normalizers(
-                input_ptr, row, label, is_used, classes, inner, DTYPE, BLOCK_SAMPLES, BLOCK_CLASSES
-            )
+                input_ptr, row, label, is_read, is_used, classes, inner,
+                DTYPE, BLOCK_SAMPLES, BLOCK_CLASSES,
+            )  # fmt: skip
         if IS_EXACT:
             log = x_c - maximum - tl.log(normalizer)
             gate = scale
@@ -492,7 +500,7 @@ def _softmax_of_class_kernel(
                     _, offsets, in_row, is_label = _tile(
                         row, label, start, classes, inner, BLOCK_CLASSES
                     )
-                    x = _logits(input_ptr, offsets, is_used, in_row, DTYPE)
+                    x = _logits(input_ptr, offsets, is_read, is_used, in_row, DTYPE)
                     of_class = tl.where(is_label, gate[:, None], 0)
                     gradient = tl.exp(x - maximum[:, None]) * by_exponential - of_class
                     tl.store(grad_input_ptr + offsets, gradient, mask=is_there[:, None] & in_row)
@@ -502,12 +510,12 @@ def _softmax_of_class_kernel(
 
 @triton.jit
 def _operands(
-    input_ptr, target_ptr, weight_ptr, row, label, is_used, start, classes, inner, kept, uniform,
-    IS_INDEX: tl.constexpr, DTYPE: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+    input_ptr, target_ptr, weight_ptr, row, label, is_read, is_used, start, classes, inner,
+    kept, uniform, IS_INDEX: tl.constexpr, DTYPE: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
     """A tile of logits, what `_targets` says of it, its offsets, and which classes exist."""
     k, offsets, in_row, is_label = _tile(row, label, start, classes, inner, BLOCK_CLASSES)
-    x = _logits(input_ptr, offsets, is_used, in_row, DTYPE)
+    x = _logits(input_ptr, offsets, is_read, is_used, in_row, DTYPE)
     t, is_0, by_target = _targets(
         target_ptr, weight_ptr, k, offsets, is_used, in_row, is_label, kept, uniform,
         IS_INDEX, DTYPE,
@@ -553,14 +561,14 @@ def _softmax_kernel(
     total = tl.zeros((BLOCK_SAMPLES,), DTYPE)
     first_block = tl.program_id(0).to(tl.int64)
     for block in range(first_block, tl.cdiv(samples, BLOCK_SAMPLES), tl.num_programs(0)):
-        sample, is_there, is_used, row, label, scale = _samples(
+        sample, is_there, is_read, is_used, row, label, scale = _samples(
             block, target_ptr, scale_ptr, divisor_ptr, samples, classes, inner,
             scale_outer_stride, scale_inner_stride, factor, ignore_index,
-            IS_INDEX, DTYPE, BLOCK_SAMPLES,
+            IS_INDEX, DTYPE, INNER_ALIGNMENT, BLOCK_SAMPLES,
         )  # fmt: skip
         if IS_WHOLE:
             x, t, is_0, by_target, offsets, in_row = _operands(
-                input_ptr, target_ptr, weight_ptr, row, label, is_used, 0, classes, inner,
+                input_ptr, target_ptr, weight_ptr, row, label, is_read, is_used, 0, classes, inner,
                 kept, uniform, IS_INDEX, DTYPE, BLOCK_CLASSES,
             )  # fmt: skip
             maximum = tl.max(x, 1)
@@ -575,15 +583,16 @@ def _softmax_kernel(
             loss = -tl.sum(t * log, 1) * scale
         else:
             maximum, normalizer = _normalizers(
-                input_ptr, row, label, is_used, classes, inner, DTYPE, BLOCK_SAMPLES, BLOCK_CLASSES
-            )
+                input_ptr, row, label, is_read, is_used, classes, inner,
+                DTYPE, BLOCK_SAMPLES, BLOCK_CLASSES,
+            )  # fmt: skip
             s = tl.zeros((BLOCK_SAMPLES, BLOCK_CLASSES), DTYPE)
             if grad_input_ptr is not None:
                 for step in range(1, tl.cdiv(classes, BLOCK_CLASSES) + 1):
                     start = (tl.cdiv(classes, BLOCK_CLASSES) - step) * BLOCK_CLASSES
                     x, t, is_0, _, _, _ = _operands(
-                        input_ptr, target_ptr, weight_ptr, row, label, is_used, start, classes,
-                        inner, kept, uniform, IS_INDEX, DTYPE, BLOCK_CLASSES,
+                        input_ptr, target_ptr, weight_ptr, row, label, is_read, is_used, start,
+                        classes, inner, kept, uniform, IS_INDEX, DTYPE, BLOCK_CLASSES,
                     )  # fmt: skip
                     _, _, gated = _softmax(
                         x, t, is_0, maximum, normalizer, delta, IS_EXACT, CAN_BE_0, DTYPE
@@ -593,8 +602,8 @@ def _softmax_kernel(
             terms = tl.zeros((BLOCK_SAMPLES, BLOCK_CLASSES), DTYPE)
             for start in range(0, classes, BLOCK_CLASSES):
                 x, t, is_0, by_target, offsets, in_row = _operands(
-                    input_ptr, target_ptr, weight_ptr, row, label, is_used, start, classes, inner,
-                    kept, uniform, IS_INDEX, DTYPE, BLOCK_CLASSES,
+                    input_ptr, target_ptr, weight_ptr, row, label, is_read, is_used, start, classes,
+                    inner, kept, uniform, IS_INDEX, DTYPE, BLOCK_CLASSES,
                 )  # fmt: skip
                 p, log, gated = _softmax(
                     x, t, is_0, maximum, normalizer, delta, IS_EXACT, CAN_BE_0, DTYPE
