@@ -104,6 +104,11 @@ def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return (*shape[:axis], *shape[axis + 1 :])
 
 
+def _side_by_side(rows: Array, index: Array) -> tuple[Array, Array]:
+    """Rows and their classes, twice, where samples, not classes, lie next to each other."""
+    return np.tile(rows.T, 2)[None], np.tile(index, 2)[None]
+
+
 def _squared_errors() -> Iterator[Sample]:
     loss = "sum_squared_error"
     for shape in ((), (1,), (7,), (4, 5), (2, 3, 4, 5), (0, 5), (4, 0), (0,)):
@@ -139,7 +144,10 @@ def _squared_errors() -> Iterator[Sample]:
     yield Sample("sse-nan-and-inf", loss, hard, np.zeros((3, 3)), {"reduction": "none"})
     for reduction in REDUCTIONS:
         options = {"reduction": reduction}
-        yield Sample(f"sse-nan-ignored-{reduction}", loss, hard, np.array([-100, -100, 2]), options)
+        ignored = np.array([-100, -100, 2])
+        yield Sample(f"sse-nan-ignored-{reduction}", loss, hard, ignored, options)
+        name = f"sse-nan-ignored-side-by-side-{reduction}"
+        yield Sample(name, loss, *_side_by_side(hard, ignored), options)
         ignored = np.full(3, -100)
         yield Sample(f"sse-all-ignored-{reduction}", loss, hard, ignored, options)
         no_classes = np.zeros((3, 0))
@@ -213,6 +221,8 @@ def _hard_cross_entropies() -> Iterator[Sample]:
             hard = np.array([[np.nan, 0.2, 0.3], [inf, 0.0, -inf], [0.3, 0.3, 0.4]])
             ignored = np.array([-100, -100, 1])
             yield Sample(f"ce-nan-ignored-{end}", loss, hard, ignored, form)
+            name = f"ce-nan-ignored-side-by-side-{end}"
+            yield Sample(name, loss, *_side_by_side(hard, ignored), form)
             yield Sample(f"ce-all-ignored-{end}", loss, hard, np.full(3, -100), form)
             yield Sample(f"ce-no-samples-index-{end}", loss, np.zeros((0, 3)), index[:0], form)
             yield Sample(
@@ -235,6 +245,8 @@ def _hard_cross_entropies() -> Iterator[Sample]:
     for kind, target in (("onehot", onehot), ("index", index)):
         negative = np.where(corners == 0, -0.0, corners)  # −0.0 + 0 is 0, and its slope −∞.
         yield Sample(f"ce-corners-negative-zero-{kind}", loss, negative, target, {"delta": 0})
+        smoothed = {"delta": 0, "label_smoothing": 0.1, "ignore_index": 0}
+        yield Sample(f"ce-smoothed-without-guard-{kind}", loss, soft + 0.1, target, smoothed)
     elsewhere = np.array([[np.nan, 0.5, -0.0], [0.5, inf, 0.5]])
     named, zero_weight = np.array([2, 0, 1, 1]), np.array([1.0, 0.0, 1.0])
     for delta in (1e-7, 0):  # What an index does not name is not there; log 0, if named, is.
@@ -251,6 +263,9 @@ def _hard_cross_entropies() -> Iterator[Sample]:
     )
     weights = {"sample_weight": np.array([True, False, True, True]), "reduction": "mean"}
     yield Sample("ce-corners-boolean-sample-weight", loss, corners, index, weights)
+    images = np.stack((soft.T, soft.T)).copy() + 0.1
+    weights = {"sample_weight": np.array([[0.5], [2.0]])}
+    yield Sample("ce-sample-weight-of-an-image", loss, images, np.tile(index, (2, 1)), weights)
     zeros = {"sample_weight": np.zeros(4), "reduction": "mean"}
     yield Sample("ce-corners-all-weights-zero", loss, corners, index, zeros)
 

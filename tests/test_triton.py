@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from samples import SAMPLES
+from samples import SAMPLES, Sample
 from test_fused import FORMS
 from test_parity import assert_matches_reference
 from torch import Tensor
@@ -56,18 +56,45 @@ def test_passes_in_the_interpreter() -> None:
     assert int(re.search(r"(\d+) passed", child.stdout)[1]) > 5 * len(SAMPLES)  # type: ignore[index]
 
 
-@interpreted
-def test_rows_longer_than_a_tile_and_more_tiles_than_programs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows longer than a tile, and more tiles than programs."""
     for name, value in {"MAX_PROGRAMS": 2, "ONE_PROGRAM": 0, "SPATIAL_SAMPLES": 2,
                         "LEAST": 16, "PER_WARP": 8}.items():  # fmt: skip
         monkeypatch.setattr(kernels, name, value)
     for name in ("ELEMENTS", "ROWS", "ROWS_OF_CLASS"):
         monkeypatch.setattr(kernels, name, kernels.Tile(whole=8, part=16))
+
+
+@interpreted
+@pytest.mark.usefixtures("small_tiles")
+def test_small_tiles_match_the_reference() -> None:
     for sample in SAMPLES:
         if sample.options.get("reduction") in ("sum", "none"):
             assert_matches_reference(sample, torch.float64, "cpu")
+
+
+def by_target(sample: Sample) -> Tensor:
+    input, target, options = sample.tensors(torch.float64)
+    losses = sample.function(input, target.requires_grad_(), **options)
+    (grad,) = torch.autograd.grad(losses.sum(), target)
+    return grad
+
+
+@interpreted
+@pytest.mark.parametrize("tiles", ["usual", "small"])
+def test_gradients_by_the_target(
+    tiles: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference has none; where p is 0 those of the formula are as arbitrary as others."""
+    if tiles == "small":
+        request.getfixturevalue("small_tiles")
+    is_soft = re.compile("sse-dense|ce-[a-z]*-soft").match
+    soft = [s for s in SAMPLES if is_soft(s.name) and s.options["reduction"] in ("mean", "none")]
+    ours = list(map(by_target, soft))
+    monkeypatch.setattr(fused, "KERNELS", {})
+    for sample, grad in zip(soft, ours, strict=True):
+        torch.testing.assert_close(grad, by_target(sample), msg=sample.name)
 
 
 SHAPES: list[tuple[int, ...]] = [(2, 1023), (3, 1025), (2, 9001), (1030, 10), (2, 257, 67)]
