@@ -218,8 +218,10 @@ def measure(
             own = input.clone() if name in PEERS else input  # All others can share what is large.
             call = step(make(), own, target, upstream)
             call()
-        except (RuntimeError, ImportError) as error:
-            print(f"  left out: {name} ({str(error).splitlines()[0]})")
+        except Exception as error:  # Whatever stops one contender shall not end a long run.
+            print(
+                f"  left out: {name} ({next(iter(str(error).splitlines()), type(error).__name__)})"
+            )
             continue
         turns[name] = turn(call, on_device=on_device)
     times: dict[str, list[float]] = {name: [] for name in turns}

@@ -50,8 +50,9 @@ class Tile(NamedTuple):
 # Fixed configurations; nothing is tuned at run time, so the first call is quick, and no result
 # depends on what was fastest once.
 ELEMENTS = Tile(whole=2**10, part=2**10)
-ROWS = Tile(whole=2**12, part=2**11)
-ROWS_OF_CLASS = Tile(whole=2**13, part=2**11)
+# Rows longer than a tile are looked at again, so fewer in flight is more of them in cache.
+ROWS = Tile(whole=2**12, part=2**12)
+ROWS_OF_CLASS = Tile(whole=2**13, part=2**12)
 # A tile of few classes takes samples until it has this many elements.
 LEAST = 2**10
 # Samples of a tile at least where samples, not classes, lie next to each other in memory: 128 bytes
@@ -306,11 +307,10 @@ def _guarded(y, is_0, delta, CAN_BE_0: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _store_slopes(grad_input_ptr, grad_target_ptr, offsets, slope, target_slope, is_written):
-    if grad_input_ptr is not None:
-        tl.store(grad_input_ptr + offsets, slope, mask=is_written)
-    if grad_target_ptr is not None:
-        tl.store(grad_target_ptr + offsets, target_slope, mask=is_written)
+def _store_slope(gradient_ptr, offsets, slope, is_written):
+    """Nothing reads it again here, so it shall not push from the cache what is looked at again."""
+    if gradient_ptr is not None:
+        tl.store(gradient_ptr + offsets, slope, mask=is_written, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -357,7 +357,8 @@ def _elements_kernel(
             slope *= scale[:, None]
             target_slope *= scale[:, None]
             is_written = is_there[:, None] & in_row
-            _store_slopes(grad_input_ptr, grad_target_ptr, offsets, slope, target_slope, is_written)
+            _store_slope(grad_input_ptr, offsets, slope, is_written)
+            _store_slope(grad_target_ptr, offsets, target_slope, is_written)
             if IS_SQUARE and not IS_SUM:
                 tl.store(loss_ptr + offsets, term, mask=is_written)
             else:
@@ -401,7 +402,7 @@ def _class_kernel(
                     row, label, start, classes, inner, BLOCK_CLASSES
                 )
                 gradient = tl.where(is_label, slope, rest)
-                tl.store(grad_input_ptr + offsets, gradient, mask=is_there[:, None] & in_row)
+                _store_slope(grad_input_ptr, offsets, gradient, is_there[:, None] & in_row)
     if IS_SUM:
         tl.store(loss_ptr + tl.program_id(0), tl.sum(total))
 
@@ -493,7 +494,7 @@ def _softmax_of_class_kernel(
             if IS_WHOLE:
                 of_class = tl.where(is_label, gate[:, None], 0)
                 gradient = exponential * by_exponential - of_class
-                tl.store(grad_input_ptr + offsets, gradient, mask=is_there[:, None] & in_row)
+                _store_slope(grad_input_ptr, offsets, gradient, is_there[:, None] & in_row)
             else:
                 for step in range(1, tl.cdiv(classes, BLOCK_CLASSES) + 1):
                     start = (tl.cdiv(classes, BLOCK_CLASSES) - step) * BLOCK_CLASSES
@@ -503,7 +504,7 @@ def _softmax_of_class_kernel(
                     x = _logits(input_ptr, offsets, is_read, is_used, in_row, DTYPE)
                     of_class = tl.where(is_label, gate[:, None], 0)
                     gradient = tl.exp(x - maximum[:, None]) * by_exponential - of_class
-                    tl.store(grad_input_ptr + offsets, gradient, mask=is_there[:, None] & in_row)
+                    _store_slope(grad_input_ptr, offsets, gradient, is_there[:, None] & in_row)
     if IS_SUM:
         tl.store(loss_ptr + tl.program_id(0), tl.sum(total))
 
@@ -579,7 +580,8 @@ def _softmax_kernel(
             slope = (p * tl.sum(gated, 1)[:, None] - gated) * scale[:, None]
             target_slope = -log * by_target * scale[:, None]
             is_written = is_there[:, None] & in_row
-            _store_slopes(grad_input_ptr, grad_target_ptr, offsets, slope, target_slope, is_written)
+            _store_slope(grad_input_ptr, offsets, slope, is_written)
+            _store_slope(grad_target_ptr, offsets, target_slope, is_written)
             loss = -tl.sum(t * log, 1) * scale
         else:
             maximum, normalizer = _normalizers(
@@ -611,9 +613,8 @@ def _softmax_kernel(
                 slope = (p * s - gated) * scale[:, None]
                 target_slope = -log * by_target * scale[:, None]
                 is_written = is_there[:, None] & in_row
-                _store_slopes(
-                    grad_input_ptr, grad_target_ptr, offsets, slope, target_slope, is_written
-                )
+                _store_slope(grad_input_ptr, offsets, slope, is_written)
+                _store_slope(grad_target_ptr, offsets, target_slope, is_written)
                 terms += t * log
             loss = -tl.sum(terms, 1) * scale
         if IS_SUM:
