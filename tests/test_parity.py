@@ -58,3 +58,14 @@ def test_a_class_weight_of_0_does_not_hide_log_0(from_logits: bool, device: str)
     loss = CrossEntropyError(weight=weight, delta=0, from_logits=from_logits)
     assert loss(y, torch.full_like(y, 0.5)).isnan()
     assert loss(y, torch.tensor([[0.0, 1.0]], device=device)) == 0
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_class_weights_of_any_strides(from_logits: bool, device: str) -> None:
+    y, target = torch.rand(2, 4, 5, device=device)
+    weight = torch.rand(10, device=device)[::2]
+    value, expected = (
+        CrossEntropyError(weight=w, from_logits=from_logits, reduction="none")(y, target)
+        for w in (weight, weight.clone())
+    )
+    torch.testing.assert_close(value, expected)

@@ -86,7 +86,7 @@ def cross_entropy(
     """− Σₖ wₖ tₖ log(yₖ + δ) of whole rows: R y, R t, W the gradient; of class indices no t."""
     options: dict[str, Any] = {
         "is_index": is_index,
-        "weight_ptr": weight,
+        "weight_ptr": None if weight is None else weight.contiguous(),
         "delta": float(delta),
         "kept": 1.0 - label_smoothing,
         "uniform": label_smoothing / input.shape[1],
