@@ -40,6 +40,16 @@ def test_shapes_that_do_not_fit(
 
 
 @pytest.mark.parametrize("loss", BOTH)
+def test_the_class_dimension_that_would_fit_is_named(loss: Any, device: str) -> None:
+    input, target = y(2, 5, 10, device=device), torch.zeros(2, 5, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match=words("dimension 1", (2, 10), "dim=2")):
+        loss(input, target)
+    assert loss(input, target, dim=2).isfinite()
+    with pytest.raises(ValueError, match=r"(?!.*dim=)"):
+        loss(input, target[:1])
+
+
+@pytest.mark.parametrize("loss", BOTH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
 @pytest.mark.parametrize(("shape", "samples"), [((4, 1), (4,)), ((4, 5, 2), (4, 2)), ((4,), ())])
 def test_no_class_indices_where_only_they_fit(

@@ -99,9 +99,12 @@ def is_class_index(input: Tensor, target: Tensor, dim: int) -> bool:
         return False
     samples = samples_shape(input, dim)
     if target.shape != samples:
+        fits = [d for d in range(input.dim()) if samples_shape(input, d) == target.shape]
+        hint = f"; classes in dimension {fits[0]} need dim={fits[0]}" if fits else ""
         raise ValueError(
-            f"target: got shape {tuple(target.shape)} for an input of shape {tuple(input.shape)}; "
-            f"expected the same shape, or {tuple(samples)} of an integer dtype for class indices"
+            f"target: got shape {tuple(target.shape)} for an input of shape {tuple(input.shape)} "
+            f"with classes in dimension {dim}; expected the same shape, or {tuple(samples)} of an "
+            f"integer dtype for class indices{hint}"
         )
     if target.is_floating_point() or target.dtype == torch.bool:
         raise TypeError(
