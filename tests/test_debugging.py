@@ -115,6 +115,16 @@ def test_what_is_no_probability_is_an_error(bad: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("delta", [0.0, 1e-7])
+def test_no_rounding_excuses_a_logarithm_that_is_nan(dtype: torch.dtype, delta: float) -> None:
+    y = torch.tensor([[1.0, -delta - torch.finfo(dtype).eps]], dtype=dtype)
+    with pytest.raises(ValueError, match=r"input: got -.* at position \(0, 1\)"):
+        cross_entropy_error(y, torch.tensor([1]), delta=delta)
+    y = torch.tensor([[1 + torch.finfo(dtype).eps, -0.0]], dtype=dtype)
+    assert not cross_entropy_error(y, torch.tensor([1]), delta=delta).isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_index", [True, False])
 def test_a_missing_softmax_is_an_error(dtype: torch.dtype, is_index: bool) -> None:
     x = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.5, 3.0]], dtype=dtype)
@@ -199,6 +209,18 @@ def test_a_bad_class_is_an_error(loss: Callable[..., Tensor]) -> None:
         IndexError, match=r"target: got class 5 at position \(1,\); expected 0 to 4"
     ):
         loss(softmax(2, 5, dtype=torch.float32), torch.tensor([0, 5]))
+
+
+@pytest.mark.parametrize("name", ["input", "target", "sample_weight"])
+def test_vmap_over_one_argument_is_served(name: str) -> None:
+    arguments: dict[str, Any] = {
+        "input": softmax(4, 3, dtype=torch.float32),
+        "target": torch.tensor([0, 1, -100, 2]),
+        "sample_weight": torch.ones(4),
+    }
+    two = torch.stack([arguments[name]] * 2)
+    losses = torch.vmap(lambda value: cross_entropy_error(**arguments | {name: value}))(two)
+    torch.testing.assert_close(losses, cross_entropy_error(**arguments).expand(2))
 
 
 def test_without_the_switch_nothing_is_looked_at() -> None:

@@ -184,6 +184,7 @@ def check_values(
     target: Tensor | None,
     classes: Classes | None,
     dim: int,
+    delta: float,
     from_logits: bool,
     sample_weight: Tensor | None,
 ) -> None:
@@ -213,10 +214,9 @@ def check_values(
             )
     else:
         rounding = 4 * torch.finfo(input.dtype).eps
-        # The logarithm of what is negative is NaN, and with a weight of 0 too.
-        is_bad = (input < -rounding) & kept.unsqueeze(dim)
-        is_bad |= (input > 1 + rounding) & counts.unsqueeze(dim)
-        position = _first(is_bad)
+        # The logarithm of less than −δ is NaN, and with a weight of 0 too.
+        is_negative = (input < -min(rounding, delta)) & kept.unsqueeze(dim)
+        position = _first(is_negative | (input > 1 + rounding) & counts.unsqueeze(dim))
         if position is not None:
             raise ValueError(
                 f"input: got {input[position].item():g} at position {position}, which is no "

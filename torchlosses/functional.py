@@ -138,7 +138,7 @@ def cross_entropy_error(
         )
     classes = checks.check_classes(target, input.shape[dim], ignore_index) if is_index else None
     soft = None if is_index else target
-    checks.check_values(input, soft, classes, dim, from_logits, sample_weight)
+    checks.check_values(input, soft, classes, dim, delta, from_logits, sample_weight)
     weights = class_weights = None if sample_weight is None else sample_weight.to(dtype)
     if weight is not None:
         weight = weight.to(dtype)

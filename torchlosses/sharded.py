@@ -83,7 +83,7 @@ def run(
             )
         elif not options.get("from_logits", True):
             classes = None if place is None else place.classes
-            checks.check_values(y, None, classes, dim, False, sample_weight)
+            checks.check_values(y, None, classes, dim, options["delta"], False, sample_weight)
     except (IndexError, ValueError) as error:
         error.add_note("The position is one in the shard of this process.")
         raise
