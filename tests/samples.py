@@ -39,6 +39,11 @@ class Sample:
     def is_index(self) -> bool:
         return self.target.shape != self.input.shape
 
+    @property
+    def axis(self) -> int:
+        """The class dimension."""
+        return _axis(self.input.shape, self.options.get("dim"))
+
     def tensors(
         self, dtype: torch.dtype, device: str = "cpu"
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:

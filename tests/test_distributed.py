@@ -145,8 +145,7 @@ def close(actual: Any, expected: Any, mesh: DeviceMesh, placements: Any) -> None
 def check_sample(sample: Sample, mesh: DeviceMesh, placements: Any, is_plain: bool) -> None:
     input, target, options = sample.tensors(torch.float64)
     rank = input.dim()
-    dim = sample.options.get("dim")
-    dim = min(1, rank - 1) if dim is None else dim % rank
+    dim = sample.axis
     every = list(range(rank))
     rows = every[:dim] + every[dim + 1 :]
     leaf = input.clone().requires_grad_()
@@ -190,9 +189,7 @@ def samples(name: str) -> None:
         for number, sample in enumerate(s for s in SAMPLES if family(s) == name):
             if not sample.input.ndim:
                 continue
-            dim = sample.options.get("dim")
-            dim = min(1, sample.input.ndim - 1) if dim is None else dim % sample.input.ndim
-            for placements in layouts(mesh, sample.input.ndim, dim):
+            for placements in layouts(mesh, sample.input.ndim, sample.axis):
                 try:
                     check_sample(sample, mesh, placements, is_plain=number % 2 == 1)
                 except AssertionError as error:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor
+from samples import REDUCTIONS
 from torch import Tensor, nn
 
 from torchlosses import CrossEntropyError, SumSquaredError
@@ -14,7 +15,6 @@ from torchlosses import CrossEntropyError, SumSquaredError
 # torch 2.11 calls in its own compilers what it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")
 
-REDUCTIONS = ("sum", "mean", "batchmean", "none")
 ROWS = torch.export.Dim("rows")
 DYNAMIC = ({0: ROWS},) * 4
 DTYPES = {

@@ -63,8 +63,7 @@ def test_any_upstream_gradient_any_number_of_times(sample: Sample, device: str) 
     upstream = torch.randn_like(loss)
     scaled = [torch.autograd.grad(loss, input, upstream, retain_graph=True)[0] for _ in range(3)]
     if loss.dim() < input.dim() and loss.dim() > 0:
-        dim = sample.options.get("dim")
-        upstream = upstream.unsqueeze(min(1, input.dim() - 1) if dim is None else dim)
+        upstream = upstream.unsqueeze(sample.axis)
     for grad in scaled:
         torch.testing.assert_close(grad, once * upstream, rtol=1e-12, atol=1e-16, equal_nan=True)
 
