@@ -100,7 +100,12 @@ def test_vmap_over_a_bad_class_is_nan(device: str) -> None:
         assert by_row.all(1).tolist() == by_row.any(1).tolist() == [False, True, False]
 
 
+# The compiler gets the formula whatever the path, and the plain call beside it the kernels.
+once = pytest.mark.parametrize("path", ["kernels"], indirect=True)
+
+
 # The whole compiler takes seconds a graph, so it serves the forms, and its front all hard values.
+@once
 @pytest.mark.parametrize(
     "sample",
     [sample for sample in FORMS if sample.name.endswith(("-mean", "-none", "-ignored"))],
@@ -110,6 +115,7 @@ def test_compile(sample: Sample, device: str) -> None:
     check_compiled(sample, "inductor", device)
 
 
+@once
 @pytest.mark.parametrize("sample", FORMS + HARD, ids=lambda sample: sample.name)
 def test_compile_front_end(sample: Sample, device: str) -> None:
     check_compiled(sample, "aot_eager", device)
@@ -135,6 +141,7 @@ def check_compiled(sample: Sample, backend: str, device: str) -> None:
             close(compiled_leaf.grad, leaf.grad)
 
 
+@once
 def test_compiled_bad_class_is_nan(device: str) -> None:
     torch._dynamo.reset()
     target = torch.tensor([0, 7, -100, 1], device=device)
