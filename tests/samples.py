@@ -258,7 +258,7 @@ def _hard_cross_entropies() -> Iterator[Sample]:
         options = {"delta": delta, "reduction": "none"}
         yield Sample(f"ce-nan-elsewhere-delta={delta}", loss, elsewhere, np.array([1, 2]), options)
         options = options | {"weight": zero_weight}
-        yield Sample(f"ce-zero-class-weight-delta={delta}", loss, corners, named, options)
+        yield Sample(f"ce-corners-zero-class-weight-delta={delta}", loss, corners, named, options)
     smooth = {"delta": 0, "label_smoothing": 1.0, "reduction": "none"}  # 0 of the class, and of ∞.
     yield Sample("ce-corners-all-smooth", loss, corners, named, smooth)
     odd = np.array([[0.1, -0.2, 2.0], [3.0, 0.2, 0.5]])
