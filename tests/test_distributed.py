@@ -531,7 +531,8 @@ def criteria(reduction: str) -> Iterator[tuple[nn.Module, bool]]:
     weight = torch.linspace(0.5, 2, 5, dtype=torch.float64)
     for is_index in (False, True):
         yield SumSquaredError(reduction=reduction), is_index
-        yield CrossEntropyError(from_logits=True, reduction=reduction), is_index
+        for from_logits in (False, True):
+            yield CrossEntropyError(from_logits=from_logits, reduction=reduction), is_index
     yield CrossEntropyError(from_logits=True, reduction=reduction, weight=weight), True
 
 
@@ -563,6 +564,11 @@ def batches(is_index: bool) -> Iterator[tuple[Tensor, Tensor]]:
         yield x, t
 
 
+def output(model: nn.Module, criterion: Any, x: Tensor) -> Tensor:
+    y: Tensor = model(x)
+    return y if getattr(criterion, "from_logits", True) else y.softmax(1)
+
+
 def train(model: nn.Module, criterion: Any, is_index: bool, is_spread: bool) -> None:
     """SGD on a whole batch, or on a part of it with the recipe of the README."""
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
@@ -570,7 +576,7 @@ def train(model: nn.Module, criterion: Any, is_index: bool, is_spread: bool) -> 
     for x, t in batches(is_index):
         if is_spread:
             x, t = (tensor.split(sizes())[dist.get_rank()] for tensor in (x, t))
-            y = model(x)
+            y = output(model, criterion, x)
             divisor = torch.ones((), dtype=y.dtype)
             if reduction in ("mean", "batchmean"):
                 divisor = count(criterion, y, t)
@@ -579,7 +585,7 @@ def train(model: nn.Module, criterion: Any, is_index: bool, is_spread: bool) -> 
             loss = criterion(y, t) * dist.get_world_size() / divisor
             criterion.reduction = reduction
         else:
-            loss = criterion(model(x), t).sum()
+            loss = criterion(output(model, criterion, x), t).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
