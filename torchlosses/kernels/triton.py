@@ -36,6 +36,8 @@ from torchlosses.kernels.cpu import Result
 MAX_PROGRAMS = 2**12
 # Elements that one program takes alone: their time is less than that of a second launch.
 ONE_PROGRAM = 2**13
+# The default differs by version, and Triton 3.9 warns of that where nothing is said.
+FUSION = {"enable_fp_fusion": True}
 TINY = torch.finfo(torch.float32).tiny
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -119,7 +121,9 @@ def rescale(gradient: Tensor, grad_loss: Tensor) -> Tensor:
         return gradient.mul_(grad_loss)  # One factor per sample or element, seldom all of them 1.
     programs = min(triton.cdiv(gradient.numel(), ELEMENTS.part), MAX_PROGRAMS)
     with torch.cuda.device_of(gradient):
-        _rescale_kernel[(programs,)](gradient, grad_loss, gradient.numel(), BLOCK=ELEMENTS.part)
+        _rescale_kernel[(programs,)](
+            gradient, grad_loss, gradient.numel(), BLOCK=ELEMENTS.part, **FUSION
+        )
     return gradient
 
 
@@ -191,7 +195,7 @@ def _run(
             BLOCK_CLASSES=block_classes,
             num_warps=num_warps,
             maxnreg=min(255, 2**16 // (32 * num_warps)),
-            enable_fp_fusion=True,  # The default has changed.
+            **FUSION,
         )
     return Result(loss.sum() if is_sum and programs > 1 else loss, grad_input, grad_target)
 
