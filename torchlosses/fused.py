@@ -39,7 +39,7 @@ _count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack",
 def _find_triton(device: torch.device) -> ModuleType | None:
     """Imported for the first CUDA tensor: that takes a second, and not every build has Triton."""
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
-        return None  # On neither was anything here ever run.
+        return None  # Nothing is compiled for either in the tests.
     try:
         from torchlosses.kernels import triton
     except ImportError:
