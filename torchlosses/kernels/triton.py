@@ -311,6 +311,16 @@ def _guarded(y, is_0, delta, CAN_BE_0: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _take(loss, total, loss_ptr, sample, is_there, IS_SUM: tl.constexpr):
+    """The total with the losses of a block in it, or these stored, one for each sample."""
+    if IS_SUM:
+        total += loss
+    else:
+        tl.store(loss_ptr + sample, loss, mask=is_there)
+    return total
+
+
+@triton.jit
 def _store_slope(gradient_ptr, offsets, slope, is_written):
     """Nothing reads it again here, so it shall not push from the cache what is looked at again."""
     if gradient_ptr is not None:
@@ -394,10 +404,7 @@ def _class_kernel(
         y = tl.load(input_ptr + row + label * inner, mask=is_used, other=0).to(DTYPE)
         guarded = tl.where(is_used, y + tl.full((), delta, DTYPE), 1)
         loss = -tl.log(guarded) * scale
-        if IS_SUM:
-            total += loss
-        else:
-            tl.store(loss_ptr + sample, loss, mask=is_there)
+        total = _take(loss, total, loss_ptr, sample, is_there, IS_SUM)
         if grad_input_ptr is not None:
             slope = (-1 / guarded * scale)[:, None]
             rest = tl.where(is_used, 0, scale)[:, None]
@@ -489,10 +496,7 @@ def _softmax_of_class_kernel(
             log = tl.log(guarded)
             gate = p / guarded * scale
         loss = -log * scale
-        if IS_SUM:
-            total += loss
-        else:
-            tl.store(loss_ptr + sample, loss, mask=is_there)
+        total = _take(loss, total, loss_ptr, sample, is_there, IS_SUM)
         if grad_input_ptr is not None:
             by_exponential = (gate / normalizer)[:, None]
             if IS_WHOLE:
@@ -621,10 +625,7 @@ def _softmax_kernel(
                 _store_slope(grad_target_ptr, offsets, target_slope, is_written)
                 terms += t * log
             loss = -tl.sum(terms, 1) * scale
-        if IS_SUM:
-            total += loss
-        else:
-            tl.store(loss_ptr + sample, loss, mask=is_there)
+        total = _take(loss, total, loss_ptr, sample, is_there, IS_SUM)
     if IS_SUM:
         tl.store(loss_ptr + tl.program_id(0), tl.sum(total))
 
