@@ -1,6 +1,6 @@
 """How fast the losses are on this machine, beside torch's own and beside what its memory allows.
 
-    python examples/benchmark.py                          # every workload: some ten minutes
+    python examples/benchmark.py                          # every workload, in two ways of malloc
     python examples/benchmark.py --shapes 4096x8192 --dtypes float32 --rounds 15
     python examples/benchmark.py --device cuda --steps backward "backward of 0.5" --rounds 5
 
@@ -13,16 +13,24 @@ arguments, in units of the input's size. `GB/s` counts the same bytes as the flo
 torchlosses, and `of copy` divides that by what a plain copy reads and writes a second. A CSV with
 all times, and a picture, go to `runs/`.
 
+On the CPU all is measured twice, in processes of their own: with malloc as it is ("default"), where
+the C library gives large tensors back at once and each new one pays for fresh pages, and with freed
+memory kept ("kept", by two variables of the C library's environment), where the losses themselves
+show. The floor has its gradient in pages like those of torchlosses.
+
 On CUDA, times are those between two events on the device, with its cache emptied before; what is
 too small to fill the device is bound by calls, and timed on the host, as on the CPU.
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import importlib
 import itertools
+import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,13 +54,19 @@ SHAPES = {
     ),
 }  # fmt: skip
 SMALL = 2**20  # Bytes, of an input that is bound by calls on CUDA.
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float64")
 STEPS = {"forward": None, "backward": 1.0, "backward of 0.5": 0.5}  # Names and upstream gradients.
 # Modules and functions of others that serve one workload, rows of logits: one overwrites them.
 PEERS = {
     "liger": ("liger_kernel.transformers.functional", "liger_cross_entropy"),
     "quack": ("quack.cross_entropy", "cross_entropy"),
 }
+# What the C library reads when a process starts: from this size on, memory goes back when freed.
+MALLOC: dict[str, dict[str, str]] = {
+    "default": {},
+    "kept": {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"},
+}
+NAMES = ("workload", "shape", "dtype", "step", "malloc")
 RIVALS = ("torch", "eager", "compiled", *PEERS, "floor")
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -142,9 +156,13 @@ def read_once(workload: str, input: Tensor, target: Tensor) -> list[Tensor]:
 def floor(reads: list[Tensor], input: Tensor, upstream: float | None) -> Callable[[], Any]:
     """The same memory: each argument read once, the gradient allocated and written once."""
     rows = len(input) if input.is_cuda else max(2**19 // input[0].numel(), 1)
+    empty = torch.empty_like
+    if input.is_cpu:
+        with contextlib.suppress(ImportError):  # Without the extension it has plain pages too.
+            empty = importlib.import_module("torchlosses.kernels.cpu").empty
 
     def touch() -> Any:
-        gradient = None if upstream is None else torch.empty_like(input)
+        gradient = None if upstream is None else empty(input)
         for start in range(0, len(input), rows):
             blocks = [read[start : start + rows] for read in reads]
             if gradient is None:
@@ -239,7 +257,7 @@ def measure(
 def table(rows: list[dict[str, Any]]) -> str:
     *rivals, floor = RIVALS
     lines = [
-        ("workload", "shape", "dtype", "step", *rivals, f"of the {floor}", "memory", "ms",
+        (*NAMES, *rivals, f"of the {floor}", "memory", "ms",
          "GB/s", "of copy")
     ]  # fmt: skip
     for row in rows:
@@ -247,7 +265,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ratios = (f"{row[name] / ours:.2f}x" if name in row else "-" for name in rivals)
         over = f"{ours / row[floor]:.2f}x" if row["bytes"] > SMALL else "-"
         bandwidth = row["bytes"] / ours
-        start = (row["workload"], row["shape"], row["dtype"], row["step"])
+        start = tuple(row[name] for name in NAMES)
         end = (f"{bandwidth / 1e9:.1f}", f"{bandwidth / row['copy']:.2f}")
         lines.append((*start, *ratios, over, f"{row['memory']:.2f}", f"{ours * 1e3:.3f}", *end))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -256,7 +274,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """For loss and gradient in float32: each rival's time over that of torchlosses."""
-    rows = [row for row in rows if row["step"] == "backward" and row["dtype"] == rows[0]["dtype"]]
+    first = rows[-1]  # Of freed memory that is kept, where both ways were measured.
+    rows = [
+        row
+        for row in rows
+        if row["step"] == "backward"
+        and all(row[name] == first[name] for name in ("dtype", "malloc"))
+    ]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     rivals = [name for name in RIVALS if any(name in row for row in rows)]
     figure, grid = plt.subplots(
@@ -276,9 +300,46 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     grid[0][0].invert_yaxis()
     grid[0][-1].legend(fontsize=8)
     figure.suptitle(
-        f"Loss and gradient, {rows[0]['dtype']}: right of the line torchlosses is faster"
+        f"Loss and gradient, {first['dtype']}, malloc {first['malloc']}: "
+        "right of the line torchlosses is faster"
     )
     figure.savefig(path, dpi=100)
+
+
+def measure_all(options: argparse.Namespace, malloc: str) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    copy = copy_bandwidth(options.device)
+    if options.device == "cuda":
+        machine = torch.cuda.get_device_name()
+    else:
+        machine = f"cpu, {torch.get_num_threads()} threads, malloc {malloc}"
+    print(f"torch {torch.__version__}, {machine}, copy {copy / 1e9:.1f} GB/s")
+    shapes = options.shapes or SHAPES[options.device]
+    cells = list(itertools.product(options.dtypes, shapes, options.workloads, options.steps))
+    rows = []
+    for number, (dtype, shape, workload, name) in enumerate(cells, 1):
+        print(f"[{number}/{len(cells)}] {workload}, {shape}, {dtype}, {name}", flush=True)
+        sizes = [int(size) for size in shape.split("x")]
+        result = measure(workload, sizes, getattr(torch, dtype), STEPS[name], options)
+        row = {"workload": workload, "shape": shape, "dtype": dtype, "step": name}
+        rows.append(row | {"malloc": malloc, "copy": copy} | result)
+    return rows
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="") as file:
+        return [
+            {name: value if name in NAMES else float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    columns = (*NAMES, "torchlosses", *RIVALS, "memory", "bytes", "copy")
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -290,43 +351,29 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=STEPS)
+    parser.add_argument("--malloc", nargs="+", default=list(MALLOC), choices=MALLOC)
     parser.add_argument(
         "--rounds", type=int, default=9, help="times that each contender's turn comes"
     )
     parser.add_argument("--output-dir", type=Path, default=Path("runs"))
     options = parser.parse_args(arguments)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    copy = copy_bandwidth(options.device)
     if options.device == "cuda":
-        machine = torch.cuda.get_device_name()
-    else:
-        machine = f"cpu, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {machine}, copy {copy / 1e9:.1f} GB/s")
-    shapes = options.shapes or SHAPES[options.device]
-    cells = list(itertools.product(options.dtypes, shapes, options.workloads, options.steps))
-    rows = []
-    for number, (dtype, shape, workload, name) in enumerate(cells, 1):
-        print(f"[{number}/{len(cells)}] {workload}, {shape}, {dtype}, {name}", flush=True)
-        sizes = [int(size) for size in shape.split("x")]
-        result = measure(workload, sizes, getattr(torch, dtype), STEPS[name], options)
-        row = {"workload": workload, "shape": shape, "dtype": dtype, "step": name, "copy": copy}
-        rows.append(row | result)
-    columns = (
-        "workload",
-        "shape",
-        "dtype",
-        "step",
-        "torchlosses",
-        *RIVALS,
-        "memory",
-        "bytes",
-        "copy",
-    )
-    with (options.output_dir / "benchmark.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+        options.malloc = ["default"]
+    rows: list[dict[str, Any]] = []
+    for malloc in options.malloc:
+        path = options.output_dir / f"{malloc}.csv"
+        if len(options.malloc) == 1 and MALLOC[malloc].items() <= os.environ.items():
+            rows = measure_all(options, malloc)
+            write(rows, path)
+        else:  # The C library reads its environment but once.
+            again = (*arguments, "--malloc", malloc)
+            environment = os.environ | MALLOC[malloc]
+            command = (sys.executable, __file__, *again)
+            subprocess.run(command, env=environment, check=True)  # noqa: S603 - It is this file.
+            rows += read(path)
+    if len(options.malloc) > 1:
+        write(rows, options.output_dir / "benchmark.csv")
     draw(rows, options.output_dir / "benchmark.png")
     print(table(rows))
     print(f"picture: {options.output_dir / 'benchmark.png'}")

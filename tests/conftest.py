@@ -1,6 +1,12 @@
 """Every test that takes a `device` runs on each one that is there, by formula and by kernels."""
 
+import functools
+import inspect
 import os
+from typing import Any
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # Its processes share the cores, as torch must know early.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -9,9 +15,33 @@ from torchlosses import fused
 
 DEVICES = ["cpu"]
 if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py has such a process.
+    from triton.runtime import interpreter
+
     from torchlosses.kernels import triton
 
     fused.KERNELS["cpu"] = lambda device: triton
+
+    # With every call within a kernel the interpreter looks through Triton's whole language for what
+    # it has replaced already, and spends four fifths of its time there.
+    is_builtin = interpreter.tl.core.is_builtin
+
+    @functools.cache
+    def builtins_of(package: Any) -> list[str]:
+        return [name for name, _ in inspect.getmembers(package, is_builtin)]
+
+    def replace(package: Any, builder: Any, scope: Any) -> None:
+        for name in builtins_of(package):
+            member = getattr(package, name)
+            if not is_builtin(member):
+                break
+            interpreter._patch_attr(package, name, member, builder, scope)
+
+    private = (
+        getattr(interpreter, "_patch_builtin", None),
+        getattr(interpreter, "_patch_attr", None),
+    )
+    if all(private) and "scope" in inspect.signature(interpreter._patch_builtin).parameters:
+        interpreter._patch_builtin = replace  # Other versions are as slow as they are.
 elif torch.cuda.is_available():
     DEVICES.append("cuda")
 

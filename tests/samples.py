@@ -239,6 +239,10 @@ def _hard_cross_entropies() -> Iterator[Sample]:
             yield Sample(
                 f"ce-no-classes-index-{end}", loss, np.zeros((2, 0)), np.full(2, -100), form
             )
+            weights = form | {"weight": np.zeros(0), "label_smoothing": 0.1}
+            for name, classes in (("soft", np.zeros((2, 0))), ("index", np.full(2, -100))):
+                name = f"ce-no-classes-weight-{name}-{end}"
+                yield Sample(name, loss, np.zeros((2, 0)), classes, weights)
             yield Sample(f"ce-one-class-{end}", loss, np.ones((3, 1)), np.zeros(3, int), form)
             yield Sample(f"ce-scalar-{end}", loss, np.array(0.3), np.array(0.7), form)
     for kind in ("int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64"):

@@ -156,6 +156,62 @@ def test_a_second_softmax_is_found_beside_padding_and_in_a_wider_dtype() -> None
     cross_entropy_error(y, label, from_logits=True)
 
 
+def test_a_row_of_nan_hides_no_second_softmax() -> None:
+    y, label = softmax(8, 10, dtype=torch.float32), torch.arange(8)
+    y[0, 3] = y[5] = torch.nan
+    with pytest.warns(UserWarning, match=r"position \(1,\).*softmax once more"):
+        cross_entropy_error(y, label, from_logits=True)
+    cross_entropy_error(torch.full((8, 10), torch.nan), label, from_logits=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "dim", "wrong"),
+    [((8, 10), 1, 0), ((2, 3), 1, 0), ((4, 6, 10), 2, 1), ((4, 6, 10), 1, 2), ((2, 5, 4, 3), 1, 3),
+     ((1, 6, 10), 2, 1), ((3, 2000), 0, 1), ((9, 9), 1, 0)],
+)  # fmt: skip
+def test_a_softmax_over_the_wrong_dimension_is_a_warning(
+    shape: tuple[int, ...], dim: int, wrong: int, dtype: torch.dtype
+) -> None:
+    y = (3 * torch.randn(shape)).to(dtype).softmax(wrong)
+    label = torch.zeros(shape[:dim] + shape[dim + 1 :], dtype=torch.int64)
+    message = f"sum to 1 over dimension {wrong}, but the classes are in dimension {dim}"
+    with pytest.warns(UserWarning, match=f"{message}.*softmax over dimension {dim}.*dim={wrong}"):
+        cross_entropy_error(y, label, dim=dim)
+    with pytest.warns(UserWarning, match=f"{message}; pass the logits"):
+        cross_entropy_error(y, label, dim=dim, from_logits=True)
+    y.view(-1)[0] = torch.nan
+    with pytest.warns(UserWarning, match=message):
+        cross_entropy_error(y, label, dim=dim, sample_weight=torch.rand(label.shape))
+
+
+@pytest.mark.parametrize(
+    ("y", "dim"),
+    [
+        ([[0.3, 0.9], [0.7, 0.3]], 1),  # One column alone sums to 1.
+        ([[0.3], [0.7]], 1),  # One class: a probability for each of two samples.
+        ([[1.0, 1.0, 1.0]], 1),  # One sample: each column sums to 1 by itself.
+        ([[[0.5, 0.5]], [[0.5, 0.5]]], 2),
+        ([[1.0, 0.0], [0.0, 1.0]], 1),  # Rows and columns.
+        ([[0.2, 0.3, 0.5], [0.5, 0.2, 0.3], [0.3, 0.5, 0.2]], 1),
+        ([[0.9, 0.2], [0.1, 0.7], [0.0, 0.099]], 1),  # Nearly.
+    ],
+)
+def test_probabilities_over_another_dimension_by_chance_are_silent(y: Any, dim: int) -> None:
+    y = torch.tensor(y)
+    cross_entropy_error(y, torch.zeros(y.shape[:dim] + y.shape[dim + 1 :]).long(), dim=dim)
+
+
+def test_sigmoids_are_silent() -> None:
+    """No row has to sum to 1, and no other sum is looked at where the right one is 1."""
+    for shape in ((2, 2), (2, 3), (8, 10), (4, 5, 6), (1, 3, 4)):
+        label = torch.zeros(shape[0], *shape[2:], dtype=torch.int64)
+        for _ in range(50):
+            cross_entropy_error(torch.randn(shape).sigmoid(), label)
+            cross_entropy_error(softmax(*shape, dtype=torch.float32), label)
+            cross_entropy_error(torch.randn(shape), label, from_logits=True)
+
+
 def test_logits_that_come_close_to_a_distribution_are_none() -> None:
     for x in ([0.3, 0.7005], [0.0, 0.9995], [0.5, 0.4991]):
         cross_entropy_error(torch.tensor([x]), torch.tensor([0]), from_logits=True)

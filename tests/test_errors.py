@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from samples import SAMPLES, Sample
@@ -143,6 +145,11 @@ def test_options_of_both_modules(make: Any) -> None:
         make(dim="1")
     with pytest.raises(TypeError, match=words("ignore_index", "None", "int")):
         make(ignore_index=None)
+    with pytest.raises(TypeError, match=words("dim", "True", "int")):
+        make(dim=True)
+    for ignore_index in (2**70, -(2**63) - 1):
+        with pytest.raises(ValueError, match=words("ignore_index", ignore_index, "64 bits")):
+            make(ignore_index=ignore_index)
     with pytest.raises(TypeError):
         make("mean")  # Options are keyword-only.
 
@@ -151,8 +158,8 @@ def test_options_of_both_modules(make: Any) -> None:
     "make", [CrossEntropyError, lambda **o: cross_entropy_error(y(2), y(2), **o)]
 )
 def test_options_of_cross_entropy(make: Any) -> None:
-    for delta in (-1e-9, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=words("delta", delta, "expected")):
+    for delta in (-1e-9, float("nan"), float("inf"), 10**400):
+        with pytest.raises(ValueError, match=words("delta", "expected a finite number")):
             make(delta=delta)
     for label_smoothing in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=words("label_smoothing", label_smoothing, "[0, 1]")):
@@ -160,6 +167,42 @@ def test_options_of_cross_entropy(make: Any) -> None:
     for option in ("delta", "label_smoothing"):
         with pytest.raises(TypeError, match=words(option, "'0.1'", "number")):
             make(**{option: "0.1"})
+        with pytest.raises(TypeError, match=words(option, "True", "number")):
+            make(**{option: True})
+    for from_logits in ("no", 1, None):
+        with pytest.raises(TypeError, match=words("from_logits", from_logits, "bool")):
+            make(from_logits=from_logits)
+
+
+def test_numbers_of_numpy() -> None:
+    options: dict[str, Any] = {
+        "delta": np.float32(0.5), "label_smoothing": np.float64(0.1),
+        "ignore_index": np.int64(3), "dim": np.int16(1),
+    }  # fmt: skip
+    plain = {name: value.item() for name, value in options.items()}
+    input, target = torch.rand(4, 5), torch.tensor([0, 3, 1, 2])
+    criterion = CrossEntropyError(**options)
+    assert repr(criterion) == repr(CrossEntropyError(**plain))
+    expected = cross_entropy_error(input, target, **plain)
+    assert criterion(input, target) == cross_entropy_error(input, target, **options) == expected
+    exact = CrossEntropyError(delta=Fraction(1, 2))  # type: ignore[arg-type]
+    assert exact(input, target) == cross_entropy_error(input, target, delta=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("loss", BOTH)
+def test_tensors_that_are_not_dense(loss: Any) -> None:
+    dense = torch.rand(2, 3)
+    for layout in (torch.jagged, torch.strided):
+        nested = torch.nested.nested_tensor([dense, dense[:1]], layout=layout)
+        with pytest.raises(TypeError, match=words("input", "nested", "to_padded_tensor")):
+            loss(nested, nested)
+        with pytest.raises(TypeError, match=words("target", "nested")):
+            loss(dense, nested)
+    with pytest.raises(TypeError, match=words("input", "torch.sparse_coo", "to_dense")):
+        loss(dense.to_sparse(), dense)
+    with pytest.raises(TypeError, match=words("target", "torch.sparse_coo")):
+        loss(dense, dense.to_sparse())
 
 
 @pytest.mark.parametrize("loss", BOTH)

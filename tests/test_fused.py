@@ -2,6 +2,9 @@
 
 import contextlib
 import ctypes
+import sys
+import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -9,12 +12,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import SAMPLES
-from test_parity import assert_matches_reference
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from torchlosses import fused
+from torchlosses import checks, fused
+from torchlosses.formulas import Call
 from torchlosses.functional import cross_entropy_error, sum_squared_error
 from torchlosses.kernels import cpu
 
@@ -22,76 +26,109 @@ SHAPE = (256, 128)
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[list[str]]:
-    """The names of the kernels that are called meanwhile."""
-    called: list[str] = []
+def counted() -> Iterator[list[tuple[str, tuple[bool, bool]]]]:
+    """The kinds of loss that kernels make meanwhile, and which gradients are asked for."""
+    called = []
+    kernel = cpu.compute
 
-    def spy(name: str) -> Any:
-        kernel = getattr(cpu, name)
+    def compute(call: Call, *arguments: Any) -> Any:
+        called.append((call.kind, arguments[4]))
+        return kernel(call, *arguments)
 
-        def call(*arguments: Any, **options: Any) -> Any:
-            called.append(name)
-            return kernel(*arguments, **options)
-
-        return mock.patch.object(cpu, name, call)
-
-    with spy("squared_error"), spy("cross_entropy"), spy("cross_entropy_of_class"):
+    with mock.patch.object(cpu, "compute", compute):
         yield called
 
 
 def test_every_kernel_serves() -> None:
     y = torch.rand(SHAPE, requires_grad=True)
     soft, index = torch.rand(SHAPE), torch.randint(SHAPE[1], SHAPE[:1])
+    weights: dict[str, Any] = {
+        "weight": torch.rand(SHAPE[1]),
+        "sample_weight": torch.rand(SHAPE[0]),
+    }
     with counted() as called:
-        for target in (soft, index):
+        for target in (soft, index, soft.T.contiguous().T, soft > 0.5):
             sum_squared_error(y, target)
-            cross_entropy_error(y, target)
-            cross_entropy_error(y, target, from_logits=True)
-        cross_entropy_error(y, index, label_smoothing=0.1)
-    assert called == [
-        "squared_error", "cross_entropy", "cross_entropy",
-        "squared_error", "cross_entropy_of_class", "cross_entropy_of_class", "cross_entropy",
-    ]  # fmt: skip
+            cross_entropy_error(y, target, **weights)
+            cross_entropy_error(y[:, :-1], target[..., : None if target is index else -1] % 127)
+            cross_entropy_error(y, target, from_logits=True, label_smoothing=0.1)
+    assert [kind for kind, _ in called] == ["squares", *["probabilities"] * 2, "logits"] * 4
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (5, 33), (2, 1031), (2, 40_001), (2, 5, 19)], ids=str)
+@pytest.mark.parametrize("dtype", fused.DTYPES, ids=str)
+@pytest.mark.parametrize("is_index", [False, True])
+def test_a_gradient_written_over_its_input(
+    shape: tuple[int, ...], dtype: torch.dtype, is_index: bool
+) -> None:
+    target = torch.randint(shape[1], (shape[0], *shape[2:])) if is_index else torch.rand(shape)
+    for delta in (0, 1e-7):
+        for smoothing in (0, 0.1):
+            made = call(is_index=is_index, delta=delta)._replace(label_smoothing=smoothing)
+            made = made._replace(dtype=torch.promote_types(dtype, torch.float32))
+            x = torch.randn(shape).to(dtype)
+            result = cpu.compute(made, x, target, None, None, (True, False))
+            over = cpu.compute(made, x, target, None, None, (True, False), over_input=True)
+            assert over.grad_input is x
+            torch.testing.assert_close(over[:2], result[:2], rtol=0, atol=0)
+
+
+def call(kind: str = "logits", *, is_index: bool = False, delta: float = 1e-7) -> Call:
+    return Call(kind, is_index, 1, "sum", -100, torch.float32, delta)
 
 
 def test_the_formula_serves_the_rest() -> None:
     y, target = torch.rand(SHAPE), torch.rand(SHAPE)
-    assert fused.find_kernels(y, target) is cpu
+    assert fused.find_kernels(call(), y, target) is cpu
     weight = torch.rand(SHAPE[1])
-    assert fused.find_kernels(y, target, weight, None) is cpu
-    assert fused.find_kernels(y, target, weight.requires_grad_()) is None
-    assert fused.find_kernels(y[:0], target[:0]) is None
-    assert fused.find_kernels(y.to(torch.float8_e5m2), target) is None
-    assert fused.find_kernels(y.T, target.T) is None
-    assert fused.find_kernels(y.as_subclass(type("Mine", (Tensor,), {})), target) is None
-    assert fused.find_kernels(y.to("meta"), target.to("meta")) is None
+    assert fused.find_kernels(call(), y, target, weight) is cpu
+    assert fused.find_kernels(call(), y, target, weight.requires_grad_()) is None
+    assert fused.find_kernels(call(), y[:0], target[:0]) is None
+    assert fused.find_kernels(call(), y.to(torch.float8_e5m2), target) is None
+    assert fused.find_kernels(call(), y.T, target.T) is cpu
+    assert fused.find_kernels(call(), y[:1].expand(SHAPE), target) is None
+    assert fused.find_kernels(call(), torch._neg_view(y), target) is None
+    for delta in (1e-40, 1e39):
+        assert fused.find_kernels(call(delta=delta), y, target) is None
+    assert fused.find_kernels(call(), y.as_subclass(type("Mine", (Tensor,), {})), target) is None
+    assert fused.find_kernels(call(), y.to("meta"), target.to("meta")) is None
     with forward_ad.dual_level():
-        assert fused.find_kernels(y, target) is None
+        assert fused.find_kernels(call(), y, target) is None
     served = []
 
     def ask(y: Tensor) -> Tensor:
-        served.append(fused.find_kernels(y, target))
+        served.append(fused.find_kernels(call(), y, target))
         return y.sum()
 
     torch.vmap(ask)(y[None])
     torch.func.grad(ask)(y)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         ask(y)
-    assert served == [None] * 3
+    torch.fx.experimental.proxy_tensor.make_fx(ask)(y)
+    assert served == [None] * 4
+
+
+def test_without_the_extension_the_formula_serves_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchlosses.kernels.cpu", None)
+    monkeypatch.delattr("torchlosses.kernels.cpu")
+    fused._find_cpu.cache_clear()
+    y = torch.rand(4, 5)
+    with pytest.warns(UserWarning, match="install a C.. compiler, and the package again"):
+        loss = sum_squared_error(y, torch.zeros_like(y))
+    torch.testing.assert_close(loss, y.square().sum() / 2)
+    sum_squared_error(y, y)
+    fused._find_cpu.cache_clear()
 
 
 def test_detectors_are_there() -> None:
     """Private to torch; without one every call would go to the formula, and nobody would know."""
     assert fused._is_transformed is not fused._unknown
-    assert fused._count_modes is not fused._unknown
+    assert checks.count_modes is not checks._unknown
+    assert None not in checks._INFRA_MODES
+    assert torch._C._get_dispatch_mode(checks._INFRA_MODES[0]) is None
     assert forward_ad._current_level == -1
-
-
-@pytest.mark.parametrize("block", [1, 7, 64])
-def test_any_size_of_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "BLOCK", block)
-    for sample in SAMPLES:
-        assert_matches_reference(sample, torch.float64, "cpu")
 
 
 FORMS: list[tuple[Any, dict[str, Any]]] = [
@@ -101,15 +138,16 @@ FORMS: list[tuple[Any, dict[str, Any]]] = [
     (cross_entropy_error, {"from_logits": True, "delta": 0}),
     (cross_entropy_error, {"from_logits": True, "label_smoothing": 0.1}),
 ]
-BLOCK = cpu.BLOCK
-SIZES: list[tuple[int, ...]] = [(1, BLOCK - 1), (1, BLOCK), (1, BLOCK + 1)]
-SIZES += [(BLOCK // 8 - 1, 8), (BLOCK // 8, 8), (BLOCK // 8 + 1, 8), (3, 257, 1031), (70_001, 11)]
+# Around the stretches that the kernels work on, and the widths of vectors.
+SIZES: list[tuple[int, ...]] = [(1, n + d) for n in (2**10, 2**12, 2**19) for d in (-1, 0, 1)]
+SIZES += [(2**16 - 1, 8), (2**16 + 1, 8), (3, 257, 1031), (70_001, 11), (5, 3, 2**14 + 1)]
+SIZES += [(3, n) for n in (*range(1, 20), 31, 33, 63, 65, 127, 129)]
 
 
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_index", [False, True])
-def test_sizes_around_a_block(shape: tuple[int, ...], dtype: torch.dtype, is_index: bool) -> None:
+def test_sizes_around_a_stretch(shape: tuple[int, ...], dtype: torch.dtype, is_index: bool) -> None:
     y = torch.rand(shape).to(dtype)
     target = torch.rand(shape).to(dtype)
     if is_index:
@@ -132,20 +170,66 @@ def test_sizes_around_a_block(shape: tuple[int, ...], dtype: torch.dtype, is_ind
 
 def test_nothing_is_made_that_no_one_asked_for() -> None:
     y, target = torch.rand(SHAPE), torch.rand(SHAPE)
-    asked = []
-
-    def squared_error(*arguments: Any, needs: tuple[bool, bool], **options: Any) -> Any:
-        asked.append(needs)
-        return kernel(*arguments, needs=needs, **options)
-
-    kernel = cpu.squared_error
-    with mock.patch.object(cpu, "squared_error", squared_error):
+    with counted() as called:
         sum_squared_error(y, target)
         sum_squared_error(y.requires_grad_(), target)
         sum_squared_error(y, target.requires_grad_())
         with torch.no_grad():
             sum_squared_error(y, target)
-    assert asked == [(False, False), (True, False), (True, True), (False, False)]
+        sum_squared_error(y, target, reduction="none")
+    asked = [(False, False), (True, False), (True, True), (False, False), (False, False)]
+    assert [needs for _, needs in called] == asked
+
+
+def test_saved_tensor_hooks_see_all_that_is_held() -> None:
+    y, target = torch.rand(SHAPE, requires_grad=True), torch.rand(SHAPE)
+    weight, sample_weight = torch.rand(SHAPE[1]), torch.rand(SHAPE[0])
+    packed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tensor)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = cross_entropy_error(y, target, weight=weight, sample_weight=sample_weight)
+    assert [t.shape for t in packed] == [SHAPE, SHAPE, SHAPE[1:], SHAPE[:1], SHAPE]
+    (grad,) = torch.autograd.grad(loss, y, torch.tensor(3.0))
+    plain = cross_entropy_error(y, target, weight=weight, sample_weight=sample_weight)
+    torch.testing.assert_close(grad, torch.autograd.grad(plain, y, torch.tensor(3.0))[0])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_loss_that_is_kept_holds_nothing(reduction: Any) -> None:
+    y, history, alive = torch.rand(SHAPE, requires_grad=True), [], []
+    for _ in range(3):
+        target, weight = torch.rand(SHAPE), torch.rand(SHAPE[1])
+        alive += [weakref.ref(target), weakref.ref(weight)]
+        history.append(cross_entropy_error(y, target, weight=weight, reduction=reduction))
+        history[-1].sum().backward()
+    del target, weight
+    assert [reference() for reference in alive] == [None] * 6
+
+
+def test_what_is_handed_over_may_be_written_to() -> None:
+    """The caller's gradient is no longer that of the graph."""
+    y = torch.rand(SHAPE, requires_grad=True)
+    loss = cross_entropy_error(y, torch.rand(SHAPE))
+    (grad,) = torch.autograd.grad(loss, y, retain_graph=True)
+    expected = grad.clone()
+    grad.zero_()
+    assert torch.equal(torch.autograd.grad(loss, y)[0], expected)
+
+
+def test_checkpoint_under_a_mode_in_forward_alone() -> None:
+    y, target = torch.rand(SHAPE, requires_grad=True), torch.randint(SHAPE[1], SHAPE[:1])
+
+    def f(y: Tensor) -> Tensor:
+        return cross_entropy_error(y * 1, target, from_logits=True)
+
+    with FlopCounterMode(display=False):
+        loss = checkpoint(f, y, use_reentrant=False)
+    loss.backward()
+    torch.testing.assert_close(y.grad, torch.autograd.grad(f(y), y)[0])
 
 
 def test_backward_again_gives_the_same_bits() -> None:
@@ -172,7 +256,7 @@ def test_batched_upstream_gradients() -> None:
 
 @pytest.mark.parametrize("form", ["sse", "probabilities", "logits"])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_a_loss_scaler_lifts_what_float16_cannot_hold(form: str, reduction: str) -> None:
+def test_a_loss_scaler_lifts_what_float16_cannot_hold(form: str, reduction: Any) -> None:
     """A gradient of 1e-8 is 0 in float16, and times a scaler's factor it is not."""
     y = (1e-3 + 1e-3 * torch.rand(1, 2000)).half().requires_grad_()
     loss: Any = sum_squared_error if form == "sse" else cross_entropy_error
@@ -197,16 +281,10 @@ def test_an_argument_changed_before_backward_again_is_an_error() -> None:
     y = torch.rand(SHAPE, requires_grad=True)
     target = torch.rand(SHAPE)
     loss = sum_squared_error(y, target)
-    (expected,) = torch.autograd.grad(loss, y, retain_graph=True)
+    torch.autograd.grad(loss, y, retain_graph=True)
     target.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    # The first time backward there is nothing to compute, and so nothing to get wrong.
-    target.copy_(y.detach() - expected)
-    loss = sum_squared_error(y, target)
-    target.zero_()
-    loss.backward()
-    torch.testing.assert_close(y.grad, expected)
 
 
 def test_backward_twice_without_asking_is_an_error() -> None:
@@ -229,13 +307,13 @@ def test_fresh_memory_is_advised_within_its_bounds(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(cpu, "_advise", advise)
     for extra in (0, 1, 1000):
-        tensor = cpu._empty(torch.empty(cpu.FRESH // 4 + extra), torch.float32)
+        tensor = cpu.empty(torch.empty(cpu.FRESH // 4 + extra))
         start, length = advised.pop()
         assert start % cpu.HUGE_PAGE == length % cpu.HUGE_PAGE == 0
         assert tensor.data_ptr() <= start < tensor.data_ptr() + cpu.HUGE_PAGE
         assert length >= tensor.nbytes - 2 * cpu.HUGE_PAGE
         assert start + length <= tensor.data_ptr() + tensor.nbytes
-    cpu._empty(torch.empty(cpu.FRESH // 4 - 1), torch.float32)
+    cpu.empty(torch.empty(cpu.FRESH // 4 - 1))
     assert not advised
     assert libc(ctypes.c_void_p(tensor.data_ptr() + 1), 1, cpu.HUGE_PAGES) == -1  # It is real.
 
@@ -261,3 +339,35 @@ def test_sums_are_as_accurate_as_those_of_torch(name: str) -> None:
     }[name]()  # fmt: skip
     ulp = torch.finfo(torch.float32).eps * exact.abs()
     assert (ours - exact).abs() <= torch.maximum((theirs - exact).abs(), ulp)
+
+
+@pytest.mark.parametrize("fails_in", ["forward", "backward"])
+def test_where_a_kernel_fails_the_formula_serves_and_says_so_once(
+    fails_in: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss per sample is made in forward, and its gradient in backward."""
+    kernel = cpu.compute
+    y = torch.rand(SHAPE, requires_grad=True)
+    index = torch.randint(SHAPE[1], SHAPE[:1])
+    expected = cross_entropy_error(y, index, reduction="none")
+    (expected_grad,) = torch.autograd.grad(expected.sum(), y)
+
+    def compute(*arguments: Any) -> Any:
+        needs = arguments[5]
+        if needs[0] == (fails_in == "backward"):
+            raise RuntimeError("out of resource: shared memory")
+        return kernel(*arguments)
+
+    monkeypatch.setattr(fused, "_failed", set())
+    monkeypatch.setattr(cpu, "compute", compute)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        value = cross_entropy_error(y, index, reduction="none")
+        (grad,) = torch.autograd.grad(value.sum(), y)
+        cross_entropy_error(y, index)
+    assert len(warned) == 1
+    assert "RuntimeError: out of resource" in str(warned[0].message)
+    torch.testing.assert_close((value, grad), (expected, expected_grad))
+    assert fused.find_kernels(call(is_index=True), y, index) is None
+    with pytest.raises(IndexError):
+        cross_entropy_error(y, index + SHAPE[1])

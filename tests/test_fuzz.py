@@ -3,7 +3,7 @@
 Some hundred calls belong to every run of the tests. A long run, of which every 1000 calls are a
 test that draws the same again as long as no code changes, is
 
-    FUZZ_CASES=300000 python -m pytest -m fuzz tests/test_fuzz.py
+    FUZZ_CASES=300000 python -m pytest -n 0 -m fuzz tests/test_fuzz.py
 
 Its memory grows by some MB in 1000 calls: torch's compiler keeps a part of each compilation.
 """
@@ -20,7 +20,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from calls import COMPILED, SECOND, Call, calls
+from calls import COMPILED, SECOND, TENSORS, Call, calls
 from hypothesis import HealthCheck, Phase, given, settings
 from numpy.typing import ArrayLike, NDArray
 from samples import reference
@@ -28,13 +28,11 @@ from test_parity import UNITS
 from torch import Tensor
 
 from torchlosses import functional, fused
-from torchlosses.kernels import cpu
 
 Arguments = dict[str, Any]
 
 # What `fused.KERNELS` is on each way to the same numbers.
 PATHS: dict[str, dict[str, Any]] = {"formula": {}, "kernels": fused.KERNELS}
-BLOCKS = (cpu.BLOCK, 64, 7)
 CASES = int(os.environ.get("FUZZ_CASES", "100000"))
 CHUNK = 1000
 STEP = 1e-5  # Of a difference in float64.
@@ -47,7 +45,6 @@ def check(call: Call) -> None:
         hypothesis.note(path)
         with (
             mock.patch.object(fused, "KERNELS", kernels),
-            mock.patch.object(cpu, "BLOCK", call.block),
             np.errstate(all="ignore"),
         ):
             check_transform(call, call.arguments())
@@ -154,10 +151,14 @@ def check_transform(call: Call, arguments: Arguments) -> None:
             loss(input)
         return
     rng = np.random.default_rng(call.seed)
-    if call.transform in SECOND:
+    if call.transform == "dependent":
+        check_dependent(call, arguments, function, rng)
+    elif call.transform in SECOND:
         check_second(call, arguments, function, rng)
     elif call.transform == "vmap":
         check_vmap(call, arguments, function, rng)
+    elif call.transform == "changed":
+        check_changed(call, arguments, loss, rng)
     else:
         check_first(call, arguments, loss, rng)
 
@@ -297,8 +298,71 @@ def check_second(
         close(slope(seconds), (difference * row.numpy()).sum(), **tolerance)
 
 
+def check_dependent(
+    call: Call, arguments: Arguments, function: Callable[..., Tensor], rng: np.random.Generator
+) -> None:
+    """A target made from the input, or both from a third, against differences along a direction."""
+    if call.arrays["target"].dtype != np.float64 or call.layouts["input"] == "expanded":
+        return
+    make = [lambda y: y * y, lambda y: y.flip(list(range(y.dim()))), torch.sigmoid][rng.integers(3)]
+    along = torch.tensor(rng.normal(size=arguments["input"].shape))
+
+    def loss(y: Tensor) -> Tensor:
+        return function(**arguments | {"input": y, "target": make(y)}).sum()
+
+    def value(y: Tensor) -> float:
+        return float(reference(call.loss, arguments | {"input": y, "target": make(y)})[0].sum())
+
+    def grad(y: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+        leaf = y.detach().clone().requires_grad_()
+        inner = leaf * 1 if rng.integers(2) else leaf
+        return leaf, torch.autograd.grad(loss(inner), leaf, create_graph=create_graph)[0]
+
+    input = arguments["input"]
+    after, before = input + STEP * along, input - STEP * along
+    _, first = grad(input)
+    slope = (value(after) - value(before)) / (2 * STEP)
+    scale = 1 + float(first.abs().sum())
+    close((first * along).sum(), slope, 1e-5, 1e-6 * scale)
+    leaf, differentiable = grad(input, create_graph=True)
+    close(differentiable, first.numpy(), 1e-9, 1e-11 * scale)
+    row = torch.tensor(rng.normal(size=input.shape))
+    product = (differentiable * row).sum()
+    if product.requires_grad:
+        (second,) = torch.autograd.grad(product, leaf)
+        difference = (grad(after)[1] - grad(before)[1]) / (2 * STEP)
+        scale += float(second.abs().sum())
+        close((second * along).sum(), (difference * row).sum().numpy(), 1e-5, 1e-6 * scale)
+
+
+def check_changed(
+    call: Call, arguments: Arguments, loss: Callable[[Tensor], Tensor], rng: np.random.Generator
+) -> None:
+    """An argument changed in place before backward: an error, or the gradient of what it was."""
+    expected = expect(call, arguments)
+    leaf = arguments["input"].detach().requires_grad_()
+    input = leaf * 1
+    value = loss(input)
+    upstream = torch.tensor(rng.uniform(0.5, 2, value.shape), dtype=value.dtype)
+    if rng.integers(2):
+        torch.autograd.grad(value, leaf, upstream, retain_graph=True)
+    changed = [input, *(v for n, v in arguments.items() if n in TENSORS[1:] and v is not None)]
+    changed = changed[rng.integers(len(changed))]
+    if 0 in changed.stride() and changed.numel() > 1:  # What overlaps cannot be written to.
+        return
+    with torch.no_grad():
+        changed.zero_()
+    message = ""
+    try:
+        (grad,) = torch.autograd.grad(value, leaf, upstream, create_graph=bool(rng.integers(2)))
+        expected.check_grad(grad, per_element(call, upstream))
+    except RuntimeError as error:
+        message = str(error)
+    assert not message or "modified by an inplace operation" in message
+
+
 def draw_and_check(cases: int, seed: int) -> None:
-    run = given(calls(BLOCKS))(check)
+    run = given(calls())(check)
     run = settings(
         max_examples=cases,
         deadline=None,

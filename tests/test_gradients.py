@@ -1,5 +1,6 @@
 """First and second derivatives, forwards and backwards, by every argument that may have one."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from torchlosses import CrossEntropyError, SumSquaredError
+from torchlosses.functional import cross_entropy_error, sum_squared_error
 
 # Small and smooth: finite differences say nothing about 0, ∞ or NaN. Empty ones have no numbers.
 SMOOTH = [
@@ -69,7 +71,7 @@ def test_any_upstream_gradient_any_number_of_times(sample: Sample, device: str) 
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-def test_documented_gradients(reduction: str, device: str) -> None:
+def test_documented_gradients(reduction: Any, device: str) -> None:
     y = torch.rand(4, 5, dtype=torch.float64, device=device, requires_grad=True)
     t = torch.rand(4, 5, dtype=torch.float64, device=device, requires_grad=True)
 
@@ -165,3 +167,152 @@ def test_learned_weights_move(device: str) -> None:
     torch.testing.assert_close(by_sample, (losses - losses.mean()) / 4)
     assert by_class[3:].tolist() == [0, 0]
     torch.testing.assert_close(by_class[2], by_sample[2:].sum())
+
+
+# Where one argument is made from the other, or both from a third.
+DEPENDENT: dict[str, Callable[[Tensor], Tensor]] = {
+    "square": lambda y: y * y,
+    "flip": lambda y: y.flip(0),
+    "same": lambda y: y,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def plainly(criterion: torch.nn.Module, y: Tensor, t: Tensor) -> Tensor:
+    """The sum of a criterion's losses in plain operations."""
+    if isinstance(criterion, SumSquaredError):
+        return (y - t).square().sum() / 2
+    p = y.softmax(1) if criterion.from_logits else y
+    return -(t * (p + 1e-7).log()).sum()
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=str)
+@pytest.mark.parametrize("make", DEPENDENT.values(), ids=DEPENDENT)
+def test_arguments_that_hang_together(
+    criterion: torch.nn.Module, make: Callable[[Tensor], Tensor], device: str
+) -> None:
+    x = torch.rand(3, 4, dtype=torch.float64, device=device, requires_grad=True)
+    results = []
+    for loss in (criterion, lambda y, t: plainly(criterion, y, t)):
+        y = 0.9 * x + 0.05  # What is no leaf goes the same way.
+        value = loss(y, make(y)) * 3
+        (grad,) = torch.autograd.grad(value, x, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), x, retain_graph=True)
+        (first,) = torch.autograd.grad(value, x)
+        hessian = torch.autograd.functional.hessian(lambda y, loss=loss: loss(y, make(y)), x)
+        results.append((value, grad, first, second, hessian))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("criterion", CRITERIA, ids=str)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_hooks_run_once_and_see_the_gradient(
+    criterion: torch.nn.Module, create_graph: bool, device: str
+) -> None:
+    x = torch.rand(3, 4, dtype=torch.float64, device=device, requires_grad=True)
+    seen: list[Tensor] = []
+    results = []
+    for loss in (criterion, lambda y, t: plainly(criterion, y, t)):
+        seen.clear()
+        y = x * 0.9
+        t = y.detach().requires_grad_()
+        y.retain_grad()
+        y.register_hook(seen.append)
+        t.register_hook(seen.append)
+        (grad,) = torch.autograd.grad(loss(y, t), x, None, True, create_graph)
+        assert len(seen) == 1
+        loss(y, t).backward(create_graph=create_graph, inputs=[x, y, t])
+        assert len(seen) == 3
+        assert y.grad is not None
+        results.append((grad, y.grad, t.grad, *seen))
+        x.grad = None
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("is_index", [False, True])
+def test_derivatives_under_a_tiny_guard(dtype: torch.dtype, is_index: bool, device: str) -> None:
+    """From logits: p and δ are small together, and neither their sum nor its square is 0."""
+    t = torch.tensor([1] if is_index else [[0.25, 0.75, 0.0]], device=device)
+    t = t if is_index else t.to(dtype)
+    deltas = [1e-7, 1e-18, 1e-30, 1e-37, 1e-40, 1e-44]
+    if dtype == torch.float64:
+        deltas += [1e-160, 1e-300]
+    for delta in deltas:
+        for gap in (0.0, 10.0, 50.0, 80.0, 200.0, 800.0):
+            x = torch.tensor([[0.0, -gap, -1.0]], dtype=dtype, device=device, requires_grad=True)
+            loss = CrossEntropyError(delta=delta, from_logits=True)(x, t)
+            p = torch.tensor([0.0, -gap, -1.0], dtype=torch.float64).softmax(0)
+            soft = torch.tensor([0.0, 1, 0]) if is_index else t[0].double().cpu()
+            value = -(soft * torch.logaddexp(p.log(), p.new_tensor(math.log(delta)))).sum()
+            gated = soft * p / (p + delta)
+            expected = p * gated.sum() - gated
+            torch.testing.assert_close(loss.cpu().double(), value, rtol=1e-5, atol=1e-6)
+            (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+            torch.testing.assert_close(grad[0].cpu().double(), expected, rtol=1e-5, atol=1e-6)
+            # ∂²E/∂xᵢ∂xⱼ: (diag p − p pᵀ)·S − gᵢ(δᵢⱼ − pⱼ)·δ/(pᵢ+δ) + pᵢ·Σ gₖ(δₖⱼ − pⱼ)·δ/(pₖ+δ).
+            rest = gated * delta / (p + delta)
+            by_x = rest.diag() - torch.outer(rest, p)
+            hessian = (p.diag() - torch.outer(p, p)) * gated.sum() - by_x
+            hessian = hessian + torch.outer(p, by_x.sum(0))
+            rows = [torch.autograd.grad(g, x, retain_graph=True)[0][0] for g in grad[0]]
+            torch.testing.assert_close(
+                torch.stack(rows).cpu().double(), hessian, rtol=1e-5, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+@pytest.mark.parametrize("delta", [1e-45, 1e-40, 1e39, 1e300])
+def test_a_guard_that_float32_does_not_hold(delta: float, from_logits: bool, device: str) -> None:
+    x = torch.tensor([[0.0, 0.5, -2.0]], device=device)
+    y = x.softmax(1) if from_logits else x.clamp(min=0)
+    x = x if from_logits else y
+    x.requires_grad_()
+    loss = CrossEntropyError(delta=delta, from_logits=from_logits)(x, y.detach())
+    exact = x.detach().double().requires_grad_()
+    p = exact.softmax(1) if from_logits else exact
+    expected = -(y.double().detach() * (p + delta).log()).sum()
+    torch.testing.assert_close(loss, expected.float())
+    (grad,), (expected_grad,) = torch.autograd.grad(loss, x), torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(grad, expected_grad.float())
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["sse", "probabilities", "logits"])
+@pytest.mark.parametrize("is_index", [False, True])
+def test_what_changes_before_backward_is_an_error_or_unseen(
+    reduction: Any, dtype: torch.dtype, form: str, is_index: bool, device: str
+) -> None:
+    """Whichever argument it is, and however often backward runs: never the gradient of another."""
+    options: dict[str, Any] = {"reduction": reduction}
+    loss: Callable[..., Tensor] = sum_squared_error
+    if form != "sse":
+        loss, options["from_logits"] = cross_entropy_error, form == "logits"
+    for name in ("input", "target", "weight", "sample_weight"):
+        if name == "weight" and form == "sse":
+            continue
+        for use in ("once", "again", "create_graph"):
+            # The leaf has values of its own, for autograd refuses to change a leaf.
+            leaf = torch.rand(4, 5, device=device).to(dtype).requires_grad_()
+            target = torch.arange(4, device=device) if is_index else torch.rand_like(leaf).detach()
+            named = {"input": leaf * 1, "target": target}
+            shape = (4, 1) if form == "sse" and not is_index else (4,)
+            named["sample_weight"] = torch.rand(shape, device=device).to(dtype)
+            if form != "sse":
+                named["weight"] = torch.rand(5, device=device).to(dtype)
+            value = loss(**named, **options).sum() * 3
+            (expected,) = torch.autograd.grad(value, leaf, retain_graph=True)
+            value = loss(**named, **options).sum() * 3
+            if use == "again":
+                torch.autograd.grad(value, leaf, retain_graph=True)
+            with torch.no_grad():
+                named[name].copy_(named[name].flip(0))
+            message = ""
+            try:
+                (grad,) = torch.autograd.grad(value, leaf, create_graph=use == "create_graph")
+                torch.testing.assert_close(grad, expected)
+            except RuntimeError as error:
+                message = str(error)
+            assert not message or "modified by an inplace operation" in message

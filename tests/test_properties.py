@@ -1,9 +1,13 @@
 """The same bits again, sizes beyond 32 bits, and no NaN hidden."""
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
+from samples import REDUCTIONS, reference
 
-from torchlosses import CrossEntropyError, SumSquaredError
+from torchlosses import CrossEntropyError, SumSquaredError, functional
 from torchlosses.functional import cross_entropy_error, sum_squared_error
 
 
@@ -44,3 +48,44 @@ def test_nan_passes_through(device: str) -> None:
         loss = cross_entropy_error(y, t, from_logits=from_logits, reduction="none")
         assert loss.isnan().tolist() == [True, False]
     assert sum_squared_error(y, t).isnan()
+
+
+@pytest.mark.parametrize("form", ["sse", "probabilities", "logits"])
+@pytest.mark.parametrize("is_index", [False, True])
+def test_sizes_from_nothing(form: str, is_index: bool, device: str) -> None:
+    """Every shape with sizes 0, 1 and 3, all ignored where there is no class: as the reference."""
+    name = "sum_squared_error" if form == "sse" else "cross_entropy_error"
+    loss: Any = getattr(functional, name)
+    shapes = [s for rank in (1, 2, 3) for s in itertools.product((0, 1, 3), repeat=rank)]
+    for shape, reduction, weighs in itertools.product(shapes, REDUCTIONS, (False, True)):
+        for dim in range(len(shape)):
+            samples = shape[:dim] + shape[dim + 1 :]
+            options: dict[str, Any] = {"reduction": reduction, "dim": dim}
+            y = torch.rand(shape, dtype=torch.float64, device=device, requires_grad=True)
+            t = torch.rand(shape, dtype=torch.float64, device=device)
+            if is_index:
+                t = torch.full(samples, shape[dim] - 1 or -100, device=device)
+                t[t < 0] = -100
+            if form != "sse":
+                options["from_logits"] = form == "logits"
+                if weighs:
+                    options["weight"] = torch.rand(shape[dim], dtype=y.dtype, device=device)
+                    options["label_smoothing"] = 0.1
+            if weighs:
+                full = shape if form == "sse" and not is_index else samples
+                options["sample_weight"] = torch.rand(full, dtype=y.dtype, device=device)
+            arguments = {"input": y, "target": t} | options
+            expected, expected_grad = reference(name, arguments)
+            value = loss(**arguments)
+            (grad,) = torch.autograd.grad(value.sum(), y, create_graph=True)
+            tangent = torch.func.jvp(
+                lambda y, a=arguments: loss(**a | {"input": y}).sum(), (y,), (torch.ones_like(y),)
+            )[1]
+            for actual, number in (
+                (value, expected),
+                (grad, expected_grad),
+                (tangent, expected_grad.sum()),
+            ):
+                torch.testing.assert_close(
+                    actual.detach().cpu(), torch.as_tensor(number), rtol=1e-10, atol=1e-12
+                )

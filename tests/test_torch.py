@@ -34,7 +34,7 @@ def classes(shape: tuple[int, ...], device: str) -> Tensor:
 
 @pytest.mark.parametrize("reduction", TORCH_REDUCTIONS)
 @pytest.mark.parametrize("shape", [(), *SHAPES])
-def test_half_of_mse_loss(shape: tuple[int, ...], reduction: str, device: str) -> None:
+def test_half_of_mse_loss(shape: tuple[int, ...], reduction: Any, device: str) -> None:
     input, target = randn(*shape, device=device), randn(*shape, device=device)
     ours = SumSquaredError(reduction=reduction)(input, target)
     assert_same(ours, F.mse_loss(input, target, reduction=reduction) / 2, input, target)
@@ -47,7 +47,7 @@ def test_half_of_mse_loss(shape: tuple[int, ...], reduction: str, device: str) -
 @pytest.mark.parametrize("ignored", [None, -100, 2])
 def test_cross_entropy_of_class_indices(
     shape: tuple[int, ...],
-    reduction: str,
+    reduction: Any,
     weighted: bool,
     label_smoothing: float,
     ignored: int | None,
@@ -70,7 +70,7 @@ def test_cross_entropy_of_class_indices(
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 def test_cross_entropy_of_soft_targets(
-    shape: tuple[int, ...], reduction: str, weighted: bool, label_smoothing: float, device: str
+    shape: tuple[int, ...], reduction: Any, weighted: bool, label_smoothing: float, device: str
 ) -> None:
     input = randn(*shape, device=device)
     target = randn(*shape, device=device).detach().softmax(min(1, len(shape) - 1)).requires_grad_()
@@ -85,7 +85,7 @@ def test_cross_entropy_of_soft_targets(
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_nll_loss_of_the_guarded_log(
-    shape: tuple[int, ...], reduction: str, weighted: bool, device: str
+    shape: tuple[int, ...], reduction: Any, weighted: bool, device: str
 ) -> None:
     input = randn(*shape, device=device).detach().softmax(min(1, len(shape) - 1)).requires_grad_()
     options: dict[str, Any] = {"reduction": reduction}

@@ -8,8 +8,8 @@ from samples import SAMPLES, Sample
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from torchlosses import CrossEntropyError, SumSquaredError
-from torchlosses.functional import cross_entropy_error
+from torchlosses import CrossEntropyError, SumSquaredError, functional
+from torchlosses.functional import cross_entropy_error, sum_squared_error
 
 # Every form of a loss once, with all that the options can bring together.
 FORMS = [
@@ -61,7 +61,7 @@ def test_hessian(sample: Sample, device: str) -> None:
 @pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean", "none"])
 @pytest.mark.parametrize("form", ["sse", "probabilities", "logits"])
 @pytest.mark.parametrize("is_index", [False, True])
-def test_vmap_is_a_loop(form: str, is_index: bool, reduction: str, device: str) -> None:
+def test_vmap_is_a_loop(form: str, is_index: bool, reduction: Any, device: str) -> None:
     criterion: nn.Module = SumSquaredError(reduction=reduction)
     if form != "sse":
         criterion = CrossEntropyError(reduction=reduction, from_logits=form == "logits")
@@ -168,3 +168,98 @@ def test_functional_call_swaps_the_class_weights() -> None:
     y, t = torch.rand(4, 5), torch.tensor([0, 1, 2, 3])
     weights = {"weight": torch.full((5,), 2.0)}
     assert functional_call(criterion, weights, (y, t)) == 2 * criterion(y, t)
+
+
+MASKED = [
+    criterion
+    for reduction in ("sum", "mean", "batchmean", "none")
+    for criterion in (
+        SumSquaredError(reduction=reduction),
+        CrossEntropyError(reduction=reduction),
+        CrossEntropyError(reduction=reduction, from_logits=True, label_smoothing=0.1),
+        CrossEntropyError(reduction=reduction, from_logits=True, weight=torch.rand(5)),
+    )
+]
+
+
+@pytest.mark.parametrize("is_index", [False, True])
+@pytest.mark.parametrize("criterion", MASKED, ids=str)
+def test_a_batch_whose_size_depends_on_data(criterion: nn.Module, is_index: bool) -> None:
+    """Compiled and exported, and empty batches too: what is not known of a size the graph asks."""
+    y, mask = torch.rand(6, 5), torch.tensor([True, False, True, True, False, False])
+    t = torch.tensor([1, -100, 3, 0, 0, 2]) if is_index else torch.rand(6, 5).softmax(1)
+    w = (
+        torch.rand(6)
+        if is_index or not isinstance(criterion, SumSquaredError)
+        else torch.rand(6, 5)
+    )
+
+    class Masked(nn.Module):
+        def forward(self, y: Tensor, t: Tensor, w: Tensor, mask: Tensor) -> Tensor:
+            plain: Tensor = criterion(y[mask], t[mask])
+            weighted: Tensor = criterion(y[mask], t[mask], sample_weight=w[mask])
+            return plain + weighted
+
+    masked = Masked()
+    torch._dynamo.reset()
+    graphs: list[Any] = [torch.export.export(masked, (y, t, w, mask)).module()]
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        graphs.append(torch.compile(masked, fullgraph=True, backend="aot_eager"))
+        for part in (mask, ~mask, torch.zeros_like(mask)):
+            leaf = y.clone().requires_grad_()
+            for graph in graphs:
+                actual, expected = graph(leaf, t, w, part), masked(leaf, t, w, part)
+                close(actual, expected)
+                close(*(torch.autograd.grad(x.sum(), leaf)[0] for x in (actual, expected)))
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("criterion", MASKED, ids=str)
+def test_make_fx(criterion: nn.Module, mode: Any) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    y = torch.rand(6, 5)
+    soft = torch.rand(6, 5).softmax(1)
+    weights = dict(criterion.named_buffers())
+
+    def loss(weights: dict[str, Tensor], y: Tensor, t: Tensor) -> Any:
+        return functional_call(criterion, weights, (y, t))
+
+    for t in (torch.tensor([1, -100, 3, 0, 0, 2]), soft):
+        graph = make_fx(loss, tracing_mode=mode)(weights, y, t)
+        close(graph(weights, y.flip(0), t), criterion(y.flip(0), t))
+
+
+def test_fake_tensors_with_symbolic_shapes() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    for criterion in MASKED:
+        with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+            y, t = torch.rand(4, 5), torch.zeros(4, dtype=torch.int64)
+            weights: dict[str, Any] = {
+                name: mode.from_tensor(w) for name, w in criterion.named_buffers()
+            }
+            loss = functional_call(criterion, weights, (y, t))
+        assert loss.dtype == torch.float32
+
+
+def test_symbolic_trace() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(5, 5)
+            self.criterion = CrossEntropyError(from_logits=True, weight=torch.rand(5))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            y = self.linear(x)
+            loss: Tensor = self.criterion(y, t) + functional.sum_squared_error(y, t)
+            return loss
+
+    model = Model()
+    traced = torch.fx.symbolic_trace(model)
+    x, t = torch.rand(4, 5), torch.tensor([0, 1, 2, 3])
+    close(traced(x, t), model(x, t))
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert cross_entropy_error in targets
+    assert sum_squared_error in targets

@@ -5,6 +5,7 @@ The interpreter must be on before Triton is imported, so its tests run in a proc
 """
 
 import contextlib
+import functools
 import os
 import re
 import subprocess
@@ -17,14 +18,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from samples import SAMPLES, Sample
-from test_fused import FORMS
+from samples import REDUCTIONS, SAMPLES, Sample
 from test_parity import assert_matches_reference
 from torch import Tensor
 from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchlosses import fused
-from torchlosses.functional import cross_entropy_error
+from torchlosses.formulas import Call
+from torchlosses.functional import cross_entropy_error, sum_squared_error
 
 triton = pytest.importorskip("triton", reason="this build of torch has no Triton")
 
@@ -36,6 +38,14 @@ from torchlosses.kernels import triton as kernels  # noqa: E402
 IS_INTERPRETED = triton.knobs.runtime.interpret
 interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="runs in the interpreter's process")
 compiled = pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter does not compile")
+
+FORMS: list[tuple[Any, dict[str, Any]]] = [
+    (sum_squared_error, {}),
+    (cross_entropy_error, {}),
+    (cross_entropy_error, {"from_logits": True}),
+    (cross_entropy_error, {"from_logits": True, "delta": 0}),
+    (cross_entropy_error, {"from_logits": True, "label_smoothing": 0.1}),
+]
 
 
 @compiled
@@ -53,25 +63,50 @@ def test_passes_in_the_interpreter() -> None:
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stdout[-4000:]
-    assert int(re.search(r"(\d+) passed", child.stdout)[1]) > 4 * len(SAMPLES)  # type: ignore[index]
+    assert int(re.search(r"(\d+) passed", child.stdout)[1]) > 3 * len(SAMPLES)  # type: ignore[index]
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows longer than a tile, and more tiles than programs."""
-    for name, value in {"MAX_PROGRAMS": 2, "ONE_PROGRAM": 0, "SPATIAL_SAMPLES": 2,
-                        "LEAST": 16, "PER_WARP": 8}.items():  # fmt: skip
+    """Rows longer than a tile, more blocks than programs, offsets of 64 bits, a count ahead."""
+    configure, plan = kernels._configure, kernels.Plan
+
+    def small(form: str, classes: int, *rest: Any) -> Any:
+        width = min(triton.next_power_of_2(classes), 4)
+        return configure(form, classes, *rest)._replace(
+            samples=2, classes=width, is_whole=False, vector=max(width // 2, 1), per_thread=1
+        )
+
+    def wide(**known: Any) -> Any:
+        return plan(**known | {"INDEX": triton.language.int64})
+
+    monkeypatch.setattr(kernels, "_configure", small)
+    monkeypatch.setattr(kernels, "Plan", wide)
+    for name, value in {"MAX_PROGRAMS": 2, "COUNT_PROGRAMS": 2, "COUNT_ALONE": 0,
+                        "COUNT_BLOCK": triton.language.constexpr(4)}.items():  # fmt: skip
         monkeypatch.setattr(kernels, name, value)
-    for name in ("ELEMENTS", "ROWS", "ROWS_OF_CLASS"):
-        monkeypatch.setattr(kernels, name, kernels.Tile(whole=8, part=16))
 
 
 @interpreted
 @pytest.mark.usefixtures("small_tiles")
 def test_small_tiles_match_the_reference() -> None:
+    is_hard = re.compile("sse-|ce-(corners|hard|nan|all)").match
     for sample in SAMPLES:
-        if sample.options.get("reduction") in ("sum", "none"):
+        reduction = sample.options.get("reduction")
+        if reduction == "mean" or (reduction == "none" and is_hard(sample.name)):
             assert_matches_reference(sample, torch.float64, "cpu")
+
+
+@interpreted
+def test_losses_without_gradients_are_the_same() -> None:
+    """Whose divisor is counted along with them."""
+    for sample in SAMPLES:
+        if sample.options.get("reduction") == "mean":
+            input, target, options = sample.tensors(torch.float64)
+            value = sample.function(input, target, **options)
+            expected = torch.tensor(sample.reference()[0])
+            torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-13, equal_nan=True)
+    assert not any(counters.any() for counters in kernels._counters.values())
 
 
 def by_target(sample: Sample) -> Tensor:
@@ -90,14 +125,53 @@ def test_gradients_by_the_target(
     if tiles == "small":
         request.getfixturevalue("small_tiles")
     is_soft = re.compile("sse-dense|ce-[a-z]*-soft").match
-    soft = [s for s in SAMPLES if is_soft(s.name) and s.options["reduction"] in ("mean", "none")]
+    soft = [
+        s for s in SAMPLES
+        if is_soft(s.name) and s.options["reduction"] == "none" and s.input.size <= 24
+    ]  # fmt: skip
     ours = list(map(by_target, soft))
     monkeypatch.setattr(fused, "KERNELS", {})
     for sample, grad in zip(soft, ours, strict=True):
         torch.testing.assert_close(grad, by_target(sample), msg=sample.name)
 
 
-SHAPES: list[tuple[int, ...]] = [(2, 1023), (3, 1025), (2, 9001), (1030, 10), (2, 257, 67)]
+@interpreted
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradients_that_wait_are_taken_with_those_of_the_losses(
+    reduction: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each element, sample or sum has an upstream gradient of its own, in whatever strides."""
+
+    def gradients() -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        for shape, dim in (((3, 5), 1), ((5, 3), 0), ((2, 5, 3), 1)):
+            samples = shape[:dim] + shape[dim + 1 :]
+            for loss, options in FORMS:
+                dense = loss is sum_squared_error
+                for target in (
+                    torch.rand(shape, generator=generator),
+                    torch.randint(5, samples, generator=generator),
+                ):
+                    rows = (*shape[:dim], 1, *shape[dim + 1 :])
+                    size = rows if dense and target.shape == shape else samples
+                    weight = torch.rand(size, generator=generator)
+                    y = torch.rand(shape, generator=generator).half().requires_grad_()
+                    for sample_weight in (None, weight):
+                        value = loss(
+                            y, target, dim=dim, reduction=reduction, sample_weight=sample_weight,
+                            **options,
+                        )  # fmt: skip
+                        upstream = torch.rand(value.shape[::-1], generator=generator)
+                        upstream = upstream.permute(tuple(reversed(range(value.dim()))))
+                        yield torch.autograd.grad(value, y, upstream)[0]
+
+    ours = list(gradients())
+    monkeypatch.setattr(fused, "KERNELS", {})
+    for grad, expected in zip(ours, gradients(), strict=True):
+        torch.testing.assert_close(grad, expected, rtol=2**-10, atol=2**-24)
+
+
+SHAPES: list[tuple[int, ...]] = [(2, 1023), (3, 1025), (2, 17_001), (1030, 10), (2, 257, 67)]
 
 
 @interpreted
@@ -113,8 +187,10 @@ def test_sizes_around_a_tile(shape: tuple[int, ...], dtype: torch.dtype, is_inde
         ours, exact = (x.detach().clone().requires_grad_() for x in (y, y.double()))
         value = loss(ours, target, **options)
         value.backward()
-        expected = loss(exact, target if is_index else target.double(), **options)
-        expected.backward()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fused, "KERNELS", {})
+            expected = loss(exact, target if is_index else target.double(), **options)
+            expected.backward()
         torch.testing.assert_close(value.double(), expected, rtol=3e-6, atol=1e-6)
         assert ours.grad is not None
         assert exact.grad is not None
@@ -125,7 +201,7 @@ def test_sizes_around_a_tile(shape: tuple[int, ...], dtype: torch.dtype, is_inde
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_logits_as_low_as_they_come(dtype: torch.dtype) -> None:
-    x = torch.full((2, kernels.ROWS_OF_CLASS.whole + 9), torch.finfo(dtype).min, dtype=dtype)
+    x = torch.full((2, 2**14 + 9), torch.finfo(dtype).min, dtype=dtype)
     expected = x.new_tensor(float(x.shape[1])).log().expand(2)
     for target in (torch.tensor([0, x.shape[1] - 1]), torch.ones_like(x) / x.shape[1]):
         loss = cross_entropy_error(x, target, from_logits=True, delta=0, reduction="none")
@@ -135,41 +211,42 @@ def test_logits_as_low_as_they_come(dtype: torch.dtype) -> None:
     torch.testing.assert_close(loss, -(1 / x.isfinite().sum(1).to(dtype) + 1e-7).log())
 
 
-CALLS: list[tuple[Callable[..., Any], dict[str, Any]]] = [
-    (kernels.squared_error, {"is_index": True}),
-    *(
-        call
-        for from_logits in (False, True)
-        for form in ({"delta": 1e-7, "from_logits": from_logits},)
-        for call in (
-            (kernels.cross_entropy_of_class, form),
-            (
-                kernels.cross_entropy,
-                form | {"is_index": True, "weight": None, "label_smoothing": 0.1},
-            ),
-        )
-    ),
-]
+def calls(reduction: str, *, is_index: bool, dtype: torch.dtype = torch.float32) -> Iterator[Call]:
+    """One for each form of the kernel."""
+    call = functools.partial(Call, is_index=is_index, dim=1, reduction=reduction, ignore_index=-100)
+    yield call(kind="squares", dtype=dtype)
+    for kind in ("probabilities", "logits"):
+        for delta in (1e-7, 0.0):
+            for label_smoothing in (0.0, 0.1):
+                yield call(kind=kind, dtype=dtype, delta=delta, label_smoothing=label_smoothing)
 
 
 @interpreted
 @pytest.mark.parametrize(
-    ("dtype", "far"), [(torch.int64, 2**62), (torch.uint64, 2**64 - 100), (torch.int8, 127)]
-)
+    ("dtype", "far"),
+    [(getattr(torch, f"{sign}int{bits}"), 2**62 >> (64 - bits)) for sign in ("", "u")
+     for bits in (8, 16, 32, 64)] + [(torch.uint64, 2**64 - 100)],
+)  # fmt: skip
 def test_a_class_out_of_range_is_not_read(dtype: torch.dtype, far: int) -> None:
     """On a device nobody looks at the classes before; an unsigned −100 is no `ignore_index`."""
-    target = torch.tensor([[1], [far], [3], [0]], dtype=dtype)
+    target = torch.tensor([1, far, 3, 0], dtype=dtype)
     ignored = [False] * 4
     if dtype.is_signed:
-        target, ignored = torch.cat([target, target.new_tensor([[-100]])]), [*ignored, True]
-    for kernel, options in CALLS:
-        loss, grad, _ = kernel(
-            torch.rand(len(target), 3), target, ignore_index=-100, scale=None, divisor=1,
-            dtype=torch.float32, is_sum=False, needs=(True, False), **options,
-        )  # fmt: skip
-        for values in (loss, grad):
+        target, ignored = torch.cat([target, target.new_tensor([-100])]), [*ignored, True]
+    y = torch.rand(len(target), 3)
+    for call in calls("none", is_index=True):
+        loss = kernels.compute(call, y, target, None, None, (False, False)).loss
+        upstream = torch.ones_like(loss)
+        _, grad, _ = kernels.compute(call, y, target, None, None, (True, False), upstream)
+        assert grad is not None
+        for values in (loss.view(len(y), -1), grad):
             assert values.isnan().all(1).tolist()[:4] == [False, True, True, False]
             assert (values == 0).all(1).tolist() == ignored
+        mean = call._replace(reduction="mean")
+        loss, grad, _ = kernels.compute(mean, y, target, None, None, (True, False))
+        assert grad is not None
+        assert loss.isnan()
+        assert grad[1:3].isnan().all()
 
 
 @interpreted
@@ -184,11 +261,10 @@ def test_offsets_beyond_2_to_the_31() -> None:
 @interpreted
 def test_rescale_reads_the_factor() -> None:
     gradient = torch.rand(5000).bfloat16()
-    for factor in (torch.tensor(1.0), torch.tensor(0.5), torch.full((5000,), 0.25)):
+    for factor in (torch.tensor(1.0), torch.tensor(0.5)):
         expected = gradient * factor
         assert kernels.rescale(gradient, factor) is gradient
         assert torch.equal(gradient, expected.bfloat16())
-    assert torch.equal(kernels.rescale(gradient, torch.tensor(2.0).expand(5000)), 2 * expected)
 
 
 @pytest.fixture
@@ -217,35 +293,31 @@ def binaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[A
         triton.runtime.driver.reset_active()
 
 
+def tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def launch_all(shape: tuple[int, ...], dtype: torch.dtype, *, has_all_options: bool) -> None:
-    """Every kernel, on tensors without memory."""
-    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def tensor(shape: tuple[int, ...], dtype: torch.dtype = compute_dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    samples = (shape[0], 1, *shape[2:])
+    """Every form of the kernel, and the others."""
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    samples = (shape[0], *shape[2:])
     y, soft, index = tensor(shape, dtype), tensor(shape, dtype), tensor(samples, torch.int64)
-    options: dict[str, Any] = {
-        "scale": tensor(samples) if has_all_options else None,
-        "divisor": tensor(()) if has_all_options else 3,
-        "is_sum": not has_all_options,
-        "ignore_index": -100,
-        "dtype": compute_dtype,
-    }
-    weight = tensor(shape[1:2]) if has_all_options else None
-    dense: dict[str, Any] = options | {"is_index": False, "needs": (True, has_all_options)}
-    of_class: dict[str, Any] = options | {"needs": (True, False)}
-    kernels.squared_error(y, soft, **dense)
-    kernels.squared_error(y, index, is_index=True, **of_class)
-    for delta in (1e-7, 0):
-        for from_logits in (False, True):
-            form: dict[str, Any] = {"delta": delta, "from_logits": from_logits}
-            kernels.cross_entropy_of_class(y, index, **form, **of_class)
-            form["weight"] = weight
-            kernels.cross_entropy(y, soft, label_smoothing=0.0, **form, **dense)
-            kernels.cross_entropy(y, index, label_smoothing=0.1, is_index=True, **form, **of_class)
-    kernels.rescale(y, tensor(()))
+    weight = tensor(shape[1:2], compute) if has_all_options else None
+    for is_index, target in ((False, soft), (True, index)):
+        needs = (True, has_all_options and not is_index)
+        for call in calls("mean" if has_all_options else "sum", is_index=is_index, dtype=compute):
+            sizes = (shape[0], 1, *shape[2:]) if call.kind == "squares" else samples
+            sizes = samples if is_index else sizes
+            kernels.compute(
+                call, y, target, None if call.kind == "squares" else weight,
+                tensor(sizes, compute) if has_all_options else None, needs,
+            )  # fmt: skip
+            if has_all_options:
+                none = call._replace(reduction="none")
+                losses = shape if call.kind == "squares" else samples
+                kernels.compute(none, y, target, None, None, needs, tensor(losses, compute))
+    kernels.rescale(y, tensor((), compute))
 
 
 @compiled
@@ -261,10 +333,10 @@ def test_compiles_without_spills(
         ((4096, 32768), torch.bfloat16, True),
         ((65536, 10), torch.float64, True),
         ((16, 21, 512 * 512), torch.bfloat16, False),
+        ((2, 100, 2**25), torch.bfloat16, True),
     ):
         launch_all(shape, dtype, has_all_options=has_all_options)
-    launched = {f"_{name}_kernel" for name in ("elements", "class", "softmax", "softmax_of_class")}
-    assert {name for name, _ in made} == launched | {"_rescale_kernel"}
+    assert {name for name, _ in made} == {"_loss_kernel", "_count_kernel", "_rescale_kernel"}
     path = tmp_path / "kernel.cubin"
     for name, binary in {id(binary): (name, binary) for name, binary in made}.values():
         path.write_bytes(binary.asm["cubin"])
@@ -274,6 +346,61 @@ def test_compiles_without_spills(
         ).stdout  # fmt: skip
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
         assert stack == 0, f"{name} spills at {registers} registers"
+
+
+class Operations(TorchDispatchMode):
+    """The names of torch's own operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **kwargs or {})
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(128, 10), (65_536, 10), (8, 21, 64, 64)], ids=str)
+def test_forward_and_backward_are_two_launches_or_three(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[str] = []
+    monkeypatch.setattr(
+        JITFunction, "run", lambda kernel, *_, **__: launched.append(kernel.__name__)
+    )
+    samples = (shape[0], *shape[2:])
+    y, soft, index = tensor(shape, dtype), tensor(shape, dtype), tensor(samples, torch.int64)
+    kernels._find_counters(y.device)
+    for reduction in REDUCTIONS:
+        for target, is_index in ((soft, False), (index, True)):
+            for call in calls(reduction, is_index=is_index):
+                for sample_weight in (None, tensor(samples, torch.float32)):
+                    if sample_weight is not None and call.kind == "squares" and not is_index:
+                        sample_weight = tensor((shape[0], 1, *shape[2:]), torch.float32)
+                    launched.clear()
+                    losses = () if reduction != "none" else samples
+                    if reduction == "none" and call.kind == "squares":
+                        losses = shape
+                    upstream = tensor(losses, torch.float32)
+                    arguments = (y, target, None, sample_weight)
+                    with Operations() as operations:
+                        if reduction == "none" or dtype == torch.float16:
+                            kernels.compute(call, *arguments, (False, False))
+                            kernels.compute(call, *arguments, (True, False), upstream)
+                        else:
+                            grad = kernels.compute(call, *arguments, (True, False)).grad_input
+                            assert grad is not None
+                            kernels.rescale(grad, upstream)
+                    is_counted = reduction == "mean" and (is_index or sample_weight is not None)
+                    is_counted &= samples[0] * len(index[0].view(-1)) > kernels.COUNT_ALONE
+                    assert len(launched) == 2 + is_counted, (call, launched)
+                    assert operations.names <= {
+                        "empty_like", "new_empty", "empty", "view", "expand", "_unsafe_view",
+                    }  # fmt: skip
 
 
 @compiled

@@ -137,3 +137,10 @@ def test_public_names() -> None:
         "reference",
     ]
     assert functional.__all__ == ["cross_entropy_error", "sum_squared_error"]
+
+
+def test_squares_near_the_end_of_the_dtype(device: str) -> None:
+    """½ (y − t)² is finite where (y − t)² is not."""
+    y = torch.tensor([2.4e19, -2.5e19], device=device)
+    loss = functional.sum_squared_error(y, torch.zeros_like(y), reduction="none")
+    torch.testing.assert_close(loss, torch.tensor([2.88e38, 3.125e38], device=device))

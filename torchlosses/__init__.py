@@ -4,4 +4,4 @@ from torchlosses import functional, reference
 from torchlosses.modules import CrossEntropyError, SumSquaredError
 
 __all__ = ["CrossEntropyError", "SumSquaredError", "functional", "reference"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

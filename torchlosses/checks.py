@@ -4,52 +4,44 @@ A message names the argument, what it got, and what it should be.
 """
 
 import math
+import numbers
+import operator
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-REDUCTIONS = ("sum", "mean", "batchmean", "none")
+from torchlosses.formulas import Call, Classes, long
+
+PLAIN = (Tensor, nn.Parameter)
+Reduction = Literal["sum", "mean", "batchmean", "none"]
+REDUCTIONS = get_args(Reduction)
 
 
-class Classes(NamedTuple):
-    """A target of class indices, and what is known of it without a wait for a device.
+def _unknown() -> int:
+    """Stands for a detector that a version of torch does not have: all that asks it is careful."""
+    return 1
 
-    `ignore_index` is None where no sample is seen to be ignored; `is_valid` says whether every
-    other sample is seen to name a class.
-    """
 
-    target: Tensor
-    num_classes: int
-    ignore_index: int | None
-    is_valid: bool
+# Private, for want of a public twin: how many modes (tracers, fake tensors, users' own) see every
+# operation, and those among them that have numbers of their own, or none.
+count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _unknown)
+_INFRA_MODES = [
+    getattr(getattr(torch._C, "_TorchDispatchModeKey", None), key, None)
+    for key in ("FAKE", "PROXY", "FUNCTIONAL")
+]
 
-    @property
-    def kept(self) -> Tensor | None:
-        """False where a sample is ignored; None stands for True everywhere, here and below."""
-        return None if self.ignore_index is None else _long(self.target) != self.ignore_index
 
-    @property
-    def valid(self) -> Tensor | None:
-        """False where a sample that is kept names no class."""
-        if self.is_valid:
-            return None
-        kept = self.kept
-        return self._within if kept is None else self._within | ~kept
-
-    @property
-    def label(self) -> Tensor:
-        """The classes, and 0 where there is none: safe to gather with."""
-        label = _long(self.target)
-        if self.is_valid and self.ignore_index is None:
-            return label
-        return label.where(self._within, 0)
-
-    @property
-    def _within(self) -> Tensor:
-        label = _long(self.target)
-        return (label >= 0) & (label < self.num_classes)
+def is_traced() -> bool:
+    """Whether what runs is recorded, or runs without numbers: no value may be looked at."""
+    # is_tracing is public, and left out of torch's type hints.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return True
+    if not count_modes():
+        return False
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _INFRA_MODES)
 
 
 def check_options(
@@ -58,22 +50,46 @@ def check_options(
     ignore_index: int,
     delta: float = 0.0,
     label_smoothing: float = 0.0,
-) -> None:
+    from_logits: bool = False,
+) -> tuple[int | None, int, float, float]:
+    """Complains about options; returns the numbers among them as Python's own."""
     if reduction not in REDUCTIONS:
         expected = ", ".join(map(repr, REDUCTIONS))
         raise ValueError(f"reduction: got {reduction!r}; expected one of {expected}")
-    if dim is not None and not isinstance(dim, int):
-        raise TypeError(f"dim: got {dim!r}; expected an int or None")
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: got {ignore_index!r}; expected an int")
-    if not isinstance(delta, (int, float)):
-        raise TypeError(f"delta: got {delta!r}; expected a number")
+    if dim is not None and type(dim) is not int:
+        dim = _integer("dim", dim, "an int or None")
+    if type(ignore_index) is not int:
+        ignore_index = _integer("ignore_index", ignore_index, "an int")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: got {ignore_index}; expected an int of 64 bits")
+    if type(delta) is not float:
+        delta = _number("delta", delta)
     if not 0 <= delta < math.inf:
         raise ValueError(f"delta: got {delta!r}; expected a finite number of at least 0")
-    if not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"label_smoothing: got {label_smoothing!r}; expected a number")
+    if type(label_smoothing) is not float:
+        label_smoothing = _number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: got {label_smoothing!r}; expected a number in [0, 1]")
+    if from_logits is not False and from_logits is not True:
+        raise TypeError(f"from_logits: got {from_logits!r}; expected a bool")
+    return dim, ignore_index, delta, label_smoothing
+
+
+def _integer(name: str, value: Any, expected: str) -> int:
+    """Any integer, NumPy's included, but no bool."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {value!r}; expected {expected}")
+    return operator.index(value)
+
+
+def _number(name: str, value: Any) -> float:
+    """Any real number, NumPy's included, but no bool."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{name}: got {value!r}; expected a number")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def check_dim(input: Tensor, dim: int | None) -> int:
@@ -150,7 +166,7 @@ def check_weights(
         _check_real("sample_weight", sample_weight, input)
         missing = len(shape) - sample_weight.dim()
         if missing < 0 or any(
-            size not in (1, full)
+            size not in (full, 1)
             for size, full in zip(sample_weight.shape, shape[missing:], strict=True)
         ):
             raise ValueError(
@@ -162,9 +178,9 @@ def check_weights(
 def check_classes(target: Tensor, num_classes: int, ignore_index: int) -> Classes:
     """The class indices of `target`, looked at where that costs no wait for a device."""
     can_look = _can_look(target)
-    if can_look and _are_within(_long(target), num_classes, ignore_index):
+    if can_look and _are_within(long(target), num_classes, ignore_index):
         return Classes(target, num_classes, ignore_index=None, is_valid=True)
-    unseen = Classes(target, num_classes, ignore_index, is_valid=False)
+    unseen = Classes(target, num_classes, ignore_index)
     if not can_look:
         return unseen
     valid: Any = unseen.valid
@@ -173,56 +189,58 @@ def check_classes(target: Tensor, num_classes: int, ignore_index: int) -> Classe
     position = _first(~valid)
     if position is None:
         return unseen
-    raise IndexError(
+    raise bad_class(target, position, num_classes, ignore_index)
+
+
+def bad_class(
+    target: Tensor, position: tuple[int, ...] | int, num_classes: int, ignore_index: int
+) -> IndexError:
+    """The complaint about a class that is none, at a position that may be one in flat order."""
+    if isinstance(position, int):
+        indices = torch.unravel_index(torch.tensor(position), target.shape)
+        position = tuple(int(index) for index in indices)
+    return IndexError(
         f"target: got class {target[position].item()} at position {position}; "
         f"expected 0 to {num_classes - 1}, or ignore_index={ignore_index}"
     )
 
 
 def check_values(
+    call: Call,
     input: Tensor,
-    target: Tensor | None,
+    target: Tensor,
     classes: Classes | None,
-    dim: int,
-    delta: float,
-    from_logits: bool,
     sample_weight: Tensor | None,
+    *,
+    is_whole: bool = True,
 ) -> None:
     """Values that cannot be right, or are suspicious; a pass over the data, so only on request.
 
-    The request is PyTorch's own debug switch, `torch.autograd.detect_anomaly()`. `target` is None
-    where the targets are class indices. Samples that count for nothing may hold anything.
+    The request is PyTorch's own debug switch, `torch.autograd.detect_anomaly()`. `classes` are
+    those of a target of class indices. Samples that count for nothing may hold anything. Where
+    `is_whole` is false, `input` has a part of each row, and no sum over it means anything.
     """
-    if not (_can_look(input) and torch.is_anomaly_enabled()):
+    if call.kind == "squares" or not (_can_look(input) and torch.is_anomaly_enabled()):
         return
+    dim, from_logits = call.dim, call.kind == "logits"
     input = input.detach()
     kept = None if classes is None else classes.kept
     if kept is None:
         kept = torch.ones(samples_shape(input, dim), dtype=torch.bool, device=input.device)
     counts = kept if sample_weight is None else kept & (sample_weight.detach() != 0)
-    if from_logits:
-        # Few rows of logits may come close to it by chance.
-        rounding = 1e-2 if kept.numel() > 3 else 1e-5
-        position = _first(counts)
-        is_one = _is_distribution(input, dim, rounding) | ~counts
-        if input.shape[dim] > 1 and position is not None and _truth(is_one.all()):
-            warnings.warn(
-                f"input: every row is a probability distribution already (that at position "
-                f"{position} has values {_range(input, dim, position)}), and from_logits=True "
-                f"takes the softmax once more; pass the logits, or from_logits=False",
-                stacklevel=3,
-            )
-    else:
+    if not from_logits:
         rounding = 4 * torch.finfo(input.dtype).eps
         # The logarithm of less than −δ is NaN, and with a weight of 0 too.
-        is_negative = (input < -min(rounding, delta)) & kept.unsqueeze(dim)
+        is_negative = (input < -min(rounding, call.delta)) & kept.unsqueeze(dim)
         position = _first(is_negative | (input > 1 + rounding) & counts.unsqueeze(dim))
         if position is not None:
             raise ValueError(
                 f"input: got {input[position].item():g} at position {position}, which is no "
                 f"probability; expected 0 to 1 (for logits, pass from_logits=True)"
             )
-    if target is not None:
+    if is_whole:
+        _check_softmax(input, dim, counts, from_logits)
+    if is_whole and classes is None:
         target = target.detach()
         position = _first(counts & ~_is_distribution(target, dim, 1e-2))
         if position is not None:
@@ -230,13 +248,44 @@ def check_values(
                 f"target: the row at position {position} is no probability distribution, with "
                 f"values {_range(target, dim, position)}; expected values of at least 0 that sum "
                 f"to 1 over dimension {dim} (for logits of a teacher, pass their softmax)",
-                stacklevel=3,
+                stacklevel=4,
             )
+
+
+def _check_softmax(input: Tensor, dim: int, counts: Tensor, from_logits: bool) -> None:
+    """Warns of a second softmax, and of one over another dimension than `dim`."""
+    seen = counts & ~input.isnan().any(dim)  # A row of NaN says nothing of the others.
+    position = _first(seen)
+    if input.shape[dim] < 2 or position is None:
+        return
+    if _are_distributions(input, dim, seen):
+        if from_logits:
+            warnings.warn(
+                f"input: every row is a probability distribution already (that at position "
+                f"{position} has values {_range(input, dim, position)}), and from_logits=True "
+                f"takes the softmax once more; pass the logits, or from_logits=False",
+                stacklevel=5,
+            )
+        return
+    for other in range(input.dim()):
+        if other == dim or input.shape[other] < 2:  # The sum of one value says nothing.
+            continue
+        if _are_distributions(input, other, ~input.isnan().any(other)):
+            remedy = "pass the logits" if from_logits else f"take the softmax over dimension {dim}"
+            warnings.warn(
+                f"input: its values are probabilities that sum to 1 over dimension {other}, but "
+                f"the classes are in dimension {dim}; {remedy}, or pass dim={other}",
+                stacklevel=5,
+            )
+            return
 
 
 def _check_real(name: str, value: Tensor, input: Tensor | None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}; expected a torch.Tensor")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name}: got {kind}; expected a dense tensor (to_dense, to_padded_tensor)")
     if value.is_complex():
         raise TypeError(f"{name}: got dtype {value.dtype}; expected a real dtype")
     if input is not None and value.device != input.device:
@@ -246,28 +295,18 @@ def _check_real(name: str, value: Tensor, input: Tensor | None) -> None:
 
 
 def _can_look(tensor: Tensor) -> bool:
-    # is_tracing is public, and left out of torch's type hints.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if is_traced():
         return False
     return tensor.is_cpu or torch.is_anomaly_enabled()
-
-
-def _long(target: Tensor) -> Tensor:
-    if target.dtype == torch.int64:  # By far the most frequent, and a small input notices a call.
-        return target
-    label = target.long()
-    if target.dtype == torch.uint64:  # What int64 cannot hold has wrapped around: no class.
-        label = label.where(label >= 0, torch.iinfo(torch.int64).max)
-    return label
 
 
 def _are_within(label: Tensor, num_classes: int, ignore_index: int) -> bool:
     """Whether all labels are seen to be classes and none ignored: one call, as for most targets."""
     try:
         least, greatest = (bound.item() for bound in torch.aminmax(label))
+        return 0 <= least <= greatest < num_classes and not least <= ignore_index <= greatest
     except (IndexError, RuntimeError):  # None at all, or none to look at.
         return False
-    return 0 <= least <= greatest < num_classes and not least <= ignore_index <= greatest
 
 
 def _truth(condition: Tensor) -> bool | None:
@@ -296,6 +335,14 @@ def _is_distribution(values: Tensor, dim: int, rounding: float) -> Tensor:
         least, rounding = min(least, -eps), max(rounding, 2 * eps)
     values = values.double()
     return (values >= least).all(dim) & ((values.sum(dim) - 1).abs() <= rounding)
+
+
+def _are_distributions(values: Tensor, dim: int, seen: Tensor) -> bool:
+    """Whether every row that is seen is a distribution, of which there is one at least."""
+    # Few rows may come close to it by chance.
+    rounding = 1e-2 if _truth(seen.sum() > 3) else 1e-5
+    is_one = _is_distribution(values, dim, rounding) | ~seen
+    return bool(_truth(seen.any()) and _truth(is_one.all()))
 
 
 def _range(values: Tensor, dim: int, position: tuple[int, ...]) -> str:

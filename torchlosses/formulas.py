@@ -4,117 +4,326 @@ These run on every device, under every transform of autograd and under the compi
 to the same numbers is an optimisation, and wrong where it disagrees with this file.
 """
 
+import math
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from torchlosses.checks import Classes
+# The δ beside 0 that float32 holds to full precision. What needs another is computed in float64.
+LEAST_DELTA, GREATEST_DELTA = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+# Below log δ minus this, p / (p + δ) is 0 in that dtype, or nearly, and its square overflows.
+REACH = {torch.float32: 80, torch.float64: 700}
 
 
-def squared_error(input: Tensor, target: Tensor) -> Tensor:
-    """½ (y − t)², elementwise."""
-    difference = input - target
-    return difference * difference / 2
+class Call(NamedTuple):
+    """What a call of a loss is, beside its tensors."""
+
+    kind: str  # "squares", "probabilities" or "logits"
+    is_index: bool
+    dim: int  # The class dimension, counted from the front.
+    reduction: str
+    ignore_index: int
+    dtype: torch.dtype  # Of the computation and of the loss: float32 or float64.
+    delta: float = 0.0
+    label_smoothing: float = 0.0
+
+    @property
+    def is_per_element(self) -> bool:
+        """Whether there is a loss for each element, and not for each sample."""
+        return self.kind == "squares"
+
+    @property
+    def is_plain_delta(self) -> bool:
+        """Whether float32 holds δ to full precision."""
+        return self.delta == 0 or LEAST_DELTA <= self.delta <= GREATEST_DELTA
 
 
-def squared_error_of_class(input: Tensor, classes: Classes, dim: int) -> Tensor:
-    """½ (y − t)², elementwise, where t is the one-hot row of a class."""
-    input, index, kept = masked(input, classes, dim)
-    if input.shape[dim] == 0:
+class Result(NamedTuple):
+    """A loss, and the gradients that were asked for."""
+
+    loss: Tensor
+    grad_input: Tensor | None
+    grad_target: Tensor | None
+
+
+class Classes(NamedTuple):
+    """A target of class indices, and what is known of it without a wait for a device.
+
+    `ignore_index` is None where no sample is seen to be ignored; `is_valid` says whether every
+    other sample is seen to name a class.
+    """
+
+    target: Tensor
+    num_classes: int
+    ignore_index: int | None
+    is_valid: bool = False
+
+    @property
+    def kept(self) -> Tensor | None:
+        """False where a sample is ignored; None stands for True everywhere, here and below."""
+        return None if self.ignore_index is None else long(self.target) != self.ignore_index
+
+    @property
+    def valid(self) -> Tensor | None:
+        """False where a sample that is kept names no class."""
+        if self.is_valid:
+            return None
+        kept = self.kept
+        return self._within if kept is None else self._within | ~kept
+
+    @property
+    def label(self) -> Tensor:
+        """The classes, and 0 where there is none: safe to gather with."""
+        label = long(self.target)
+        if self.is_valid and self.ignore_index is None:
+            return label
+        return label.where(self._within, 0)
+
+    @property
+    def _within(self) -> Tensor:
+        label = long(self.target)
+        return (label >= 0) & (label < self.num_classes)
+
+
+class Rows:
+    """Rows that are here as a whole; `sharded.Shards` are those with classes elsewhere too."""
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        self.num_classes = num_classes
+        self.dim = dim
+
+    def find(self, classes: Classes) -> "Place":
+        return Place(classes.label.unsqueeze(self.dim), self.dim)
+
+    def over_classes(self, values: Tensor, operation: str = "sum") -> Tensor:
+        """What is reduced over the classes here, reduced over those elsewhere."""
+        return values
+
+
+class Place(NamedTuple):
+    """Where the class of each sample is: not here where `is_here` is False, if it is a tensor."""
+
+    position: Tensor
+    dim: int
+    is_here: Tensor | None = None
+
+    def pick(self, values: Tensor, otherwise: float) -> Tensor:
+        """The value of each sample's class, or `otherwise` if that class lies elsewhere."""
+        # Of no classes the sum, which is 0 and has a derivative as all that is picked.
+        if values.shape[self.dim]:
+            picked = values.gather(self.dim, self.position).squeeze(self.dim)
+        else:
+            picked = values.sum(self.dim)
+        return picked if self.is_here is None else picked.where(self.is_here, otherwise)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """The class weight of each sample, 0 if its class lies elsewhere."""
+        # Under vmap torch would ask a 0-D index for its value, which is not to be had.
+        picked = weight[self.position] if len(weight) else weight.new_zeros(self.position.shape)
+        picked = picked.squeeze(self.dim)
+        return picked if self.is_here is None else picked.where(self.is_here, 0)
+
+
+def compute(
+    call: Call,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    classes: Classes | None = None,
+) -> Tensor:
+    """The loss. `classes` are those of the target, where more is known of them than their range."""
+    if call.is_index and classes is None:
+        classes = Classes(target, input.shape[call.dim], call.ignore_index)
+    rows = Rows(input.shape[call.dim] if input.dim() else 1, call.dim)
+    place = None if classes is None else rows.find(classes)
+    losses = losses_of(call, input, target, weight, rows, classes, place)
+    if sample_weight is not None:
+        sample_weight = sample_weight.to(losses.dtype)
+        weights = sample_weight
+        if call.is_per_element and call.is_index:  # They broadcast to the samples.
+            weights = weights.expand(target.shape).unsqueeze(call.dim)
+        losses = losses * weights
+    if call.reduction == "none":
+        return losses.to(call.dtype)
+    loss: Any = losses.sum()
+    if call.reduction == "batchmean" and input.dim() > 1:
+        loss = loss / at_least_one(input.shape[0], losses, call.dtype)
+    elif call.reduction == "mean":
+        weights_of_class = None
+        if weight is not None and place is not None:
+            weights_of_class = place.weight(weight.to(losses.dtype))
+        loss = loss / _count(call, input, sample_weight, weights_of_class, classes)
+    total: Tensor = loss.to(call.dtype)
+    return total
+
+
+def losses_of(
+    call: Call,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    rows: Rows,
+    classes: Classes | None,
+    place: Place | None,
+) -> Tensor:
+    """The losses by element or by sample, before sample weights; `place` is that of the classes."""
+    dtype = call.dtype if call.is_plain_delta else torch.float64
+    input = input.to(dtype)
+    if weight is not None:
+        weight = weight.to(dtype)
+    kept = None
+    if classes is None:
+        target = target.to(dtype)
+    else:
+        kept = classes.kept
+        input = _masked(input, classes, call.dim)
+    if call.kind == "squares":
+        losses = squared_error(input, target if place is None else place)
+    else:
+        losses = cross_entropy(call, input, target if place is None else place, weight, rows)
+    if kept is None:
+        return losses
+    return losses.where(kept.unsqueeze(call.dim) if call.is_per_element else kept, 0)
+
+
+def squared_error(input: Tensor, target: Tensor | Place) -> Tensor:
+    """½ (y − t)², by element, where a class stands for its one-hot row."""
+    if isinstance(target, Tensor):
+        difference = input - target
+    elif input.shape[target.dim] == 0:
         return input
-    # y − t differs from y in one place per row, so the row t itself is never made.
-    minus_one = input.new_full((), -1).expand(index.shape)
-    difference = input.scatter_add(dim, index, minus_one)
-    losses = difference * difference / 2
-    return losses if kept is None else losses.where(kept.unsqueeze(dim), 0)
+    else:  # y − t differs from y in one place per row, so the row t itself is never made.
+        minus_one = input.new_full((), -1).expand(target.position.shape)
+        if target.is_here is not None:
+            minus_one = minus_one.where(target.is_here.unsqueeze(target.dim), 0)
+        difference = input.scatter_add(target.dim, target.position, minus_one)
+    return difference * (difference / 2)  # Not the square, which overflows before its half does.
 
 
 def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    dim: int,
-    *,
-    weight: Tensor | None,
-    delta: float,
-    from_logits: bool,
-    label_smoothing: float,
-    log_normalizer: Tensor | None = None,
+    call: Call, input: Tensor, target: Tensor | Place, weight: Tensor | None, rows: Rows
 ) -> Tensor:
-    """− Σₖ wₖ · tₖ · log(yₖ + δ), per sample, with y = softmax(x) from logits.
-
-    Logits that are shifted already come with their `log_normalizer`.
-    """
-    if from_logits and log_normalizer is None:
-        input, log_normalizer = shifted(input, dim)
-    if label_smoothing:
-        classes = max(input.shape[dim], 1)
-        target = (1 - label_smoothing) * target + label_smoothing / classes
-    if delta < torch.finfo(input.dtype).tiny:  # y + δ can be 0, and 0·log 0 is 0.
-        log_zero = -torch.inf if from_logits else 0
-        input = input.masked_fill((target == 0) & (input == log_zero), 1)
-    losses = -target * guarded_log(input, log_normalizer, delta)
-    if weight is not None:
-        losses = losses * along(weight, losses, dim)
-    return losses.sum(dim)
-
-
-def cross_entropy_of_class(
-    input: Tensor,
-    classes: Classes,
-    dim: int,
-    *,
-    weight: Tensor | None,
-    delta: float,
-    from_logits: bool,
-    label_smoothing: float,
-) -> Tensor:
-    """− w_c · log(y_c + δ), per sample of class c, with y = softmax(x) from logits."""
-    input, index, kept = masked(input, classes, dim)
-    if input.shape[dim] == 0:
+    """− Σₖ wₖ · tₖ · log(yₖ + δ), by sample, with y = softmax(x) from logits."""
+    dim, smoothing = call.dim, call.label_smoothing
+    if rows.num_classes == 0 and isinstance(target, Place):
         return input.sum(dim)
+    uniform = smoothing / max(rows.num_classes, 1)
     log_normalizer = None
-    if from_logits:
-        input, log_normalizer = shifted(input, dim)
-    losses = -guarded_log(input.gather(dim, index), log_normalizer, delta).squeeze(dim)
-    if weight is not None:
-        losses = losses * weight[index].squeeze(dim)
-    if label_smoothing:  # t = (1−ε)·[k=c] + ε/C, and Σₖ over the second part reads the whole row.
-        uniform = -guarded_log(input, log_normalizer, delta)
+    if call.kind == "logits":
+        input, log_normalizer = shifted(input, rows)
+    if isinstance(target, Tensor):
+        if smoothing:
+            target = (1 - smoothing) * target + uniform
+        if call.delta == 0:  # 0·log 0 is 0.
+            log_zero = 0 if log_normalizer is None else -torch.inf
+            input = input.masked_fill((target == 0) & (input == log_zero), 1)
+        losses = -target * guarded_log(input, log_normalizer, call.delta)
         if weight is not None:
-            uniform = uniform * along(weight, uniform, dim)
-        uniform = label_smoothing * uniform.mean(dim)
+            losses = losses * along(weight, losses, dim)
+        return losses.sum(dim)
+    # Where the class lies elsewhere 1, which has a logarithm and a slope, and goes out again.
+    picked = target.pick(input, 1).unsqueeze(dim)
+    losses = -guarded_log(picked, log_normalizer, call.delta).squeeze(dim)
+    if target.is_here is not None:
+        losses = losses.where(target.is_here, 0)
+    if weight is not None:
+        losses = losses * target.weight(weight)
+    if smoothing:  # t = (1−ε)·[k=c] + ε/C, and Σₖ over the second part reads the whole row.
+        rest = -guarded_log(input, log_normalizer, call.delta)
+        if weight is not None:
+            rest = rest * along(weight, rest, dim)
+        rest = uniform * rest.sum(dim)
         # An ε of 1 leaves nothing of the class by itself, not 0·∞ either.
-        losses = uniform if label_smoothing == 1 else (1 - label_smoothing) * losses + uniform
-    return losses if kept is None else losses.where(kept, 0)
+        losses = rest if smoothing == 1 else (1 - smoothing) * losses + rest
+    return losses
 
 
-def masked(input: Tensor, classes: Classes, dim: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`input` with impossible rows NaN and ignored rows cut off, the index, and what is kept."""
+def shifted(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """z = x − max x and log Σ exp z, so that log softmax(x) = z − log Σ exp z."""
+    # softmax is the same for any shift, so the maximum takes no part in the derivatives.
+    if logits.shape[rows.dim]:
+        maximum = logits.detach().amax(rows.dim, keepdim=True)
+    else:  # The maximum of no classes is not defined, but where classes lie elsewhere it is needed.
+        maximum = logits.detach().sum(rows.dim, keepdim=True) - torch.inf
+    logits = logits - rows.over_classes(maximum, "max")
+    return logits, rows.over_classes(logits.exp().sum(rows.dim, keepdim=True)).log()
+
+
+def guarded_log(input: Tensor, log_normalizer: Tensor | None, delta: float) -> Tensor:
+    """log(y + δ), where y is `input`, or exp(input − log_normalizer) from shifted logits."""
+    if log_normalizer is None:
+        return (input + delta).log()  # With a δ of 0 too: it makes 0 of −0.0, whose slope is −∞.
+    log_p = input - log_normalizer
+    if delta == 0:
+        return log_p
+    # By log p and log δ, since p/(p+δ) differentiated as a quotient is 0/0 where p and δ are small.
+    log_delta = math.log(delta)
+    log_p = log_p.clamp(min=log_delta - REACH[log_p.dtype])
+    return torch.logaddexp(log_p, log_p.new_full((), log_delta))
+
+
+def at_least_one(size: Any, like: Tensor, dtype: torch.dtype) -> Any:
+    """A size, or 1 in place of 0."""
+    if type(size) is int:
+        return max(size, 1)
+    # Compilers and exporters take a size that they do not know for more than 0, but not a number.
+    return like.new_full((), size, dtype=dtype).clamp(min=1)
+
+
+def along(weight: Tensor, like: Tensor, dim: int) -> Tensor:
+    return weight.view([-1 if d == dim else 1 for d in range(like.dim())])
+
+
+def long(target: Tensor) -> Tensor:
+    """Class indices of any integer dtype in int64."""
+    if target.dtype == torch.int64:
+        return target
+    label = target.long()
+    if target.dtype == torch.uint64:  # What int64 cannot hold has wrapped around: no class.
+        label = label.where(label >= 0, torch.iinfo(torch.int64).max)
+    return label
+
+
+def _masked(input: Tensor, classes: Classes, dim: int) -> Tensor:
+    """`input` with impossible rows NaN and ignored rows cut off."""
     kept, valid = classes.kept, classes.valid
     if valid is not None:  # A factor, because it makes the gradient of the whole row NaN too.
         one_or_nan = torch.where(valid, 1.0, torch.nan).to(input.dtype)
         input = input * one_or_nan.unsqueeze(dim)
     if kept is not None:  # Not a factor 0: that would let a NaN or inf of an ignored row through.
         input = input.where(kept.unsqueeze(dim), 1)
-    return input, classes.label.unsqueeze(dim), kept
+    return input
 
 
-def shifted(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """z = x − max x and log Σ exp z, so that log softmax(x) = z − log Σ exp z."""
-    if logits.shape[dim]:  # The maximum of no classes is not defined, and not needed.
-        # softmax is the same for any shift, so the maximum takes no part in the derivatives.
-        logits = logits - logits.detach().amax(dim, keepdim=True)
-    return logits, logits.exp().sum(dim, keepdim=True).log()
-
-
-def guarded_log(input: Tensor, log_normalizer: Tensor | None, delta: float) -> Tensor:
-    """log(y + δ), where y is `input`, or exp(input − log_normalizer) from shifted logits."""
-    if log_normalizer is not None:
-        input = input - log_normalizer
-        if delta == 0:
-            return input
-        input = input.exp()
-    return (input + delta).log()  # With a δ of 0 too: it makes 0 of −0.0, whose slope is −∞.
-
-
-def along(weight: Tensor, like: Tensor, dim: int) -> Tensor:
-    return weight.view([-1 if d == dim else 1 for d in range(like.dim())])
+def _count(
+    call: Call,
+    input: Tensor,
+    sample_weight: Tensor | None,
+    weights_of_class: Tensor | None,
+    classes: Classes | None,
+) -> Any:
+    """What `'mean'` divides by: what the losses weigh together, or 1 if none weighs anything."""
+    sizes = list(input.shape)
+    repeats: Any = 1
+    if not call.is_per_element or call.is_index:
+        del sizes[call.dim : call.dim + 1]
+        if call.is_per_element:
+            repeats = at_least_one(input.shape[call.dim], input, call.dtype)
+    kept = None if classes is None else classes.kept
+    weights = sample_weight
+    if weights_of_class is not None:
+        weights = weights_of_class if weights is None else weights_of_class * weights
+    if weights is None:
+        if kept is not None:
+            return kept.sum(dtype=call.dtype).clamp(min=1) * repeats
+        return at_least_one(math.prod(sizes), input, call.dtype) * repeats
+    if kept is not None:
+        weights = weights.where(kept, 0)
+    # Not expanded: torch adds what repeats one by one, and is a percent off at 10⁸ of them.
+    for d, size in enumerate(reversed(sizes)):
+        if d >= weights.dim() or weights.shape[-1 - d] != size:
+            repeats = repeats * size
+    total, count = weights.sum() * repeats, (weights != 0).sum() * repeats
+    return total.where(count > 0, 1)

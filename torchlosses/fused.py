@@ -5,21 +5,20 @@ The formula stays the truth: whatever autograd asks beyond one first derivative 
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from torchlosses.checks import Classes
-from torchlosses.kernels import cpu
+from torchlosses import checks, formulas
+from torchlosses.formulas import Call
 
-Formula = Callable[[Tensor, Tensor], Tensor]
-
+# What kernels raise that no formula would mend: a class out of range, and memory that is not there.
+OF_THE_CALLER = (IndexError, MemoryError, torch.OutOfMemoryError)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-PLAIN = (Tensor, nn.Parameter)
 
 
 def _unknown() -> bool:
@@ -27,12 +26,24 @@ def _unknown() -> bool:
     return True
 
 
-# Private, for want of public twins: whether a transform of torch.func is on, and whether a mode
-# (a tracer, fake tensors) sees every operation.
+# Private, for want of a public twin: whether a transform of torch.func is on.
 _is_transformed: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", _unknown
 )
-_count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _unknown)
+
+
+@functools.cache
+def _find_cpu() -> ModuleType | None:
+    try:
+        from torchlosses.kernels import cpu
+    except (ImportError, OSError, AttributeError) as error:
+        warnings.warn(
+            "torchlosses is slower on the CPU than it could be, for its extension is not there "
+            f"({error}); install a C++ compiler, and the package again",
+            stacklevel=2,
+        )
+        return None
+    return cpu
 
 
 @functools.cache
@@ -56,152 +67,163 @@ def _find_triton(device: torch.device) -> ModuleType | None:
     return triton
 
 
-# What finds the kernels of each kind of device; the formulas serve all others.
+# What finds the kernels of each kind of device; the formulas serve all others, and the devices
+# whose kernels have failed.
 KERNELS: dict[str, Callable[[torch.device], ModuleType | None]] = {
-    "cpu": lambda device: cpu,
+    "cpu": lambda device: _find_cpu(),
     "cuda": _find_triton,
 }
+_failed: set[torch.device] = set()
 
 
-def find_kernels(input: Tensor, target: Tensor, *weights: Tensor | None) -> ModuleType | None:
-    """The kernels that serve a call, if any do.
-
-    They serve plain tensors, contiguous, with gradients for `input` and `target` alone, in eager
-    autograd that nothing else looks on at: no compiler, no tracer, no transform, no tangent.
-    """
-    if (
-        torch.compiler.is_compiling()  # First: a size is a guard of the compiled graph.
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or type(input) not in PLAIN
-        or type(target) not in PLAIN
-        or input.dtype not in DTYPES
-        or (target.is_floating_point() and target.dtype not in DTYPES)
-        or not input.is_contiguous()
-        or not target.is_contiguous()
-        or input.numel() == 0
-        or input.dim() == 0
-        or _is_transformed()
-        or _count_modes()
-        # Private; the public way is to unpack every tensor.
-        or getattr(forward_ad, "_current_level", 0) >= 0
-    ):
-        return None
-    for weight in weights:
-        if weight is not None and weight.requires_grad:
-            return None
-    find = KERNELS.get(input.device.type)
-    return None if find is None else find(input.device)
+def _give_up(device: torch.device, error: Exception) -> None:
+    """Leaves a device to the formulas: a driver, a compiler or a GPU may refuse any kernel."""
+    if device not in _failed:
+        _failed.add(device)
+        warnings.warn(
+            f"torchlosses is slower on {device} than it could be, for a kernel failed there: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=4,
+        )
 
 
-def run(
-    kernels: ModuleType,
-    kernel: Callable[..., Any],
-    formula: Formula,
+def find_kernels(
+    call: Call,
     input: Tensor,
     target: Tensor,
-    dim: int,
-    classes: Classes | None,
-    weights: Tensor | None,
-    divisor: Tensor | float,
-    *,
-    losses_shape: torch.Size | None,
-    is_elementwise: bool,
-    **options: Any,
-) -> Tensor:
-    """The loss by a kernel, in canonical arguments.
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> ModuleType | None:
+    """The kernels that serve a call, if any do.
 
-    `weights` broadcasts to the input; `losses_shape` is None for a sum; where the loss
-    `is_elementwise`, an element has nothing to do with the others of its row.
+    They serve plain tensors with numbers in them, with gradients for `input` and `target` alone, in
+    eager autograd: no compiler, no tracer, no transform, no tangent.
     """
-    shape: tuple[int, ...] = input.shape
-    factors = None if weights is None else weights.expand(shape)
-    if factors is None:
-        is_flat = is_elementwise and len(shape) != 2
-    else:  # One for each element makes it a sample of its own.
-        is_flat = shape[dim] != 1 and factors.stride(dim) != 0
-    if is_flat:
-        shape = (input.numel(), 1)
-    elif dim != 1 or len(shape) != 2:
-        inner = input.shape[dim + 1 :].numel()
-        shape = (input.shape[:dim].numel(), shape[dim], *(() if inner == 1 else (inner,)))
-    samples = (shape[0], 1, *shape[2:])
-    scale = None
-    if factors is not None:
-        scale = (factors if is_flat else factors.narrow(dim, 0, 1)).reshape(samples)
-    options |= {
-        "divisor": divisor,
-        "ignore_index": None if classes is None else classes.ignore_index,
-        "is_sum": losses_shape is None,
-    }
-
-    def call(
-        input: Tensor, target: Tensor, needs: tuple[bool, bool], upstream: Tensor | None = None
-    ) -> cpu.Result:
-        factor = scale
-        if upstream is not None:
-            factor = (upstream if scale is None else scale * upstream).expand(samples)
-        result: cpu.Result = kernel(
-            _view(input, shape),
-            _view(target, shape if classes is None else samples),
-            scale=factor,
-            needs=needs,
-            **options,
-        )
-        return result
-
-    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        loss: Tensor = OnePass.apply(call, kernels.rescale, formula, input, target)
-    else:
-        loss = call(input, target, (False, False)).loss
-    return loss if losses_shape is None else loss.view(losses_shape)
+    if (
+        checks.is_traced()  # First: a size is a guard of the compiled graph.
+        or type(input) not in checks.PLAIN
+        or type(target) not in checks.PLAIN
+        or input.dtype not in DTYPES
+        or (target.is_floating_point() and target.dtype not in DTYPES)
+        or input.numel() == 0
+        or not (_is_dense(input) and _is_dense(target))
+        or _is_transformed()
+        # Private; the public way is to unpack every tensor.
+        or getattr(forward_ad, "_current_level", 0) >= 0
+        or not call.is_plain_delta
+    ):
+        return None
+    for other in (weight, sample_weight):
+        if other is not None and (
+            other.requires_grad or type(other) not in checks.PLAIN or other.is_neg()
+        ):
+            return None
+    find = KERNELS.get(input.device.type)
+    return None if find is None or input.device in _failed else find(input.device)
 
 
-def _view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return tensor if tensor.shape == shape else tensor.view(shape)
+def compute(
+    call: Call,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+) -> Tensor:
+    """The loss, by a kernel where one serves."""
+    arguments = (input, target, weight, sample_weight)
+    kernels = find_kernels(call, *arguments)
+    if kernels is not None:
+        try:
+            if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+                loss: Tensor = OnePass.apply(kernels, call, *arguments)
+            else:
+                loss, _, _ = kernels.compute(call, *arguments, (False, False))
+            return loss
+        except OF_THE_CALLER:
+            raise
+        except Exception as error:
+            _give_up(input.device, error)
+    classes = None
+    if call.is_index:
+        classes = checks.check_classes(target, input.shape[call.dim], call.ignore_index)
+    return formulas.compute(call, *arguments, classes)
 
 
 class OnePass(Function):
     """A loss whose gradients are made together with it and handed over once.
 
     Those of float16 wait for the upstream gradient: what is too small for that dtype would be lost
-    before a loss scaler's factor could lift it.
+    before a loss scaler's factor could lift it. So do those of losses that are not reduced, which
+    are told apart by it. All that backward reads is saved, so that autograd sees what changes
+    meanwhile, hooks see what is held, and nothing is held any longer.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        call: Callable[..., cpu.Result],
-        rescale: Callable[[Tensor, Tensor], Tensor],
-        formula: Formula,
+        kernels: ModuleType,
+        call: Call,
         input: Tensor,
         target: Tensor,
+        weight: Tensor | None,
+        sample_weight: Tensor | None,
     ) -> Tensor:
-        ctx.waits = torch.float16 in (input.dtype, target.dtype)
-        needs = (False, False) if ctx.waits else ctx.needs_input_grad[3:]
-        loss, *ctx.gradients = call(input, target, needs)
-        ctx.call, ctx.rescale, ctx.formula, ctx.shape = call, rescale, formula, input.shape
-        ctx.save_for_backward(input, target)
+        ctx.kernels, ctx.call = kernels, call
+        ctx.waits = (
+            call.reduction == "none"
+            or input.dtype == torch.float16
+            or target.dtype == torch.float16
+        )
+        needs = (False, False) if ctx.waits else ctx.needs_input_grad[2:4]
+        loss: Tensor
+        loss, grad_input, grad_target = kernels.compute(
+            call, input, target, weight, sample_weight, needs
+        )
+        ctx.is_made = not ctx.waits
+        ctx.save_for_backward(input, target, weight, sample_weight, grad_input, grad_target)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        needs = ctx.needs_input_grad[3:]
+        *arguments, grad_input, grad_target = ctx.saved_tensors
+        call, needs = ctx.call, ctx.needs_input_grad[2:4]
         if (
             torch.is_grad_enabled()  # To be differentiated again.
             or torch.compiler.is_compiling()
             or not _has_memory(grad_loss)
-            # No factor of a sample, as those that wait take it.
-            or (ctx.waits and grad_loss.dim() > 0 and grad_loss.shape[1] != 1)
         ):
-            return (None, None, None, *_by_formula(ctx, grad_loss, needs))
+            return (None, None, *_by_formula(call, arguments, needs, grad_loss), None, None)
+        try:
+            if ctx.waits:
+                _, grad_input, grad_target = ctx.kernels.compute(call, *arguments, needs, grad_loss)
+            elif not ctx.is_made:
+                _, grad_input, grad_target = ctx.kernels.compute(call, *arguments, needs)
+        except OF_THE_CALLER:
+            raise
+        except Exception as error:
+            _give_up(grad_loss.device, error)
+            return (None, None, *_by_formula(call, arguments, needs, grad_loss), None, None)
         if ctx.waits:
-            _, *gradients = ctx.call(*ctx.saved_tensors, needs, grad_loss)
-        else:
-            if gradients is None:  # They are with whoever went backward first.
-                _, *gradients = ctx.call(*ctx.saved_tensors, needs)
-            gradients = [g if g is None else ctx.rescale(g, grad_loss) for g in gradients]
-        return (None, None, None, *(g if g is None else _view(g, ctx.shape) for g in gradients))
+            return None, None, grad_input, grad_target, None, None
+        if ctx.is_made:
+            # Scaled in place, and the caller's from here on; neither is a change to what is saved.
+            grad_input = None if grad_input is None else grad_input.data
+            grad_target = None if grad_target is None else grad_target.data
+            ctx.is_made = False
+        rescale = ctx.kernels.rescale
+        return (
+            None,
+            None,
+            None if grad_input is None else rescale(grad_input, grad_loss),
+            None if grad_target is None else rescale(grad_target, grad_loss),
+            None,
+            None,
+        )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether it is as large as it looks, so that a copy of other strides costs no more memory."""
+    return not tensor.is_neg() and (tensor.is_contiguous() or 0 not in tensor.stride())
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -213,19 +235,23 @@ def _has_memory(tensor: Tensor) -> bool:
     return True
 
 
-def _by_formula(ctx: Any, grad_loss: Tensor, needs: tuple[bool, bool]) -> Iterator[Tensor | None]:
-    arguments = ctx.saved_tensors
+def _by_formula(
+    call: Call, arguments: list[Any], needs: tuple[bool, bool], grad_loss: Tensor
+) -> list[Tensor | None]:
+    """The gradients by input and target, differentiable where autograd asks for that.
+
+    They are those by fresh nodes on top of the arguments: a target that is made from the input is
+    an argument of its own here, and what hangs on an argument is no business of this derivative.
+    """
     is_differentiable = torch.is_grad_enabled()
-    if not is_differentiable:
-        arguments = [
-            argument.detach().requires_grad_(needed)
-            for argument, needed in zip(arguments, needs, strict=True)
-        ]
+    fresh = list(arguments)
     with torch.enable_grad():
-        loss = ctx.formula(*arguments)
-    wanted = [argument for argument, needed in zip(arguments, needs, strict=True) if needed]
-    gradients = torch.autograd.grad(
-        loss, wanted, grad_loss.reshape(loss.shape), create_graph=is_differentiable
-    )
-    remaining = iter(gradients)
-    return (next(remaining) if needed else None for needed in needs)
+        for i, needed in enumerate(needs):
+            if is_differentiable and needed:
+                fresh[i] = arguments[i].view_as(arguments[i])
+            elif not is_differentiable:
+                fresh[i] = arguments[i].detach().requires_grad_(needed)
+        loss = formulas.compute(call, *fresh)
+    wanted = [argument for argument, needed in zip(fresh, needs, strict=False) if needed]
+    gradients = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=is_differentiable))
+    return [next(gradients) if needed else None for needed in needs]

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from torchlosses import checks, functional
+from torchlosses.checks import Reduction
 
 __all__ = ["CrossEntropyError", "SumSquaredError"]
 
@@ -64,13 +65,11 @@ class SumSquaredError(nn.Module):
     """
 
     def __init__(
-        self, *, reduction: str = "sum", dim: int | None = None, ignore_index: int = -100
+        self, *, reduction: Reduction = "sum", dim: int | None = None, ignore_index: int = -100
     ) -> None:
         super().__init__()
-        checks.check_options(reduction, dim, ignore_index)
-        self.reduction = reduction
-        self.dim = dim
-        self.ignore_index = ignore_index
+        self.dim, self.ignore_index, *_ = checks.check_options(reduction, dim, ignore_index)
+        self.reduction: Reduction = reduction
 
     def forward(
         self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
@@ -173,7 +172,7 @@ class CrossEntropyError(nn.Module):
         self,
         *,
         weight: Tensor | None = None,
-        reduction: str = "sum",
+        reduction: Reduction = "sum",
         delta: float = 1e-7,
         from_logits: bool = False,
         dim: int | None = None,
@@ -181,18 +180,16 @@ class CrossEntropyError(nn.Module):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        checks.check_options(reduction, dim, ignore_index, delta, label_smoothing)
+        self.dim, self.ignore_index, self.delta, self.label_smoothing = checks.check_options(
+            reduction, dim, ignore_index, delta, label_smoothing, from_logits
+        )
         checks.check_weight(weight)
         if isinstance(weight, nn.Parameter):
             self.weight = weight
         else:
             self.register_buffer("weight", weight)
-        self.reduction = reduction
-        self.delta = delta
+        self.reduction: Reduction = reduction
         self.from_logits = from_logits
-        self.dim = dim
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
 
     def forward(
         self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None

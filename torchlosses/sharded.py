@@ -5,15 +5,16 @@ dimension is cut, a process answers for the classes that it holds: its loss is a
 what takes a whole row (the maximum and the normaliser of logits) is reduced over the processes.
 """
 
+import math
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from torchlosses import checks, formulas
-from torchlosses.checks import Classes
+from torchlosses import checks, formulas, fused
+from torchlosses.formulas import Call, Classes, Place
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -31,112 +32,80 @@ def is_sharded(*tensors: Tensor | None) -> bool:
     return False
 
 
-def run(
-    loss: Callable[..., Tensor],
+def compute(
+    call: Call,
     input: Tensor,
     target: Tensor,
-    dim: int,
-    *,
-    is_index: bool,
-    is_elementwise: bool,
+    weight: Tensor | None,
     sample_weight: Tensor | None,
-    weight: Tensor | None = None,
-    reduction: str,
-    ignore_index: int,
-    divisor: Tensor | float,
-    dtype: torch.dtype,
-    **options: Any,
 ) -> Tensor:
-    """The reduced loss, where `loss` is that of plain tensors.
-
-    `divisor` is what divides the sum if nothing has a weight.
-    """
+    """The reduced loss."""
+    dim, dtype = call.dim, call.dtype
     shards = Shards(input, dim)
-    y = shards.input
     every = tuple(range(input.dim()))
     rows = every[:dim] + every[dim + 1 :]
-    lost = every if is_elementwise else rows  # The dimensions that the losses have.
-    weighted = rows if is_index else lost
-    target = shards.part("target", target, rows if is_index else every)
+    lost = every if call.is_per_element else rows  # The dimensions that the losses have.
+    weighted = rows if call.is_index else lost
+    y = shards.input
+    target = shards.part("target", target, rows if call.is_index else every)
     if weight is not None:
-        weight = shards.part("weight", weight, (dim,)).to(dtype)
-    if not is_elementwise:
-        options["weight"] = weight
+        weight = shards.part("weight", weight, (dim,))
     if sample_weight is not None:
         aligned = weighted[len(weighted) - sample_weight.dim() :]
         sample_weight = shards.part("sample_weight", sample_weight, aligned)
 
-    is_whole = not any(shards.is_cut) or (is_elementwise and not is_index)
-    place = None
+    is_whole = not any(shards.is_cut) or (call.is_per_element and not call.is_index)
+    classes = place = None
     try:
-        if is_index:
-            place = shards.find(checks.check_classes(target, input.shape[dim], ignore_index))
+        if call.is_index:
+            classes = checks.check_classes(target, input.shape[dim], call.ignore_index)
+            place = shards.find(classes)
+        if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
+            checks.check_values(call, y, target, classes, sample_weight, is_whole=is_whole)
         if is_whole:
-            losses = loss(
-                y,
-                target,
-                dim=dim,
-                reduction="none" if reduction == "none" else "sum",
-                ignore_index=ignore_index,
-                sample_weight=sample_weight,
-                **options,
-            )
-        elif not options.get("from_logits", True):
-            classes = None if place is None else place.classes
-            checks.check_values(y, None, classes, dim, options["delta"], False, sample_weight)
+            reduction = "none" if call.reduction == "none" else "sum"
+            part = call._replace(reduction=reduction)
+            losses = fused.compute(part, y, target, weight, sample_weight)
     except (IndexError, ValueError) as error:
         error.add_note("The position is one in the shard of this process.")
         raise
     weights = y.new_ones((), dtype=dtype) if sample_weight is None else sample_weight.to(dtype)
     weights = weights.expand([y.shape[d] for d in weighted])
-    if is_elementwise and is_index:
+    if call.is_per_element and call.is_index:
         weights = weights.unsqueeze(dim).expand_as(y)
     if not is_whole:
-        y = y.to(dtype)
-        if place is None:
-            losses = _cross_entropy(y, target.to(dtype), shards, **options)
-        elif is_elementwise:
-            losses = _squared_error_of_class(y, place, dim)
-        else:
-            losses = _cross_entropy_of_class(y, place, shards, **options)
+        losses = formulas.losses_of(call, y, target, weight, shards, classes, place)
         if sample_weight is not None:
             losses = losses * weights
-    if reduction == "mean" and not (sample_weight is None and place is None):
-        if place is not None:
-            kept = place.classes.kept
-            if not is_elementwise:  # Each sample counts where its class is.
-                weights = weights.where(place.is_here, 0)
-            elif kept is not None:
-                weights = weights.where(kept.unsqueeze(dim), 0)
+    losses = losses.to(dtype)
+    if call.reduction == "none":
+        return shards.join(losses, lost)
+    total: Any = shards.join(losses.sum())
+    if call.reduction == "mean" and (sample_weight is not None or place is not None):
+        if (
+            place is not None and place.is_here is not None and not call.is_per_element
+        ):  # A sample counts where its class is.
+            weights = weights.where(place.is_here, 0)
             if weight is not None:
-                by_class = formulas.along(weight, y, dim).expand_as(y)
-                weights = weights * place.pick(by_class, dim, 0)
-        elif not (is_elementwise or shards.is_first):
+                weights = weights * place.weight(weight.to(dtype))
+        elif classes is not None and classes.kept is not None:
+            weights = weights.where(classes.kept.unsqueeze(dim), 0)
+        elif not (call.is_per_element or shards.is_first):
             weights = torch.zeros_like(weights)
         sums = torch.stack((weights.sum(), (weights != 0).sum(dtype=dtype)))
-        total, count = shards.join(sums)
-        divisor = total.where(count > 0, 1)  # The mean over nothing is 0.
-    if reduction == "none":
-        return shards.join(losses, lost)
-    return shards.join(losses.sum()) / divisor
+        weight_of_all, count = shards.join(sums)
+        divisor: Any = weight_of_all.where(count > 0, 1)  # The mean over nothing is 0.
+    elif call.reduction == "mean":
+        divisor = formulas.at_least_one(math.prod(input.shape[d] for d in lost), y, dtype)
+    elif call.reduction == "batchmean" and input.dim() > 1:
+        divisor = formulas.at_least_one(input.shape[0], y, dtype)
+    else:
+        divisor = 1
+    mean: Tensor = total / divisor
+    return mean
 
 
-class Place(NamedTuple):
-    """Where the class of each sample is in a shard; not at all where `is_here` is False."""
-
-    classes: Classes
-    position: Tensor
-    is_here: Tensor
-
-    def pick(self, values: Tensor, dim: int, otherwise: float) -> Tensor:
-        """The value of each sample's class, or `otherwise` if that class lies elsewhere."""
-        # Of no classes a sum, which is 0: backward has to pass where it does on other processes.
-        index = self.position.unsqueeze(dim)
-        picked = values.gather(dim, index).squeeze(dim) if values.shape[dim] else values.sum(dim)
-        return picked.where(self.is_here, otherwise)
-
-
-class Shards:
+class Shards(formulas.Rows):
     """How an input lies on its mesh, and what goes with the shard of this process."""
 
     def __init__(self, input: Tensor, dim: int) -> None:
@@ -152,10 +121,9 @@ class Shards:
             raise ValueError(
                 f"input: got placements {input.placements}; expected Shard, Replicate or Partial"
             )
+        super().__init__(input.shape[dim] if input.dim() else 1, dim)
         self.mesh = input.device_mesh
         self.shape = input.shape
-        self.dim = dim
-        self.num_classes = input.shape[dim] if input.dim() else 1
         self.is_cut = [p.is_shard(dim) for p in self.placements]
         # Of the processes that have the same rows, and other classes of them.
         self.is_first = all(
@@ -211,7 +179,8 @@ class Shards:
             is_here = is_here | ~classes.valid
         if classes.kept is not None:
             is_here = is_here & classes.kept
-        return Place(classes, index.clamp(0, max(len(ids) - 1, 0)), is_here)
+        index = index.clamp(0, max(len(ids) - 1, 0))
+        return Place(index.unsqueeze(self.dim), self.dim, is_here)
 
     def over_classes(self, values: Tensor, operation: str = "sum") -> Tensor:
         """The sum or the maximum over the processes that share the rows of the shard."""
@@ -223,16 +192,6 @@ class Shards:
         # Each process goes on with its own classes, and has a share of the gradient too.
         gradients = [Partial() if cut else Replicate() for cut in self.is_cut]
         return whole.to_local(grad_placements=gradients)
-
-    def shifted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """`formulas.shifted`, with the maximum and the sum of whole rows."""
-        shape = list(logits.shape)
-        shape[self.dim] = 1
-        maximum = logits.new_full(shape, -torch.inf)  # What it is where no class lies.
-        if logits.shape[self.dim]:
-            maximum = logits.detach().amax(self.dim, keepdim=True)
-        logits = logits - self.over_classes(maximum, "max")
-        return logits, self.over_classes(logits.exp().sum(self.dim, keepdim=True)).log()
 
     def join(self, part: Tensor, dims: Sequence[int] | None = None) -> Tensor:
         """The DTensor of which each process has a part, with the input's `dims`.
@@ -301,55 +260,3 @@ def _refuse_second_derivative(grad: Tensor) -> None:
             "create_graph: got True for a loss of DTensors; expected False, since only its first "
             "derivative is there"
         )
-
-
-def _squared_error_of_class(input: Tensor, place: Place, dim: int) -> Tensor:
-    input, _, kept = formulas.masked(input, place.classes, dim)
-    if input.shape[dim]:
-        minus_one = -place.is_here.to(input.dtype).unsqueeze(dim)
-        input = input.scatter_add(dim, place.position.unsqueeze(dim), minus_one)
-    losses = input * input / 2
-    return losses if kept is None else losses.where(kept.unsqueeze(dim), 0)
-
-
-def _cross_entropy(
-    input: Tensor, target: Tensor, shards: Shards, *, label_smoothing: float, **options: Any
-) -> Tensor:
-    if label_smoothing:
-        target = (1 - label_smoothing) * target + label_smoothing / shards.num_classes
-    log_normalizer = None
-    if options["from_logits"]:
-        input, log_normalizer = shards.shifted(input)
-    return formulas.cross_entropy(
-        input, target, shards.dim, label_smoothing=0, log_normalizer=log_normalizer, **options
-    )
-
-
-def _cross_entropy_of_class(
-    input: Tensor,
-    place: Place,
-    shards: Shards,
-    *,
-    weight: Tensor | None,
-    delta: float,
-    from_logits: bool,
-    label_smoothing: float,
-) -> Tensor:
-    dim = shards.dim
-    input, _, kept = formulas.masked(input, place.classes, dim)
-    log_normalizer = None
-    if from_logits:
-        input, log_normalizer = shards.shifted(input)
-    # Elsewhere 1, which has a logarithm and a slope, and nothing of it is left.
-    picked = place.pick(input, dim, 1).unsqueeze(dim)
-    losses = -formulas.guarded_log(picked, log_normalizer, delta).squeeze(dim)
-    losses = losses.where(place.is_here, 0)
-    if weight is not None:
-        losses = losses * place.pick(formulas.along(weight, input, dim).expand_as(input), dim, 0)
-    if label_smoothing:
-        uniform = -formulas.guarded_log(input, log_normalizer, delta)
-        if weight is not None:
-            uniform = uniform * formulas.along(weight, uniform, dim)
-        uniform = label_smoothing / shards.num_classes * uniform.sum(dim)
-        losses = uniform if label_smoothing == 1 else (1 - label_smoothing) * losses + uniform
-    return losses if kept is None else losses.where(kept, 0)

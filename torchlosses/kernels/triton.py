@@ -1,633 +1,807 @@
 """Loss and gradient in one pass on the GPU, in Triton; the only file that imports it.
 
 A loss is bound by memory, so what counts is how often a byte of a tensor comes from memory or goes
-there: each kernel says what it reads (R) and writes (W), with y or x the input and t a dense
-target. Nothing here waits for the device: what the host does not know is read by the kernels.
+there: each form of the kernel says what it reads (R) and writes (W), with y or x the input and t a
+dense target. Nothing here waits for the device: what the host does not know is read by the kernels.
 
-Arguments are canonical. `input` is contiguous and has the shape (outer, classes) or (outer,
-classes, inner), a dense target likewise. A target of class indices comes as the caller gave it, in
-any integer dtype, with 1 in the place of classes: a sample of class `ignore_index` (None where
-nothing is ignored) counts for nothing, and one of no class at all is not looked up, its loss and
-its row of the gradient are NaN. Rows of either are not read, but where samples lie side by side.
-`scale`, the factor of each sample's loss, has the shape of such a target, in any strides, or is
-None; `divisor` divides them all: a number, or a 0-D tensor on the device. Results are computed and
-losses returned in `dtype`; a gradient has the dtype of its tensor and is None where `needs` does
-not ask for it.
+A small loss is bound by launches. Forward and backward are two of them, whatever the reduction:
+`_loss_kernel`, and `_rescale_kernel` or, where the gradient waited for the upstream one,
+`_loss_kernel` again. `_count_kernel` is a third, ahead of a gradient of `'mean'` that is divided by
+what more than COUNT_ALONE samples, kept or weighted, add up to.
 
-One tile of a kernel is BLOCK_SAMPLES × BLOCK_CLASSES elements. Sample s, counted over outer and
-inner together, has class k at element (s // inner · classes + k) · inner + s % inner: with inner =
-1 these are rows, and with classes = 1 too it is a flat vector. Offsets have 64 bits.
+The input is seen as (outer, classes, inner), and a tile has BLOCK_SAMPLES × BLOCK_CLASSES elements.
+With inner = 1 samples are rows, and with classes = 1 too it is a flat vector; otherwise samples lie
+side by side, and a block of them lies in one place of outer. So a place within a block has 32 bits,
+counted from the block's first element, and nothing is divided but the number of the block.
 
-Programs take blocks of samples in turns. Each adds up its own in a fixed order, and the few partial
-sums are added up in a fixed order too, so the same input gives the same bits.
+Programs take blocks of samples in turns. Each adds up its own in a fixed order, and whichever comes
+last adds up the partial sums in a fixed order too, so the same input gives the same bits.
 """
 
+import collections
+import functools
+import itertools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchlosses.kernels.cpu import Result
+from torchlosses.formulas import Call, Result
 
 # Programs of a launch at most, and so partial sums: enough to fill every GPU several times over.
 MAX_PROGRAMS = 2**12
-# Elements that one program takes alone: their time is less than that of a second launch.
-ONE_PROGRAM = 2**13
+COUNT_PROGRAMS = 2**9
+# Samples that are counted at a time, and at most by each program for itself, which takes less time
+# than another launch.
+COUNT_BLOCK = tl.constexpr(2**10)
+COUNT_ALONE = 2**12
+# Elements of a block of `_rescale_kernel`.
+RESCALED = 2**11
+# Launches that may run at the same time, each with a counter of its own.
+COUNTERS = 2**16
 # The default differs by version, and Triton 3.9 warns of that where nothing is said.
 FUSION = {"enable_fp_fusion": True}
-TINY = torch.finfo(torch.float32).tiny
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
+IS_INTERPRETED = triton.knobs.runtime.interpret
+
+_counter = itertools.cycle(range(COUNTERS))
+_counters: dict[torch.device, Tensor] = {}
 
 
 class Tile(NamedTuple):
-    """How many elements a tile has, in float32; half as many in float64."""
+    """What a program holds at a time, and how."""
 
-    whole: int  # At most, if it holds all classes of its samples.
-    part: int  # Otherwise: it moves over the classes.
-
-
-# Fixed configurations; nothing is tuned at run time, so the first call is quick, and no result
-# depends on what was fastest once.
-ELEMENTS = Tile(whole=2**10, part=2**10)
-# Rows longer than a tile are looked at again, so fewer in flight is more of them in cache.
-ROWS = Tile(whole=2**12, part=2**12)
-ROWS_OF_CLASS = Tile(whole=2**13, part=2**12)
-# A tile of few classes takes samples until it has this many elements.
-LEAST = 2**10
-# Samples of a tile at least where samples, not classes, lie next to each other in memory: 128 bytes
-# of the narrowest dtype.
-SPATIAL_SAMPLES = 2**6
-# More elements for each warp spill registers, and so does the compiler's own choice of how many
-# registers a thread has: it takes what the hardware has, 255, and 2¹⁶ for all threads of a program.
-PER_WARP = 2**8
+    samples: int
+    classes: int
+    warps: int
+    registers: int  # Of a thread at most: the compiler's own choice spills, or fills no GPU.
+    is_whole: bool  # Whether it holds all classes, or moves over them.
+    vector: int  # Classes side by side in a thread, and how many times it has so many.
+    per_thread: int
+    alignment: int  # The most that may be known to divide the place of a sample.
 
 
-def squared_error(input: Tensor, target: Tensor, *, is_index: bool, **common: Any) -> Result:
-    """½ (y − t)² and y − t: R y, R t, W the gradient; of class indices R y, W the gradient."""
-    return _run(
-        _elements_kernel, ELEMENTS, input, target, is_index=is_index, is_per_element=True,
-        is_flat=not is_index, delta=1.0, kept=1.0, uniform=0.0,
-        IS_INDEX=is_index, IS_SQUARE=True, CAN_BE_0=False, **common,
-    )  # fmt: skip
+# What a kernel is given, but for numbers: tensors, or None, and how they are seen.
+Given = collections.namedtuple(
+    "Given",
+    "input_ptr target_ptr class_weight_ptr sample_weight_ptr upstream_ptr divisor_ptr loss_ptr "
+    "grad_input_ptr grad_target_ptr outer classes inner sample_weight_strides upstream_strides "
+    "ignore_index",
+)
+# What is known of a call when its kernel is compiled. INDEX is the type of what counts within a
+# block. IS_EXACT: δ is 0. IS_COUNTED: divided by what samples and weights add up to. IS_EAGER:
+# samples are loaded without a wait for their labels. IS_FAST: less exact instructions will do.
+# IS_EVEN: classes fill every tile.
+Plan = collections.namedtuple(
+    "Plan",
+    "FORM DTYPE LOWEST INDEX ALIGNMENT SAMPLES CLASSES VECTOR PER_THREAD THREADS IS_SQUARE "
+    "IS_INDEX IS_EXACT IS_SMOOTH IS_REDUCED IS_COUNTED IS_SPATIAL IS_EAGER IS_FAST IS_SMALL "
+    "IS_WHOLE IS_EVEN HAS_GRADIENT",
+)
+Operands = collections.namedtuple("Operands", "x t is_0 by_target in_row offsets")
+# A block of samples: the offset of the first, from there those of all, and from class to class;
+# which exist, are read, and count; their class, and the factors of their loss and gradient.
+Block = collections.namedtuple(
+    "Block",
+    "base row step classes is_there is_read is_used label weight slope_weight upstream_ptr "
+    "delta kept uniform",
+)
 
 
-def cross_entropy(
+def compute(
+    call: Call,
     input: Tensor,
     target: Tensor,
-    *,
-    is_index: bool,
     weight: Tensor | None,
-    delta: float,
-    from_logits: bool,
-    label_smoothing: float,
-    **common: Any,
+    sample_weight: Tensor | None,
+    needs: tuple[bool, bool],
+    upstream: Tensor | None = None,
 ) -> Result:
-    """− Σₖ wₖ tₖ log(yₖ + δ) of whole rows: R y, R t, W the gradient; of class indices no t."""
-    options: dict[str, Any] = {
-        "is_index": is_index,
-        "weight_ptr": None if weight is None else weight.contiguous(),
-        "delta": float(delta),
-        "kept": 1.0 - label_smoothing,
-        "uniform": label_smoothing / input.shape[1],
-        "IS_INDEX": is_index,
-        "CAN_BE_0": delta < TINY,
-        **common,
-    }
-    if from_logits:
-        return _run(_softmax_kernel, ROWS, input, target, IS_EXACT=delta == 0, **options)
-    options["is_flat"] = common["is_sum"] and not is_index and weight is None
-    return _run(_elements_kernel, ELEMENTS, input, target, IS_SQUARE=False, **options)
+    """The loss, and the gradients that `needs` asks for, times `upstream` if that is given."""
+    input, target = input.contiguous(), target.contiguous()
+    shape, dim, dtype, is_index = input.shape, call.dim, call.dtype, call.is_index
+    is_square, is_smooth = call.kind == "squares", call.label_smoothing != 0
+    is_reduced = call.reduction != "none"
+    is_counted = call.reduction == "mean" and (is_index or sample_weight is not None)
+    samples_shape: tuple[int, ...] = shape[:dim] + shape[dim + 1 :]
+    losses_shape = shape if is_square else torch.Size(samples_shape)
+    divisor = 1
+    if call.reduction == "batchmean" and len(shape) > 1:
+        divisor = shape[0]
+    elif call.reduction == "mean" and not is_counted:
+        divisor = losses_shape.numel()
 
+    # Elements of which each is a sample, or all have one factor, need no classes.
+    is_flat = not (is_index or call.kind == "logits" or is_smooth) and weight is None
+    if is_square and is_flat:
+        is_flat = not _is_per_sample(sample_weight, shape, dim)
+        samples_shape = shape if is_flat else (*shape[:dim], 1, *shape[dim + 1 :])
+    elif is_flat:
+        is_flat = is_reduced and sample_weight is None
+    outer, classes, inner = input.numel(), 1, 1
+    if not is_flat:
+        outer, classes, inner = shape[:dim].numel(), shape[dim], shape[dim + 1 :].numel()
+    form = call.kind + "_of_class" * (is_index and not is_square and not is_smooth)
+    is_exact = call.delta == 0
+    is_light = not (needs[1] or is_smooth or weight is not None)
+    tile = _configure(
+        form, classes, inner, dtype, input.element_size(), is_index, is_exact, is_light
+    )
+    is_spatial = inner > 1
+    alignment = math.gcd(tile.alignment, inner if is_spatial else classes)
+    blocks = triton.cdiv(outer, tile.samples)
+    if is_spatial:
+        blocks = outer * triton.cdiv(inner, tile.samples)
+    programs = min(blocks, MAX_PROGRAMS)
 
-def cross_entropy_of_class(
-    input: Tensor, target: Tensor, *, delta: float, from_logits: bool, **common: Any
-) -> Result:
-    """− log(y_c + δ) of one class per row: W the gradient; from logits R x too."""
-    common |= {"is_index": True, "delta": float(delta)}
-    if from_logits:
-        return _run(
-            _softmax_of_class_kernel, ROWS_OF_CLASS, input, target, IS_EXACT=delta == 0, **common
-        )
-    return _run(_class_kernel, ELEMENTS, input, target, **common)
+    is_fast = not (IS_INTERPRETED or dtype == torch.float64)
+    plan = Plan(
+        FORM=form,
+        DTYPE=DTYPES[dtype],
+        LOWEST=torch.finfo(dtype).min,
+        INDEX=tl.int32 if classes * inner < 2**31 - 2**16 else tl.int64,
+        ALIGNMENT=alignment,
+        SAMPLES=tile.samples,
+        CLASSES=tile.classes,
+        VECTOR=tile.vector,
+        PER_THREAD=tile.per_thread,
+        THREADS=tile.classes // tile.vector // tile.per_thread,
+        IS_SQUARE=is_square,
+        IS_INDEX=is_index,
+        IS_EXACT=is_exact,
+        IS_SMOOTH=is_smooth,
+        IS_REDUCED=is_reduced,
+        IS_COUNTED=is_counted,
+        IS_SPATIAL=is_spatial,
+        IS_EAGER=is_index and (is_spatial or tile.samples > 1),
+        # Probabilities can be too small for fast instructions where no δ is added.
+        IS_FAST=is_fast and not (form == "probabilities" and is_exact),
+        IS_SMALL=tile.is_whole and tile.samples > 1 and not is_spatial,
+        IS_WHOLE=tile.is_whole,
+        IS_EVEN=classes % tile.classes == 0,
+        HAS_GRADIENT=any(needs),
+    )
+    loss = input.new_empty(() if is_reduced else losses_shape, dtype=dtype)
+    total = None
+    if is_counted and any(needs) and outer * inner > COUNT_ALONE:
+        total = torch.empty_like(loss)
+    weights, weight_strides = _factor(sample_weight, samples_shape, (outer, 1, inner))
+    slopes, slope_strides = _factor(
+        upstream, losses_shape, (outer, classes if is_square else 1, inner)
+    )
+    given = Given(
+        input, _readable(target), None if weight is None else weight.contiguous(), weights, slopes,
+        total, loss, torch.empty_like(input) if needs[0] else None,
+        torch.empty_like(target) if needs[1] else None, outer,
+        # One of them in units, so that it is seen which loads and stores can be wide.
+        classes if is_spatial else classes // alignment,
+        inner // alignment if is_spatial else inner,
+        weight_strides, slope_strides, call.ignore_index,
+    )  # fmt: skip
+    partials = counters = None
+    if is_reduced:
+        partials, counters = loss.new_empty((3, programs)), _find_counters(input.device)
+    with torch.cuda.device_of(input):
+        if total is not None:
+            counting = min(triton.cdiv(outer * inner, COUNT_BLOCK.value), COUNT_PROGRAMS)
+            _count_kernel[(counting,)](
+                given, loss.new_empty((2, counting)), counters, next(_counter), plan, **FUSION
+            )
+        _loss_kernel[(programs,)](
+            given, partials, counters, next(_counter), 1.0 / divisor, call.delta,
+            1.0 - call.label_smoothing, call.label_smoothing / classes, plan,
+            num_warps=tile.warps, maxnreg=tile.registers, **FUSION,
+        )  # fmt: skip
+    return Result(loss, given.grad_input_ptr, given.grad_target_ptr)
 
 
 def rescale(gradient: Tensor, grad_loss: Tensor) -> Tensor:
-    """Multiplies a gradient by that of its loss, in place: R and W it, or nothing if that is 1."""
-    sizes = zip(grad_loss.shape, grad_loss.stride(), strict=True)
-    if any(stride and size > 1 for size, stride in sizes):
-        return gradient.mul_(grad_loss)  # One factor per sample or element, seldom all of them 1.
-    programs = min(triton.cdiv(gradient.numel(), ELEMENTS.part), MAX_PROGRAMS)
+    """Multiplies a gradient by that of its loss, in place."""
+    programs = min(triton.cdiv(gradient.numel(), RESCALED), MAX_PROGRAMS)
     with torch.cuda.device_of(gradient):
         _rescale_kernel[(programs,)](
-            gradient, grad_loss, gradient.numel(), BLOCK=ELEMENTS.part, **FUSION
+            gradient, grad_loss, gradient.numel(), BLOCK=RESCALED, **FUSION
         )
     return gradient
 
 
-def _run(
-    kernel: Any,
-    tile: Tile,
-    input: Tensor,
-    target: Tensor,
-    *,
-    is_index: bool,
-    scale: Tensor | None,
-    divisor: Tensor | float,
-    dtype: torch.dtype,
-    is_sum: bool,
-    needs: tuple[bool, bool],
-    ignore_index: int | None = None,
-    is_flat: bool = False,
-    is_per_element: bool = False,
-    **options: Any,
-) -> Result:
-    """Launches a kernel. `is_flat`: with one factor for all, its elements need no classes."""
-    outer, classes = input.shape[:2]
-    inner = input.shape[2:].numel()
-    samples_shape = (outer, 1, *input.shape[2:])
-    scale_strides = (0, 0)
-    if scale is not None:
-        scale_strides = (scale.stride(0), scale.stride(2) if input.dim() == 3 else 0)
-    samples = outer * inner
-    if is_flat and scale_strides == (0, 0):
-        samples, classes, inner = input.numel(), 1, 1
-    block_samples, block_classes, num_warps, is_whole = _configure(tile, classes, inner, dtype)
-    if tile is not ELEMENTS:
-        options["IS_WHOLE"] = is_whole
-
-    programs = min(triton.cdiv(samples, block_samples), MAX_PROGRAMS)
-    if is_sum:
-        if samples * classes <= ONE_PROGRAM:
-            programs = 1
-        loss = input.new_empty(() if programs == 1 else programs, dtype=dtype)
-    else:
-        loss = input.new_empty(input.shape if is_per_element else samples_shape, dtype=dtype)
-    grad_input = torch.empty_like(input) if needs[0] else None
-    grad_target = torch.empty_like(target) if needs[1] else None
-    if is_index:
-        options["ignore_index"] = ignore_index
-    elif grad_target is not None:
-        options["grad_target_ptr"] = grad_target
-    is_divided = isinstance(divisor, Tensor)
-
-    with torch.cuda.device_of(input):
-        kernel[(programs,)](
-            input,
-            target.view(torch.uint8) if target.dtype == torch.bool else target,
-            scale,
-            divisor if is_divided else None,
-            loss,
-            grad_input,
-            samples,
-            classes,
-            inner,
-            *scale_strides,
-            1.0 if is_divided else 1.0 / divisor,
-            **options,
-            IS_SUM=is_sum,
-            DTYPE=DTYPES[dtype],
-            CLASSES_ALIGNMENT=math.gcd(classes, 16) if inner == 1 else 1,
-            INNER_ALIGNMENT=math.gcd(inner, 16),
-            BLOCK_SAMPLES=block_samples,
-            BLOCK_CLASSES=block_classes,
-            num_warps=num_warps,
-            maxnreg=min(255, 2**16 // (32 * num_warps)),
-            **FUSION,
-        )
-    return Result(loss.sum() if is_sum and programs > 1 else loss, grad_input, grad_target)
+def _is_per_sample(sample_weight: Tensor | None, shape: torch.Size, dim: int) -> bool:
+    """Whether weights that broadcast to elements are the same for all classes, and not for all."""
+    if sample_weight is None or sample_weight.numel() == 1:
+        return False
+    dim -= len(shape)
+    return -dim > sample_weight.dim() or sample_weight.shape[dim] == 1
 
 
-def _configure(
-    tile: Tile, classes: int, inner: int, dtype: torch.dtype
-) -> tuple[int, int, int, bool]:
-    """Samples and classes of a tile, its warps, and whether those are all classes."""
-    whole, part, least, per_warp = (
-        number * 4 // dtype.itemsize for number in (*tile, LEAST, PER_WARP)
-    )
-    samples = 1 if inner == 1 else SPATIAL_SAMPLES
-    width = triton.next_power_of_2(classes)
-    is_whole = samples * width <= whole
-    if is_whole:
-        samples = max(samples, least // width)
-    else:
-        width = part // samples
-    return samples, width, samples * width // per_warp, is_whole
+def _factor(
+    factor: Tensor | None, shape: tuple[int, ...], layout: tuple[int, int, int]
+) -> tuple[Tensor | None, tuple[int, ...]]:
+    """What broadcasts to `shape`, and its strides where that is seen as `layout`."""
+    if factor is None or factor.numel() == 1:
+        return None if factor is None else _readable(factor), (0, 0, 0)
+    factor = factor.expand(shape).reshape(layout)
+    return _readable(factor), factor.stride()
 
 
-@triton.jit
-def _sizes(classes, inner, CLASSES_ALIGNMENT: tl.constexpr, INNER_ALIGNMENT: tl.constexpr):
-    """Both in 64 bits, with the powers of 2 that divide them, for the widest loads and stores."""
-    classes = tl.multiple_of(tl.cast(classes, tl.int64), CLASSES_ALIGNMENT)
-    return classes, tl.multiple_of(tl.cast(inner, tl.int64), INNER_ALIGNMENT)
+def _readable(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
-@triton.jit
-def _samples(
-    block, target_ptr, scale_ptr, divisor_ptr, samples, classes, inner,
-    scale_outer_stride, scale_inner_stride, factor, ignore_index,
-    IS_INDEX: tl.constexpr, DTYPE: tl.constexpr, INNER_ALIGNMENT: tl.constexpr,
-    BLOCK_SAMPLES: tl.constexpr,
-):  # fmt: skip
-    """What is known of the samples of a block.
+def _find_counters(device: torch.device) -> Tensor:
+    """Zeros, of which a launch takes one and leaves it so; they are there before any launch.
 
-    Their numbers, whether they exist, whether their rows are read and used, the offset of their
-    first class, their class, and the factor of their loss: scale / divisor, 0 if ignored, NaN if of
-    no class.
+    Launches that share one must not run at the same time, so there are more than ever do.
     """
-    sample = block * BLOCK_SAMPLES + tl.arange(0, BLOCK_SAMPLES).to(tl.int64)
-    outside, inside = sample // inner, sample % inner
-    is_there = sample < samples
-    row = outside * classes * inner + inside
-    factor = tl.full((BLOCK_SAMPLES,), factor, DTYPE)
-    if scale_ptr is not None:
-        offsets = outside * scale_outer_stride + inside * scale_inner_stride
-        factor *= tl.load(scale_ptr + offsets, mask=is_there, other=0)
-    if divisor_ptr is not None:
-        factor /= tl.load(divisor_ptr)
+    counters = _counters.get(device)
+    if counters is None:
+        is_cuda = device.type == "cuda"
+        counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        if is_cuda and torch.cuda.is_current_stream_capturing():
+            return counters  # Of this graph, which makes them anew each time.
+        if is_cuda:
+            torch.cuda.synchronize(device)
+        _counters[device] = counters
+    return counters
+
+
+@functools.cache
+def _configure(
+    form: str,
+    classes: int,
+    inner: int,
+    dtype: torch.dtype,
+    itemsize: int,
+    is_index: bool,
+    is_exact: bool,
+    is_light: bool,
+) -> Tile:
+    """Fixed choices; nothing is tuned at run time, so the first call is quick.
+
+    Sizes are those of float32, and half as much of float64 fits. `itemsize` is that of the input.
+    `is_light`: there are no class weights, no smoothing, no gradient by the target.
+    """
+    size = dtype.itemsize // 4
+    is_class = form == "logits_of_class"
+    width = triton.next_power_of_2(classes) * size
+    whole = 64 if inner > 1 else 2**13 if is_class else 2**12
+    is_whole = width <= whole
+    samples, registers, vector, alignment = 1, 128, 1, 16
+    if not form.startswith("logits"):
+        width = min(width, 2**10 if inner == 1 else 16)
+        samples, warps, registers = 2**10 // width, 4, 255
+    elif inner > 1:  # A thread holds all classes of a tile: nothing is exchanged.
+        width = min(width, whole)
+        samples, warps = 64, 16
+        if is_class and is_whole:
+            # The narrowest loads keep logits and labels in the same threads.
+            alignment = min(64 // width, 4)
+            samples, warps, registers = 128 * alignment, 4, 208 if is_exact else 168
+            registers = registers if size == 1 else 255
+        elif is_whole:
+            warps = max(width // 4, 4)
+        elif not is_class:
+            width = 32
+    elif width < 2**10:
+        samples, warps = 2**10 // width, 4
+        if is_class:
+            samples, warps, registers = max(2**9 // width, 1), 2, 64 * size
+    elif is_whole and is_class:
+        warps, registers = max(width // 2**10, 2), 64 if width == 2**10 else 96
+    elif is_whole:
+        warps = width // 2**8
+    else:
+        warps, registers = 16, 64
+        if is_class:  # Two rows at a time stay in cache, or one.
+            width, warps = (2**13, 16) if classes * itemsize <= 2**16 else (2**14, 32)
+        elif is_light and size == 1 and (is_index or itemsize == 2):
+            width, warps = (2**14, 32) if is_exact else (2**13, 16)
+        else:
+            width, registers = 2**12, 64 if is_light and size == 1 else 128
+        vector = min(16 // itemsize, math.gcd(classes, 16))
+    width //= size
+    per_thread = width if inner > 1 else max(width // vector // (32 * warps), 1)
+    return Tile(samples, width, warps, registers, is_whole, vector, per_thread, alignment)
+
+
+@triton.jit
+def _column(x):
+    """A number of each sample, to be used on their classes; of one sample it is a scalar.
+
+    A scalar has no layout, so nothing is exchanged between threads to bring it into another.
+    """
+    return x if len(x.shape) == 0 else x[:, None]
+
+
+@triton.jit
+def _sum(tile):
+    return tl.sum(tile) if tile.shape[0] == 1 else tl.sum(tile, 1)
+
+
+@triton.jit
+def _max(tile):
+    return tl.max(tile) if tile.shape[0] == 1 else tl.max(tile, 1)
+
+
+@triton.jit
+def _classes(g, P: tl.constexpr):
+    return tl.cast(g.classes, P.INDEX) * (1 if P.IS_SPATIAL else P.ALIGNMENT)
+
+
+@triton.jit
+def _inner(g, P: tl.constexpr):
+    return tl.cast(g.inner, P.INDEX) * (P.ALIGNMENT if P.IS_SPATIAL else 1)
+
+
+@triton.jit
+def _blocks(g, P: tl.constexpr, SAMPLES: tl.constexpr):
+    """How many blocks of so many samples there are."""
+    if P.IS_SPATIAL:
+        return g.outer * tl.cdiv(_inner(g, P), SAMPLES)
+    else:  # noqa: RET505 - Only one branch is compiled.
+        return tl.cdiv(g.outer, SAMPLES)
+
+
+@triton.jit
+def _samples(g, block, P: tl.constexpr, BLOCK: tl.constexpr):
+    """The samples of a block.
+
+    Their numbers in it, that of the first, their places in outer and inner, which exist, which are
+    used, their class, their weight, and that times the weight of their class: 0 if ignored, NaN if
+    of no class.
+    """
+    i = tl.cast(0, tl.int32) if BLOCK == 1 else tl.arange(0, BLOCK)
+    if P.IS_SPATIAL:
+        blocks = tl.cdiv(_inner(g, P), BLOCK)
+        start = block % blocks * BLOCK
+        outside = tl.cast(block // blocks, tl.int64)
+        inside = start + i
+        first = outside * _inner(g, P) + start
+        is_there = inside < _inner(g, P)
+    else:
+        first = tl.cast(block, tl.int64) * BLOCK
+        outside = first + i
+        inside = 0
+        is_there = i < tl.minimum(g.outer - first, BLOCK).to(tl.int32)
+    weight = tl.where(is_there, 1, 0).to(P.DTYPE)
+    if g.sample_weight_ptr is not None:
+        offsets = outside * g.sample_weight_strides[0] + inside * g.sample_weight_strides[2]
+        weight = tl.load(g.sample_weight_ptr + offsets, mask=is_there, other=0).to(P.DTYPE)
+    counted = weight
     is_used = is_there
-    label = sample
-    if IS_INDEX:
-        label = tl.load(target_ptr + sample, mask=is_there, other=0)
+    label = i
+    if P.IS_INDEX:
+        label = tl.load(g.target_ptr + first + i, mask=is_there, other=0)
         if label.dtype == tl.uint64:  # Of what int64 cannot hold, none is a class.
             label = tl.minimum(label, 2**63 - 1)
         label = label.to(tl.int64)
-        is_class = (label >= 0) & (label < classes)
-        factor = tl.where(is_class, factor, float("nan"))
-        if ignore_index is not None:
-            is_used = is_used & (label != ignore_index)
-        factor = tl.where(is_used, factor, 0)
-        is_used = is_used & is_class
-    is_read = is_used
-    if INNER_ALIGNMENT > 1:  # Samples side by side are loaded together: wide, if all of them are.
-        is_read = is_there
-    return sample, is_there, is_read, is_used, row, label, factor
+        is_class = label.to(tl.uint64) < _classes(g, P).to(tl.uint64)  # And not below 0.
+        is_kept = is_there & (label != g.ignore_index)
+        is_used = is_kept & is_class
+        weight = tl.where(is_kept, tl.where(is_class, weight, float("nan")), 0)
+        counted = weight
+        if g.class_weight_ptr is not None:
+            counted *= tl.load(g.class_weight_ptr + label, mask=is_used, other=1).to(P.DTYPE)
+        label = tl.where(is_used, label, -1).to(P.INDEX)
+    return i, first, outside, inside, is_there, is_used, label, weight, counted
 
 
 @triton.jit
-def _tile(row, label, start, classes, inner, BLOCK_CLASSES: tl.constexpr):
-    """Classes of a tile, its offsets, which classes exist, and which is that of each sample.
-
-    Counted from `start` they fit 32 bits, which is half the registers.
-    """
-    k = tl.arange(0, BLOCK_CLASSES)
-    in_row = (k < tl.minimum(classes - start, BLOCK_CLASSES).to(tl.int32))[None, :]
-    label -= start
-    label = tl.where((label >= 0) & (label < BLOCK_CLASSES), label, -1).to(tl.int32)
-    offsets = (row + start * inner)[:, None] + (k.to(tl.int64) * inner)[None, :]
-    return start + k, offsets, in_row, label[:, None] == k[None, :]
+def _count(g, first, step, P: tl.constexpr):
+    """Σ of the weights of samples, and of their sizes, from a block on: R labels and weights."""
+    weights = tl.zeros((COUNT_BLOCK,), P.DTYPE)
+    sizes = tl.zeros((COUNT_BLOCK,), P.DTYPE)
+    for block in range(first, _blocks(g, P, COUNT_BLOCK), step):
+        counted = _samples(g, block, P, COUNT_BLOCK)[8]
+        weights += counted
+        sizes += tl.abs(counted)
+    return tl.sum(weights), tl.sum(sizes)
 
 
 @triton.jit
-def _targets(
-    target_ptr, weight_ptr, k, offsets, is_used, in_row, is_label, kept, uniform,
-    IS_INDEX: tl.constexpr, DTYPE: tl.constexpr,
+def _divisor(weights, sizes, g, P: tl.constexpr):
+    """What `'mean'` divides by: 1 where nothing counts, which is not where weights cancel out."""
+    if P.IS_SQUARE:
+        weights *= _classes(g, P)
+    return tl.where(sizes == 0, 1, weights)
+
+
+@triton.jit
+def _is_last(counter_ptr):
+    """Whether what all other programs stored is there to be read; the counter is 0 again then."""
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    if is_last:
+        tl.store(counter_ptr, 0)
+    return is_last
+
+
+@triton.jit
+def _add_up(partials_ptr, P: tl.constexpr):
+    """Σ of what each program stored."""
+    total = tl.zeros((1024,), P.DTYPE)
+    for start in range(0, tl.num_programs(0), 1024):
+        program = start + tl.arange(0, 1024)
+        mask = program < tl.num_programs(0)
+        total += tl.load(partials_ptr + program, mask=mask, other=0, cache_modifier=".cg")
+    return tl.sum(total)
+
+
+@triton.jit(do_not_specialize=["counter"])
+def _count_kernel(g, partials_ptr, counter_ptr, counter, P: tl.constexpr):
+    """The divisor of `'mean'`: R labels and weights."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    weights, sizes = _count(g, program, programs, P)
+    tl.store(partials_ptr + program, weights)
+    tl.store(partials_ptr + programs + program, sizes)
+    if _is_last(counter_ptr + counter):
+        weights, sizes = _add_up(partials_ptr, P), _add_up(partials_ptr + programs, P)
+        tl.store(g.divisor_ptr, _divisor(weights, sizes, g, P))
+
+
+@triton.jit(do_not_specialize=["counter"])
+def _loss_kernel(
+    g, partials_ptr, counter_ptr, counter,
+    factor: tl.float64, delta: tl.float64, kept: tl.float64, uniform: tl.float64, P: tl.constexpr,
 ):  # fmt: skip
+    """Every loss: what all forms have in common. R a label, and weights if any, per sample."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    by_divisor = tl.full((), factor, P.DTYPE)
+    if P.IS_COUNTED and P.HAS_GRADIENT:
+        if g.divisor_ptr is None:
+            counted, sizes = _count(g, 0, 1, P)
+            by_divisor = 1 / _divisor(counted, sizes, g, P)
+        else:
+            by_divisor = 1 / tl.load(g.divisor_ptr)
+
+    total = tl.zeros((P.SAMPLES,), P.DTYPE)
+    weights = total
+    sizes = total
+    for block in range(program, _blocks(g, P, P.SAMPLES), programs):
+        i, first, outside, inside, is_there, is_used, label, weight, counted = _samples(
+            g, block, P, P.SAMPLES
+        )
+        if not P.IS_SMOOTH:  # Which has the weights of all classes, each at its place.
+            weight = counted
+        classes, inner = _classes(g, P), _inner(g, P)
+        if P.IS_SPATIAL:
+            base, row, step = first + outside * (classes - 1) * inner, i, inner
+        else:
+            base, row, step = first * classes, i * classes, 1
+        slope_weight = weight * by_divisor
+        upstream_ptr = g.upstream_ptr
+        if g.upstream_ptr is not None:
+            offsets = outside * g.upstream_strides[0] + inside * g.upstream_strides[2]
+            upstream_ptr = g.upstream_ptr + offsets
+            if not P.IS_SQUARE:
+                slope_weight *= tl.load(upstream_ptr, mask=is_there, other=0).to(P.DTYPE)
+        b = Block(
+            base, row, step, classes, is_there, is_there if P.IS_EAGER else is_used, is_used, label,
+            weight, slope_weight, upstream_ptr, tl.full((), delta, P.DTYPE),
+            tl.full((), kept, P.DTYPE), tl.full((), uniform, P.DTYPE),
+        )  # fmt: skip
+        if P.FORM == "logits_of_class":
+            loss = _softmax_of_class(g, b, P)
+        elif P.FORM == "logits":
+            loss = _softmax(g, b, P)
+        elif P.FORM == "probabilities_of_class":
+            loss = _class(g, b, P)
+        else:
+            loss = _elements(g, b, P)
+        if P.IS_REDUCED:
+            total += loss
+        elif not P.IS_SQUARE:
+            tl.store(g.loss_ptr + first + i, loss, mask=is_there)
+        if P.IS_COUNTED and not P.HAS_GRADIENT:
+            weights += counted
+            sizes += tl.abs(counted)
+
+    if P.IS_REDUCED:
+        tl.store(partials_ptr + program, tl.sum(total))
+        if P.IS_COUNTED and not P.HAS_GRADIENT:
+            tl.store(partials_ptr + programs + program, tl.sum(weights))
+            tl.store(partials_ptr + 2 * programs + program, tl.sum(sizes))
+        if _is_last(counter_ptr + counter):
+            loss = _add_up(partials_ptr, P)
+            if P.IS_COUNTED and not P.HAS_GRADIENT:
+                counted = _add_up(partials_ptr + programs, P)
+                size = _add_up(partials_ptr + 2 * programs, P)
+                by_divisor = 1 / _divisor(counted, size, g, P)
+            tl.store(g.loss_ptr, loss * by_divisor)
+
+
+@triton.jit
+def _tile(b, start, P: tl.constexpr):
+    """Classes of a tile, those that exist, offsets, and which is that of each sample."""
+    k = tl.arange(0, P.CLASSES)
+    in_row = (k < b.classes - start)[None, :]
+    if P.IS_EVEN:
+        in_row = tl.full((1, P.CLASSES), True, tl.int1)
+    offsets = _column(b.row + start * b.step) + (k * b.step)[None, :]
+    return start + k, in_row, offsets, _column(b.label - start) == k[None, :]
+
+
+@triton.jit
+def _load(g, b, offsets, in_row, OTHER: tl.constexpr, P: tl.constexpr):
+    """A tile of the input, and OTHER where none is used."""
+    mask = _column(b.is_read) & in_row
+    x = tl.load(g.input_ptr + b.base + offsets, mask=mask, other=OTHER).to(P.DTYPE)
+    return tl.where(_column(b.is_used), x, OTHER) if P.IS_EAGER else x
+
+
+@triton.jit
+def _load_of_class(g, b, P: tl.constexpr):
+    offsets = b.row + b.label * b.step
+    return tl.load(g.input_ptr + b.base + offsets, mask=b.is_used, other=0).to(P.DTYPE)
+
+
+@triton.jit
+def _targets(g, b, k, in_row, offsets, is_label, P: tl.constexpr):
     """w·((1−ε)·t + ε/C), whether that is 0 but for w, and its derivative by t."""
-    is_read = is_used[:, None] & in_row
-    if IS_INDEX:
-        t = tl.where(is_label, 1.0, 0.0).to(DTYPE)
+    mask = _column(b.is_used) & in_row
+    if P.IS_INDEX:
+        t = tl.where(is_label, 1, 0).to(P.DTYPE)
     else:
-        t = tl.load(target_ptr + offsets, mask=is_read, other=0).to(DTYPE)
-    kept = tl.full((1, 1), kept, DTYPE)
-    t = t * kept + tl.full((), uniform, DTYPE)
-    is_0 = (t == 0) | ~is_read
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + k[None, :], mask=in_row, other=0)
-        t *= weight
-        kept *= weight
-    return tl.where(is_read, t, 0), is_0, kept
+        t = tl.load(g.target_ptr + b.base + offsets, mask=mask, other=0).to(P.DTYPE)
+    by_target = tl.full((1, 1), 1, P.DTYPE)
+    if P.IS_SMOOTH:
+        t = tl.where(mask, t * b.kept + b.uniform, 0)
+        by_target *= b.kept
+    is_0 = t == 0
+    if g.class_weight_ptr is not None:
+        class_weight = tl.load(g.class_weight_ptr + k[None, :], mask=in_row, other=0).to(P.DTYPE)
+        t *= class_weight
+        by_target *= class_weight
+    return t, is_0, by_target
 
 
 @triton.jit
-def _guarded(y, is_0, delta, CAN_BE_0: tl.constexpr, DTYPE: tl.constexpr):
-    """y + δ, but 1 where 0·log 0 is to be 0: of a target that is 0, not of a weight."""
-    guarded = y + tl.full((), delta, DTYPE)
-    if CAN_BE_0:
-        guarded = tl.where(is_0 & (guarded == 0), 1, guarded)
-    return guarded
-
-
-@triton.jit
-def _take(loss, total, loss_ptr, sample, is_there, IS_SUM: tl.constexpr):
-    """The total with the losses of a block in it, or these stored, one for each sample."""
-    if IS_SUM:
-        total += loss
-    else:
-        tl.store(loss_ptr + sample, loss, mask=is_there)
-    return total
-
-
-@triton.jit
-def _store_slope(gradient_ptr, offsets, slope, is_written):
+def _store(pointer, b, offsets, in_row, value):
     """Nothing reads it again here, so it shall not push from the cache what is looked at again."""
-    if gradient_ptr is not None:
-        tl.store(gradient_ptr + offsets, slope, mask=is_written, eviction_policy="evict_first")
+    if pointer is not None:
+        mask = _column(b.is_there) & in_row
+        tl.store(pointer + b.base + offsets, value, mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
-def _elements_kernel(
-    input_ptr, target_ptr, scale_ptr, divisor_ptr, loss_ptr, grad_input_ptr,
-    samples, classes, inner, scale_outer_stride, scale_inner_stride,
-    factor: tl.float64, delta: tl.float64, kept: tl.float64, uniform: tl.float64,
-    IS_SQUARE: tl.constexpr, IS_INDEX: tl.constexpr, CAN_BE_0: tl.constexpr, IS_SUM: tl.constexpr,
-    DTYPE: tl.constexpr, CLASSES_ALIGNMENT: tl.constexpr, INNER_ALIGNMENT: tl.constexpr,
-    BLOCK_SAMPLES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
-    weight_ptr=None, ignore_index=None, grad_target_ptr=None,
-):  # fmt: skip
-    """½ (y − t)², or −t·log(y + δ): R y, R t if dense, W each gradient."""
-    classes, inner = _sizes(classes, inner, CLASSES_ALIGNMENT, INNER_ALIGNMENT)
-    total = tl.zeros((BLOCK_SAMPLES, BLOCK_CLASSES), DTYPE)
-    first_block = tl.program_id(0).to(tl.int64)
-    for block in range(first_block, tl.cdiv(samples, BLOCK_SAMPLES), tl.num_programs(0)):
-        sample, is_there, is_read, is_used, row, label, scale = _samples(
-            block, target_ptr, scale_ptr, divisor_ptr, samples, classes, inner,
-            scale_outer_stride, scale_inner_stride, factor, ignore_index,
-            IS_INDEX, DTYPE, INNER_ALIGNMENT, BLOCK_SAMPLES,
-        )  # fmt: skip
-        if not IS_SUM:
-            total = tl.zeros((BLOCK_SAMPLES, BLOCK_CLASSES), DTYPE)
-        for start in range(0, classes, BLOCK_CLASSES):
-            k, offsets, in_row, is_label = _tile(row, label, start, classes, inner, BLOCK_CLASSES)
-            y = tl.load(input_ptr + offsets, mask=is_read[:, None] & in_row, other=0).to(DTYPE)
-            y = tl.where(is_used[:, None], y, 0)
-            t, is_0, by_target = _targets(
-                target_ptr, weight_ptr, k, offsets, is_used, in_row, is_label, kept, uniform,
-                IS_INDEX, DTYPE,
-            )  # fmt: skip
-            if IS_SQUARE:
-                slope = y - t
-                target_slope = -slope
-                term = slope * slope * 0.5
-            else:
-                guarded = _guarded(y, is_0, delta, CAN_BE_0, DTYPE)
-                log = tl.log(guarded)
-                slope = -t / guarded
-                target_slope = -log * by_target
-                term = -t * log
-            term *= scale[:, None]
-            slope *= scale[:, None]
-            target_slope *= scale[:, None]
-            is_written = is_there[:, None] & in_row
-            _store_slope(grad_input_ptr, offsets, slope, is_written)
-            _store_slope(grad_target_ptr, offsets, target_slope, is_written)
-            if IS_SQUARE and not IS_SUM:
-                tl.store(loss_ptr + offsets, term, mask=is_written)
-            else:
-                total += term
-        if not IS_SQUARE and not IS_SUM:
-            tl.store(loss_ptr + sample, tl.sum(total, 1), mask=is_there)
-    if IS_SUM:
-        tl.store(loss_ptr + tl.program_id(0), tl.sum(total))
+def _exp(x):
+    """eˣ: in float32 by one instruction, which makes 0 of what would be subnormal."""
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
-def _class_kernel(
-    input_ptr, target_ptr, scale_ptr, divisor_ptr, loss_ptr, grad_input_ptr,
-    samples, classes, inner, scale_outer_stride, scale_inner_stride,
-    factor: tl.float64, delta: tl.float64, IS_SUM: tl.constexpr,
-    DTYPE: tl.constexpr, CLASSES_ALIGNMENT: tl.constexpr, INNER_ALIGNMENT: tl.constexpr,
-    BLOCK_SAMPLES: tl.constexpr, BLOCK_CLASSES: tl.constexpr, ignore_index=None,
-):  # fmt: skip
-    """−log(y_c + δ) of a probability: R an index and an entry per sample, W the gradient."""
-    classes, inner = _sizes(classes, inner, CLASSES_ALIGNMENT, INNER_ALIGNMENT)
-    total = tl.zeros((BLOCK_SAMPLES,), DTYPE)
-    first_block = tl.program_id(0).to(tl.int64)
-    for block in range(first_block, tl.cdiv(samples, BLOCK_SAMPLES), tl.num_programs(0)):
-        sample, is_there, _is_read, is_used, row, label, scale = _samples(
-            block, target_ptr, scale_ptr, divisor_ptr, samples, classes, inner,
-            scale_outer_stride, scale_inner_stride, factor, ignore_index,
-            True, DTYPE, INNER_ALIGNMENT, BLOCK_SAMPLES,
-        )  # fmt: skip
-        y = tl.load(input_ptr + row + label * inner, mask=is_used, other=0).to(DTYPE)
-        guarded = tl.where(is_used, y + tl.full((), delta, DTYPE), 1)
-        loss = -tl.log(guarded) * scale
-        total = _take(loss, total, loss_ptr, sample, is_there, IS_SUM)
-        if grad_input_ptr is not None:
-            slope = (-1 / guarded * scale)[:, None]
-            rest = tl.where(is_used, 0, scale)[:, None]
-            for start in range(0, classes, BLOCK_CLASSES):
-                _, offsets, in_row, is_label = _tile(
-                    row, label, start, classes, inner, BLOCK_CLASSES
-                )
-                gradient = tl.where(is_label, slope, rest)
-                _store_slope(grad_input_ptr, offsets, gradient, is_there[:, None] & in_row)
-    if IS_SUM:
-        tl.store(loss_ptr + tl.program_id(0), tl.sum(total))
-
-
-@triton.jit
-def _logits(input_ptr, offsets, is_read, is_used, in_row, DTYPE: tl.constexpr):
-    """A tile of logits: 0 in rows that are not used, and −inf beyond the last class."""
-    x = tl.load(input_ptr + offsets, mask=is_read[:, None] & in_row, other=0).to(DTYPE)
-    return tl.where(in_row, tl.where(is_used[:, None], x, 0), float("-inf"))
-
-
-@triton.jit
-def _normalizers(
-    input_ptr, row, label, is_read, is_used, classes, inner,
-    DTYPE: tl.constexpr, BLOCK_SAMPLES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
-):  # fmt: skip
-    """max x and Σ exp(x − max x) of rows longer than a tile, in one look.
-
-    Each lane keeps its own until the end, so that no step waits for other warps, and makes one
-    exponential a step: of minus the distance between its maximum and the next x.
-    """
-    # Not −inf, for −inf − (−inf) is NaN, but what is least beside it.
-    lowest: tl.constexpr = (
-        -1.7976931348623157e308 if tl.float64 == DTYPE else -3.4028234663852886e38
+def _instruction(x, NAME: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        NAME + ".approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
     )
-    maximum = tl.full((BLOCK_SAMPLES, BLOCK_CLASSES), lowest, DTYPE)
-    normalizer = tl.zeros((BLOCK_SAMPLES, BLOCK_CLASSES), DTYPE)
-    for start in range(0, classes, BLOCK_CLASSES):
-        _, offsets, in_row, _ = _tile(row, label, start, classes, inner, BLOCK_CLASSES)
-        x = _logits(input_ptr, offsets, is_read, is_used, in_row, DTYPE)
-        ratio = tl.exp(-tl.abs(x - maximum))
-        is_new = x > maximum
-        normalizer = tl.where(is_new, normalizer * ratio + 1, normalizer + ratio)
-        maximum = tl.where(is_new, x, maximum)
-    of_row = tl.max(maximum, 1)
-    return of_row, tl.sum(normalizer * tl.exp(maximum - of_row[:, None]), 1)
 
 
 @triton.jit
-def _softmax_of_class_kernel(
-    input_ptr, target_ptr, scale_ptr, divisor_ptr, loss_ptr, grad_input_ptr,
-    samples, classes, inner, scale_outer_stride, scale_inner_stride,
-    factor: tl.float64, delta: tl.float64,
-    IS_EXACT: tl.constexpr, IS_WHOLE: tl.constexpr, IS_SUM: tl.constexpr,
-    DTYPE: tl.constexpr, CLASSES_ALIGNMENT: tl.constexpr, INNER_ALIGNMENT: tl.constexpr,
-    BLOCK_SAMPLES: tl.constexpr, BLOCK_CLASSES: tl.constexpr, ignore_index=None,
-):  # fmt: skip
+def _log2(x, P: tl.constexpr):
+    """log₂ x: fast, in one instruction, right to 2⁻²² of it, or, where x is near 1, to 2⁻²²."""
+    return _instruction(x, "lg2") if P.IS_FAST else tl.log2(x)
+
+
+@triton.jit
+def _reciprocal(x, P: tl.constexpr):
+    """1/x: fast, in one instruction, where a division takes eight, right to 2⁻²³ of it."""
+    return _instruction(x, "rcp") if P.IS_FAST else 1 / x
+
+
+@triton.jit
+def _elements(g, b, P: tl.constexpr):
+    """½ (y − t)², or −Σ t·log(y + δ): R y, R t if dense, W each gradient."""
+    total = tl.zeros((P.SAMPLES, P.CLASSES), P.DTYPE)
+    for start in range(0, b.classes, P.CLASSES):
+        k, in_row, offsets, is_label = _tile(b, start, P)
+        y = _load(g, b, offsets, in_row, 0, P)
+        t, is_0, by_target = _targets(g, b, k, in_row, offsets, is_label, P)
+        weight = _column(b.slope_weight)
+        if P.IS_SQUARE:
+            slope = y - t
+            target_slope = -slope
+            term = slope * (slope * 0.5)  # slope² overflows first.
+            if b.upstream_ptr is not None:
+                upstream_ptr = _column(b.upstream_ptr) + k[None, :] * g.upstream_strides[1]
+                mask = _column(b.is_there) & in_row
+                weight *= tl.load(upstream_ptr, mask=mask, other=0).to(P.DTYPE)
+        else:
+            guarded = y + b.delta
+            if P.IS_EXACT:  # 0·log 0 is 0.
+                guarded = tl.where(is_0 & (guarded == 0), 1, guarded)
+            log = _log2(guarded, P) * LN_2
+            slope = -t * _reciprocal(guarded, P)
+            target_slope = -log * by_target
+            term = -t * log
+        _store(g.grad_input_ptr, b, offsets, in_row, slope * weight)
+        _store(g.grad_target_ptr, b, offsets, in_row, target_slope * weight)
+        term *= _column(b.weight)
+        if P.IS_SQUARE and not P.IS_REDUCED:
+            _store(g.loss_ptr, b, offsets, in_row, term)
+        else:
+            total += term
+    return _sum(total)
+
+
+@triton.jit
+def _class(g, b, P: tl.constexpr):
+    """−log(y_c + δ): R an entry per sample, W the gradient."""
+    guarded = tl.where(b.is_used, _load_of_class(g, b, P) + b.delta, 1)
+    if g.grad_input_ptr is not None:
+        slope = _column(-1 / guarded * b.slope_weight)
+        rest = _column(tl.where(b.is_used, 0, b.slope_weight))
+        for start in range(0, b.classes, P.CLASSES):
+            _k, in_row, offsets, is_label = _tile(b, start, P)
+            _store(g.grad_input_ptr, b, offsets, in_row, tl.where(is_label, slope, rest))
+    return -tl.log(guarded) * b.weight
+
+
+@triton.jit
+def _by_thread(tile, P: tl.constexpr):
+    """A tile with what one thread holds of a row in the dimensions 1 and 3."""
+    return tl.reshape(tile, (P.SAMPLES, P.PER_THREAD, P.THREADS, P.VECTOR))
+
+
+@triton.jit
+def _sum_by_thread(tile, P: tl.constexpr):
+    return tl.sum(tl.sum(_by_thread(tile, P), 3), 1)
+
+
+@triton.jit
+def _normalizers(g, b, HAS_TERMS: tl.constexpr, P: tl.constexpr):
+    """max x, Σ exp(x − max x), and maybe Σ t, Σ t·(x − max x), of rows longer than a tile.
+
+    What one thread holds of a tile is reduced first, in its registers: the thread keeps one maximum
+    and sums by it, and no step waits for other threads.
+    """
+    # Not from −inf, for −inf − (−inf) is NaN, but from what is least beside it.
+    maximum = tl.full((P.SAMPLES, P.THREADS), P.LOWEST, P.DTYPE)
+    normalizer = tl.zeros((P.SAMPLES, P.THREADS), P.DTYPE)
+    targets = tl.zeros((P.SAMPLES, P.THREADS), P.DTYPE)
+    terms = tl.zeros((P.SAMPLES, P.THREADS), P.DTYPE)
+    for start in range(0, b.classes, P.CLASSES):
+        k, in_row, offsets, is_label = _tile(b, start, P)
+        x = _by_thread(_load(g, b, offsets, in_row, float("-inf"), P), P)
+        highest = tl.maximum(maximum, tl.max(tl.max(x, 3), 1))
+        shifted = x - highest[:, None, :, None]
+        normalizer *= _exp(maximum - highest)
+        normalizer += tl.sum(tl.sum(_exp(shifted), 3), 1)
+        if HAS_TERMS:
+            t, _is_0, _by_target = _targets(g, b, k, in_row, offsets, is_label, P)
+            t = _by_thread(t, P)
+            terms += tl.where(targets == 0, 0, targets * (maximum - highest))
+            terms += tl.sum(tl.sum(tl.where(t == 0, 0, t * shifted), 3), 1)
+            targets += tl.sum(tl.sum(t, 3), 1)
+        maximum = highest
+    of_row = _max(maximum)
+    distance = maximum - _column(of_row)
+    normalizer = _sum(normalizer * _exp(distance))
+    terms += tl.where(targets == 0, 0, targets * distance)
+    of_row = tl.where(b.is_used, of_row, 0)
+    return of_row, tl.where(b.is_used, normalizer, 1), _sum(targets), _sum(terms)
+
+
+@triton.jit
+def _softmax_of_class(g, b, P: tl.constexpr):
     """−log(p_c + δ) and p_c / (p_c + δ) · (pⱼ − [j = c]), p = softmax(x): R x, W the gradient.
 
     Rows longer than a tile are looked at twice, the second time from their end, which the cache
     still has.
     """
-    classes, inner = _sizes(classes, inner, CLASSES_ALIGNMENT, INNER_ALIGNMENT)
-    total = tl.zeros((BLOCK_SAMPLES,), DTYPE)
-    first_block = tl.program_id(0).to(tl.int64)
-    for block in range(first_block, tl.cdiv(samples, BLOCK_SAMPLES), tl.num_programs(0)):
-        sample, is_there, is_read, is_used, row, label, scale = _samples(
-            block, target_ptr, scale_ptr, divisor_ptr, samples, classes, inner,
-            scale_outer_stride, scale_inner_stride, factor, ignore_index,
-            True, DTYPE, INNER_ALIGNMENT, BLOCK_SAMPLES,
-        )  # fmt: skip
-        x_c = tl.load(input_ptr + row + label * inner, mask=is_used, other=0).to(DTYPE)
-        if IS_WHOLE:
-            _, offsets, in_row, is_label = _tile(row, label, 0, classes, inner, BLOCK_CLASSES)
-            x = _logits(input_ptr, offsets, is_read, is_used, in_row, DTYPE)
-            maximum = tl.max(x, 1)
-            exponential = tl.exp(x - maximum[:, None])
-            normalizer = tl.sum(exponential, 1)
+    if not P.IS_SMALL:
+        x_c = _load_of_class(g, b, P)
+    if P.IS_WHOLE:
+        _k, in_row, offsets, is_label = _tile(b, 0, P)
+        x = _load(g, b, offsets, in_row, float("-inf"), P)
+        if P.IS_SMALL:
+            x_c = _sum(tl.where(is_label, x, 0))
+        maximum = tl.where(b.is_used, _max(x), 0)
+        exponential = _exp(x - _column(maximum))
+        normalizer = tl.where(b.is_used, _sum(exponential), 1)
+    else:
+        maximum, normalizer, _targets, _terms = _normalizers(g, b, False, P)
+    shifted = x_c - maximum
+    by_normalizer = _reciprocal(normalizer, P)
+    gate = b.slope_weight
+    if P.IS_EXACT:
+        log2 = shifted * LOG2_E - _log2(normalizer, P)
+    else:
+        p = _exp(shifted) * by_normalizer
+        log2 = _log2(p + b.delta, P)
+        gate *= p * _reciprocal(p + b.delta, P)
+    if g.grad_input_ptr is not None:
+        by_exponential = _column(gate * by_normalizer)
+        gate = _column(gate)
+        if P.IS_WHOLE:
+            slope = exponential * by_exponential - tl.where(is_label, gate, 0)
+            _store(g.grad_input_ptr, b, offsets, in_row, slope)
         else:
-            maximum, normalizer = _normalizers(
-                input_ptr, row, label, is_read, is_used, classes, inner,
-                DTYPE, BLOCK_SAMPLES, BLOCK_CLASSES,
-            )  # fmt: skip
-        if IS_EXACT:
-            log = x_c - maximum - tl.log(normalizer)
-            gate = scale
-        else:
-            p = tl.exp(x_c - maximum) / normalizer
-            guarded = p + tl.full((), delta, DTYPE)
-            log = tl.log(guarded)
-            gate = p / guarded * scale
-        loss = -log * scale
-        total = _take(loss, total, loss_ptr, sample, is_there, IS_SUM)
-        if grad_input_ptr is not None:
-            by_exponential = (gate / normalizer)[:, None]
-            if IS_WHOLE:
-                of_class = tl.where(is_label, gate[:, None], 0)
-                gradient = exponential * by_exponential - of_class
-                _store_slope(grad_input_ptr, offsets, gradient, is_there[:, None] & in_row)
-            else:
-                for step in range(1, tl.cdiv(classes, BLOCK_CLASSES) + 1):
-                    start = (tl.cdiv(classes, BLOCK_CLASSES) - step) * BLOCK_CLASSES
-                    _, offsets, in_row, is_label = _tile(
-                        row, label, start, classes, inner, BLOCK_CLASSES
-                    )
-                    x = _logits(input_ptr, offsets, is_read, is_used, in_row, DTYPE)
-                    of_class = tl.where(is_label, gate[:, None], 0)
-                    gradient = tl.exp(x - maximum[:, None]) * by_exponential - of_class
-                    _store_slope(grad_input_ptr, offsets, gradient, is_there[:, None] & in_row)
-    if IS_SUM:
-        tl.store(loss_ptr + tl.program_id(0), tl.sum(total))
+            tiles = tl.cdiv(b.classes, P.CLASSES)
+            for done in range(tiles):
+                _k, in_row, offsets, is_label = _tile(b, (tiles - 1 - done) * P.CLASSES, P)
+                x = _load(g, b, offsets, in_row, float("-inf"), P)
+                exponential = _exp(x - _column(maximum))
+                slope = exponential * by_exponential - tl.where(is_label, gate, 0)
+                _store(g.grad_input_ptr, b, offsets, in_row, slope)
+    return log2 * -LN_2 * b.weight
 
 
 @triton.jit
-def _operands(
-    input_ptr, target_ptr, weight_ptr, row, label, is_read, is_used, start, classes, inner,
-    kept, uniform, IS_INDEX: tl.constexpr, DTYPE: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
-):  # fmt: skip
-    """A tile of logits, what `_targets` says of it, its offsets, and which classes exist."""
-    k, offsets, in_row, is_label = _tile(row, label, start, classes, inner, BLOCK_CLASSES)
-    x = _logits(input_ptr, offsets, is_read, is_used, in_row, DTYPE)
-    t, is_0, by_target = _targets(
-        target_ptr, weight_ptr, k, offsets, is_used, in_row, is_label, kept, uniform,
-        IS_INDEX, DTYPE,
-    )  # fmt: skip
-    return x, t, is_0, by_target, offsets, in_row
+def _operands(g, b, start, P: tl.constexpr):
+    """A tile of logits, what `_targets` says of it, which of its classes exist, and its offsets."""
+    k, in_row, offsets, is_label = _tile(b, start, P)
+    x = _load(g, b, offsets, in_row, float("-inf"), P)
+    t, is_0, by_target = _targets(g, b, k, in_row, offsets, is_label, P)
+    return Operands(x, t, is_0, by_target, in_row, offsets)
 
 
 @triton.jit
-def _softmax(
-    x, t, is_0, maximum, normalizer, delta,
-    IS_EXACT: tl.constexpr, CAN_BE_0: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """p = softmax(x), log(p + δ) and t·p / (p + δ)."""
-    shifted = x - maximum[:, None]
-    p = tl.exp(shifted) * (1 / normalizer)[:, None]
-    if IS_EXACT:
-        log = shifted - tl.log(normalizer)[:, None]
-        log = tl.where(is_0 & (log == float("-inf")), 0, log)  # 0·log 0 is 0.
-        return p, log, t
-    else:  # noqa: RET505 - Only one branch is compiled.
-        guarded = _guarded(p, is_0, delta, CAN_BE_0, DTYPE)
-        return p, tl.log(guarded), t * p / guarded
+def _guarded(b, x, maximum, log2_normalizer, P: tl.constexpr):
+    """p = softmax(x), log₂(p + δ) and 1 / (p + δ)."""
+    p = tl.exp2((x - _column(maximum)) * LOG2_E - _column(log2_normalizer))
+    return p, _log2(p + b.delta, P), _reciprocal(p + b.delta, P)
 
 
 @triton.jit
-def _softmax_kernel(
-    input_ptr, target_ptr, scale_ptr, divisor_ptr, loss_ptr, grad_input_ptr,
-    samples, classes, inner, scale_outer_stride, scale_inner_stride,
-    factor: tl.float64, delta: tl.float64, kept: tl.float64, uniform: tl.float64,
-    IS_EXACT: tl.constexpr, IS_WHOLE: tl.constexpr, IS_INDEX: tl.constexpr,
-    CAN_BE_0: tl.constexpr, IS_SUM: tl.constexpr,
-    DTYPE: tl.constexpr, CLASSES_ALIGNMENT: tl.constexpr, INNER_ALIGNMENT: tl.constexpr,
-    BLOCK_SAMPLES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
-    weight_ptr=None, ignore_index=None, grad_target_ptr=None,
-):  # fmt: skip
-    """−Σ t·log(p + δ) and pⱼ·S − gⱼ, p = softmax(x), gₖ = tₖpₖ/(pₖ+δ), S = Σ g.
+def _store_slopes(g, b, o, maximum, log2_normalizer, s, P: tl.constexpr):
+    weight = _column(b.slope_weight)
+    if P.IS_EXACT:
+        shifted = o.x - _column(maximum)
+        by_exponential = _column(s * tl.exp2(-log2_normalizer) * b.slope_weight)
+        slope = _exp(shifted) * by_exponential - o.t * weight
+        log2 = shifted * LOG2_E - _column(log2_normalizer)
+        log2 = tl.where(o.is_0 & (log2 == float("-inf")), 0, log2)  # 0·log 0 is 0.
+    else:
+        p, log2, reciprocal = _guarded(b, o.x, maximum, log2_normalizer, P)
+        slope = p * (_column(s) - o.t * reciprocal) * weight
+    _store(g.grad_input_ptr, b, o.offsets, o.in_row, slope)
+    _store(g.grad_target_ptr, b, o.offsets, o.in_row, log2 * -LN_2 * o.by_target * weight)
+
+
+@triton.jit
+def _softmax(g, b, P: tl.constexpr):
+    """−Σ t·log(p + δ) and pⱼ·(S − tⱼ/(pⱼ+δ)), p = softmax(x), S = Σ tₖpₖ/(pₖ+δ).
 
     R x, R t if dense, W each gradient. Rows longer than a tile are looked at again, each time from
     where the last look ended, in cache: for S, which needs the normalizer, and for the gradient,
-    which needs S. With δ = 0, S is Σ t and the look for it leaves x alone.
+    which needs S. With δ = 0, S is Σ t, which the first look sees too.
     """
-    classes, inner = _sizes(classes, inner, CLASSES_ALIGNMENT, INNER_ALIGNMENT)
-    total = tl.zeros((BLOCK_SAMPLES,), DTYPE)
-    first_block = tl.program_id(0).to(tl.int64)
-    for block in range(first_block, tl.cdiv(samples, BLOCK_SAMPLES), tl.num_programs(0)):
-        sample, is_there, is_read, is_used, row, label, scale = _samples(
-            block, target_ptr, scale_ptr, divisor_ptr, samples, classes, inner,
-            scale_outer_stride, scale_inner_stride, factor, ignore_index,
-            IS_INDEX, DTYPE, INNER_ALIGNMENT, BLOCK_SAMPLES,
-        )  # fmt: skip
-        if IS_WHOLE:
-            x, t, is_0, by_target, offsets, in_row = _operands(
-                input_ptr, target_ptr, weight_ptr, row, label, is_read, is_used, 0, classes, inner,
-                kept, uniform, IS_INDEX, DTYPE, BLOCK_CLASSES,
-            )  # fmt: skip
-            maximum = tl.max(x, 1)
-            normalizer = tl.sum(tl.exp(x - maximum[:, None]), 1)
-            p, log, gated = _softmax(
-                x, t, is_0, maximum, normalizer, delta, IS_EXACT, CAN_BE_0, DTYPE
-            )
-            slope = (p * tl.sum(gated, 1)[:, None] - gated) * scale[:, None]
-            target_slope = -log * by_target * scale[:, None]
-            is_written = is_there[:, None] & in_row
-            _store_slope(grad_input_ptr, offsets, slope, is_written)
-            _store_slope(grad_target_ptr, offsets, target_slope, is_written)
-            loss = -tl.sum(t * log, 1) * scale
+    tiles = tl.cdiv(b.classes, P.CLASSES)
+    if P.IS_WHOLE:
+        o = _operands(g, b, 0, P)
+        maximum = tl.where(b.is_used, _max(o.x), 0)
+        shifted = o.x - _column(maximum)
+        log2_normalizer = _log2(tl.where(b.is_used, _sum(_exp(shifted)), 1), P)
+        if P.IS_EXACT:
+            s, terms = _sum(o.t), _sum(tl.where(o.is_0, 0, o.t * shifted))
         else:
-            maximum, normalizer = _normalizers(
-                input_ptr, row, label, is_read, is_used, classes, inner,
-                DTYPE, BLOCK_SAMPLES, BLOCK_CLASSES,
-            )  # fmt: skip
-            s = tl.zeros((BLOCK_SAMPLES, BLOCK_CLASSES), DTYPE)
-            if grad_input_ptr is not None:
-                for step in range(1, tl.cdiv(classes, BLOCK_CLASSES) + 1):
-                    start = (tl.cdiv(classes, BLOCK_CLASSES) - step) * BLOCK_CLASSES
-                    x, t, is_0, _, _, _ = _operands(
-                        input_ptr, target_ptr, weight_ptr, row, label, is_read, is_used, start,
-                        classes, inner, kept, uniform, IS_INDEX, DTYPE, BLOCK_CLASSES,
-                    )  # fmt: skip
-                    _, _, gated = _softmax(
-                        x, t, is_0, maximum, normalizer, delta, IS_EXACT, CAN_BE_0, DTYPE
-                    )
-                    s += gated
-            s = tl.sum(s, 1)[:, None]
-            terms = tl.zeros((BLOCK_SAMPLES, BLOCK_CLASSES), DTYPE)
-            for start in range(0, classes, BLOCK_CLASSES):
-                x, t, is_0, by_target, offsets, in_row = _operands(
-                    input_ptr, target_ptr, weight_ptr, row, label, is_read, is_used, start, classes,
-                    inner, kept, uniform, IS_INDEX, DTYPE, BLOCK_CLASSES,
-                )  # fmt: skip
-                p, log, gated = _softmax(
-                    x, t, is_0, maximum, normalizer, delta, IS_EXACT, CAN_BE_0, DTYPE
-                )
-                slope = (p * s - gated) * scale[:, None]
-                target_slope = -log * by_target * scale[:, None]
-                is_written = is_there[:, None] & in_row
-                _store_slope(grad_input_ptr, offsets, slope, is_written)
-                _store_slope(grad_target_ptr, offsets, target_slope, is_written)
-                terms += t * log
-            loss = -tl.sum(terms, 1) * scale
-        total = _take(loss, total, loss_ptr, sample, is_there, IS_SUM)
-    if IS_SUM:
-        tl.store(loss_ptr + tl.program_id(0), tl.sum(total))
+            p, log2, reciprocal = _guarded(b, o.x, maximum, log2_normalizer, P)
+            s, terms = _sum(o.t * p * reciprocal), _sum(o.t * log2)
+        _store_slopes(g, b, o, maximum, log2_normalizer, s, P)
+    else:
+        maximum, normalizer, s, terms = _normalizers(g, b, P.IS_EXACT, P)
+        log2_normalizer = _log2(normalizer, P)
+        if not P.IS_EXACT:
+            s_by_thread = tl.zeros((P.SAMPLES, P.THREADS), P.DTYPE)
+            terms_by_thread = tl.zeros((P.SAMPLES, P.THREADS), P.DTYPE)
+            for done in range(tiles):
+                o = _operands(g, b, (tiles - 1 - done) * P.CLASSES, P)
+                p, log2, reciprocal = _guarded(b, o.x, maximum, log2_normalizer, P)
+                s_by_thread += _sum_by_thread(o.t * p * reciprocal, P)
+                terms_by_thread += _sum_by_thread(o.t * log2, P)
+            s, terms = _sum(s_by_thread), _sum(terms_by_thread)
+        if P.HAS_GRADIENT:
+            for done in range(tiles):
+                start = (tiles - 1 - done if P.IS_EXACT else done) * P.CLASSES
+                o = _operands(g, b, start, P)
+                _store_slopes(g, b, o, maximum, log2_normalizer, s, P)
+    if P.IS_EXACT:
+        terms = terms * LOG2_E - s * log2_normalizer
+    return terms * -LN_2 * b.weight
 
 
 @triton.jit

@@ -1,0 +1,277 @@
+"""The CPU kernels by themselves: their arithmetic, their bits, and how they are built.
+
+What they compute is tested with the losses. To look for errors that no test of values shows:
+
+    FLAGS="-std=c++17 -O1 -g -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi"
+    g++ $FLAGS -fsanitize=address,undefined -shared -fPIC $(python3-config --includes) \
+        torchlosses/kernels/cpu.cpp -o torchlosses/kernels/_cpu.abi3.so
+    LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
+        ASAN_OPTIONS=detect_leaks=0 FUZZ_CASES=10000 python -m pytest -m "fuzz or not fuzz" \
+        tests/test_kernels.py tests/test_values.py tests/test_fuzz.py
+"""
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchlosses import formulas
+from torchlosses.formulas import Call
+
+if importlib.util.find_spec("torchlosses.kernels._cpu") is None:
+    pytest.skip("there was no compiler", allow_module_level=True)
+
+from torchlosses.kernels import _cpu, cpu
+
+ROOT = Path(__file__).parents[1]
+Array = NDArray[Any]
+
+# Of the stable ABI, each since 3.11 or before.
+STABLE = {
+    "PyErr_NoMemory", "PyErr_Occurred", "PyErr_SetString", "PyEval_RestoreThread",
+    "PyEval_SaveThread", "PyExc_TypeError", "PyFloat_AsDouble", "PyLong_AsLong",
+    "PyLong_AsLongLong", "PyLong_AsLongLongAndOverflow", "PyLong_AsVoidPtr", "PyLong_FromLong",
+    "PyLong_FromLongLong", "PyModule_Create2", "PyObject_IsTrue", "PyTuple_GetItem", "PyTuple_Size",
+    "PyUnicode_CompareWithASCIIString", "_Py_NoneStruct",
+}  # fmt: skip
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["baseline", "avx2", "avx512"])
+def _target(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One instruction set after the other, as far as the processor has them."""
+    if _cpu.set_target(request.param) != request.param:
+        pytest.skip("this processor has no such instructions")
+    yield
+    _cpu.set_target(2)
+
+
+def apply(is_log: bool, x: Array) -> Array:
+    result = np.empty_like(x)
+    _cpu.apply(is_log, x.dtype == np.float64, x.ctypes.data, result.ctypes.data, x.size)
+    return result
+
+
+def check_ulps(result: Array, exact: Array) -> None:
+    least = np.finfo(result.dtype).smallest_subnormal
+    ulp = np.maximum(np.spacing(np.abs(exact).astype(result.dtype)), least)
+    assert np.max(np.abs(result - exact) / ulp) <= 2
+
+
+def positive(dtype: Any, number: int) -> Array:
+    """Numbers of all exponents, subnormal ones too, and many around 1."""
+    end = np.array(np.inf, dtype).view(f"u{dtype().itemsize}")
+    bits = np.arange(1, int(end), int(end) // number, dtype=end.dtype)
+    return np.concatenate((bits.view(dtype), np.linspace(0.4, 2.5, number, dtype=dtype)))
+
+
+@pytest.mark.usefixtures("_target")
+@pytest.mark.parametrize(
+    ("dtype", "wide", "least"), [(np.float32, np.float64, -104), (np.float64, np.longdouble, -746)]
+)
+def test_exponential_and_logarithm(dtype: Any, wide: Any, least: float) -> None:
+    x = positive(dtype, 500_000)
+    check_ulps(apply(True, x), np.log(x.astype(wide)))
+    with np.errstate(invalid="ignore"):  # Of a subnormal number and a signal.
+        x = -np.concatenate((x[x < -least], np.linspace(0, -least, 500_000, dtype=dtype)))
+    check_ulps(apply(False, x), np.exp(x.astype(wide)))
+    inf, nan, tiny = np.inf, np.nan, np.finfo(dtype).smallest_subnormal
+    logarithm = apply(True, np.array([0, -0.0, 1, inf, -inf, -1, -tiny, nan], dtype))
+    np.testing.assert_array_equal(logarithm, [-inf, -inf, 0, inf, nan, nan, nan, nan])
+    exponential = apply(False, np.array([0, -0.0, -tiny, -inf, 2 * least, nan], dtype))
+    np.testing.assert_array_equal(exponential, [1, 1, 1, 0, 0, nan])
+
+
+def squares(input: Tensor, target: Tensor, needs: tuple[bool, bool]) -> formulas.Result:
+    call = Call("squares", False, input.dim() - 1, "none", -100, torch.float32)
+    return cpu.compute(call, input, target, None, None, needs)
+
+
+@pytest.mark.usefixtures("_target")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves(dtype: torch.dtype) -> None:
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    result = squares(every, torch.zeros(2**16), (True, True))
+    assert result.grad_input is not None
+    assert result.grad_target is not None
+    torch.testing.assert_close(result.grad_input, every, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(-result.grad_target, every.float(), rtol=0, atol=0, equal_nan=True)
+    # What lies between two of them, and both ties.
+    bits = torch.arange(-(2**31), 2**31, 2**12, dtype=torch.int64)
+    bits = torch.cat([bits + offset for offset in (-1, 0, 1)])[1:].to(torch.int32)
+    number = bits.view(torch.float32)
+    rounded = squares(torch.zeros(len(number), dtype=dtype), -number, (True, False)).grad_input
+    assert rounded is not None
+    torch.testing.assert_close(rounded, number.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def arguments(call: Call, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x = torch.randn(shape, dtype=torch.float64)
+    samples = shape[: call.dim] + shape[call.dim + 1 :]
+    target = torch.randn(shape, dtype=torch.float64).softmax(call.dim).to(dtype)
+    if call.is_index:
+        target = torch.randint(shape[call.dim], samples)
+    return (x.softmax(call.dim) if call.kind == "probabilities" else x).to(dtype), target
+
+
+KINDS = [(kind, is_index) for kind in ("squares", "probabilities", "logits") for is_index in (0, 1)]
+
+
+@pytest.mark.usefixtures("_target")
+@pytest.mark.parametrize(("kind", "is_index"), KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_every_size(kind: str, is_index: int, dtype: torch.dtype) -> None:
+    """Around the widths of vectors, blocks, tiles and stretches."""
+    compute_dtype = torch.promote_types(dtype, torch.float32)
+    eps = torch.finfo(compute_dtype).eps
+    rows = [
+        (n, c)
+        for c in (*range(1, 18), 31, 32, 33, 47, 1023, 1024, 1033, 1041, 2100)
+        for n in (1, 65)
+    ]
+    sides = [(2, c, n) for c in (1, 3, 30, 600) for n in (2, 15, 16, 17, 255, 257, 300)]
+    flat = [(1, n) for n in (4095, 4096, 4103, 8191, 8193, 16385, 33000)]
+    for shape in [*rows, *sides, *flat, (1, 40000), (3, 9000, 2), (1, 2000, 20), (700, 25)]:
+        call = Call(kind, bool(is_index), 1, "sum", -100, compute_dtype, 1e-7, 0.1)
+        input, target = arguments(call, shape, dtype)
+        result = cpu.compute(call, input, target, None, None, (True, not is_index))
+        leaf = input.double().requires_grad_()
+        exact = call._replace(dtype=torch.float64)
+        loss = formulas.compute(exact, leaf, target, None, None)
+        (expected,) = torch.autograd.grad(loss, leaf)
+        torch.testing.assert_close(
+            result.loss.double(), loss.detach(), rtol=16 * eps, atol=eps * input.numel()
+        )
+        assert result.grad_input is not None
+        rounding = torch.finfo(dtype).eps + 64 * eps
+        torch.testing.assert_close(
+            result.grad_input.double(), expected, rtol=rounding, atol=64 * eps
+        )
+
+
+@pytest.mark.parametrize(("kind", "is_index"), KINDS)
+@pytest.mark.parametrize("shape", [(3000, 10), (300, 1000), (2, 21, 90, 90)])
+def test_the_same_bits_for_any_number_of_threads(
+    kind: str, is_index: int, shape: tuple[int, ...]
+) -> None:
+    call = Call(kind, bool(is_index), 1, "mean", 3, torch.float32, 1e-7, 0.0)
+    input, target = arguments(call, shape, torch.float32)
+    samples = torch.rand(shape[:1] + shape[2:])
+    if kind == "squares" and not is_index:
+        samples = samples.unsqueeze(1)
+    threads = torch.get_num_threads()
+    results = []
+    for number in (1, 2, 3, 2):
+        torch.set_num_threads(number)
+        results.append(cpu.compute(call, input, target, None, samples, (True, False)))
+    torch.set_num_threads(threads)
+    first = results[0]
+    for loss, grad_input, _ in results[1:]:
+        assert grad_input is not None
+        assert first.grad_input is not None
+        assert torch.equal(loss, first.loss)
+        assert torch.equal(grad_input, first.grad_input)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint64])
+def test_an_unsigned_class_is_no_negative_one(dtype: torch.dtype) -> None:
+    call = Call("logits", True, 1, "sum", -1, torch.float32, 1e-7)
+    target = torch.tensor([0, 1, -1]).to(dtype)
+    with pytest.raises(IndexError, match=rf"got class {target[2].item()} at position \(2,\)"):
+        cpu.compute(call, torch.rand(3, 2), target, None, None, (False, False))
+
+
+def test_a_class_beyond_two_to_the_31() -> None:
+    size = 2**31 + 64  # Only one entry is read, so there is memory for one page.
+    input = torch.zeros(1, size, dtype=torch.bfloat16)
+    input[0, -1] = 0.5
+    call = Call("probabilities", True, 1, "sum", -100, torch.float32)
+    loss = cpu.compute(call, input, torch.tensor([size - 1]), None, None, (False, False)).loss
+    assert loss.item() == pytest.approx(np.log(2))
+
+
+def peak(name: str) -> int:
+    """Bytes of this process in memory: `VmRSS` now, `VmHWM` at most."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.findall(rf"{name}:\s+(\d+) kB", status)[0])
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the file is Linux's")
+@pytest.mark.parametrize(("kind", "is_index"), KINDS)
+def test_memory(kind: str, is_index: int) -> None:
+    call = Call(kind, bool(is_index), 1, "sum", -100, torch.float32, 1e-7)
+    for shape in ((50, 100_000), (4, 21, 200, 300)):
+        input, target = arguments(call, shape, torch.bfloat16)
+        cpu.compute(call, input, target, None, None, (False, False))
+        Path("/proc/self/clear_refs").write_text("5")
+        before = peak("VmRSS")
+        cpu.compute(call, input, target, None, None, (False, False))
+        assert peak("VmHWM") - before < 2**20
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="nm reads the symbols")
+@pytest.mark.skipif(sys.platform != "linux", reason="the loader's names are those of Linux")
+def test_the_extension_needs_python_and_the_c_library_only() -> None:
+    path = _cpu.__file__
+    assert path.endswith(".abi3.so")
+    output = subprocess.check_output(["nm", "-D", "--undefined-only", path], text=True)  # noqa: S607
+    names = {line.split()[-1].split("@")[0] for line in output.splitlines() if " U " in line}
+    assert {name for name in names if name.startswith(("Py", "_Py"))} <= STABLE
+    libraries = [ctypes.CDLL("libc.so.6"), ctypes.CDLL("libm.so.6")]
+    others = {name for name in names if not name.startswith(("Py", "_Py"))}
+    assert {n for n in others if not any(hasattr(library, n) for library in libraries)} == set()
+
+
+TRAINING = """
+import torch, warnings, torchlosses
+assert torchlosses.__file__.startswith({folder!r}), torchlosses.__file__
+model = torch.nn.Linear(4, 3)
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+x, target = torch.rand(8, 4), torch.arange(8) % 3
+losses = []
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = torchlosses.CrossEntropyError(from_logits=True)(model(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+assert losses[-1] < losses[0]
+print(len([w for w in caught if "torchlosses" in str(w.message)]))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="it builds the wheel")
+def test_without_a_compiler(tmp_path: Path) -> None:
+    """The wheel is made all the same, and its losses train by their formulas, with one warning."""
+    source, wheels, folder = tmp_path / "source", tmp_path / "wheels", tmp_path / "installed"
+    without = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "torchlosses", source / "torchlosses", ignore=without)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    environment = os.environ | {"CC": "false", "CXX": "false"}
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(source)]
+    subprocess.run(build, env=environment, check=True)
+    (wheel,) = wheels.iterdir()
+    assert "-cp311-abi3-" in wheel.name
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder), str(wheel)], check=True)
+    assert not list(folder.rglob("*.so"))
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    script = TRAINING.format(folder=str(folder))
+    output = subprocess.check_output(
+        [sys.executable, "-c", script], env=environment, text=True, cwd=tmp_path
+    )
+    assert output.split() == ["1"]
