@@ -5,12 +5,14 @@
     python examples/mnist.py --trainer.max_epochs 2 --trainer.precision bf16-mixed --model.lr 0.001
     python examples/mnist.py --model.criterion torchlosses.CrossEntropyError \
         --model.criterion.from_logits true           # one loss, with its options
+    python examples/mnist.py --model.criterion.help torchlosses.CrossEntropyError
     python examples/mnist.py --trainer.devices 2 --trainer.strategy ddp --trainer.accelerator cpu
     python examples/mnist.py --print_config > my.yaml; python examples/mnist.py --config my.yaml
 
 Several processes share each batch, so their steps are as large as those of one.
 Logs, a checkpoint for each loss and the picture `mnist.png` go to `runs/`. A run goes on from its
-checkpoint with `--ckpt_path FILE` beside the same `--model.criterion`.
+checkpoint with `--ckpt_path FILE` beside the same `--model.criterion`. `--trainer.logger false`
+writes no log, so the picture shows no curves.
 """
 
 import csv
@@ -39,6 +41,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import MNIST
+
+from torchlosses import SumSquaredError
 
 BOTH = ("torchlosses.SumSquaredError", "torchlosses.CrossEntropyError")
 DOWNLOAD_TIMEOUT = 5.0  # Seconds; torchvision itself would wait for ever.
@@ -149,7 +153,9 @@ class Classifier(L.LightningModule):
     """Two convolutions and two linear layers, trained with any criterion.
 
     Args:
-        criterion: the loss. Without one, both losses are trained one after the other.
+        criterion: the loss; `--model.criterion.help torchlosses.CrossEntropyError` lists its
+            options. Without one, both losses are trained one after the other. A loss gets logits,
+            but for SumSquaredError and one whose `from_logits` is false: these get probabilities.
         lr: the learning rate of Adam at the first step, from where it falls to 0 in a line.
     """
 
@@ -174,7 +180,8 @@ class Classifier(L.LightningModule):
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.network(images)
         probabilities = logits.softmax(1)
-        from_logits = getattr(self.criterion, "from_logits", False)
+        is_squares = isinstance(self.criterion, SumSquaredError)
+        from_logits = getattr(self.criterion, "from_logits", not is_squares)
         loss = self.criterion(logits if from_logits else probabilities, labels)
         if getattr(self.criterion, "reduction", None) == "sum":
             # Gradients are averaged over the processes, which makes a mean of a sum.
@@ -196,7 +203,7 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters(), self.lr)
-        steps = self.trainer.estimated_stepping_batches
+        steps = max(self.trainer.estimated_stepping_batches, 1)
         schedule = LambdaLR(optimizer, lambda step: max(1 - step / steps, 0))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
@@ -218,6 +225,12 @@ class CLI(LightningCLI):
         parser.set_defaults({"trainer.num_sanity_val_steps": 0})
         parser.add_lightning_class_args(Classifier, "model")
 
+    def before_instantiate_classes(self) -> None:
+        options = self.config.trainer
+        options.default_root_dir = options.default_root_dir or self.config.output_dir
+        if options.logger is False or options.barebones:
+            self.save_config_callback = None  # Part of a log.
+
 
 def parse(arguments: Sequence[str]) -> CLI:
     return CLI(Classifier, run=False, seed_everything_default=1, args=list(arguments))
@@ -225,21 +238,27 @@ def parse(arguments: Sequence[str]) -> CLI:
 
 def train(cli: CLI, data: Data) -> dict[str, Any]:
     """One run: what the table and the picture show of it."""
-    log = CSVLogger(cli.config.output_dir, type(cli.model.criterion).__name__)
-    cli.trainer.logger = log
+    name = type(cli.model.criterion).__name__
+    options = cli.config.trainer
+    if options.logger in (None, True) and not options.barebones:
+        cli.trainer.logger = CSVLogger(cli.config.output_dir, name)
     start = time.perf_counter()
     cli.trainer.fit(cli.model, datamodule=data, ckpt_path=cli.config.ckpt_path)
     seconds = time.perf_counter() - start
+    accuracy = cli.trainer.callback_metrics.get("test_accuracy")
     metrics = []
-    if cli.trainer.is_global_zero:  # Which alone has written them.
-        with Path(log.log_dir, "metrics.csv").open() as file:
-            metrics = list(csv.DictReader(file))
+    log = cli.trainer.logger
+    if isinstance(log, CSVLogger) and cli.trainer.is_global_zero:  # Which alone writes.
+        path = Path(log.log_dir, "metrics.csv")
+        if path.exists():  # Something was logged.
+            with path.open() as file:
+                metrics = list(csv.DictReader(file))
     return {
-        "loss": log.name,
+        "loss": name,
         "epochs": cli.trainer.current_epoch,
-        "accuracy": float(cli.trainer.callback_metrics.get("test_accuracy", torch.nan)),
+        "accuracy": "none" if accuracy is None else f"{float(accuracy):.2%}",
         "seconds": seconds,
-        "checkpoint": getattr(cli.trainer.checkpoint_callback, "best_model_path", "none"),
+        "checkpoint": getattr(cli.trainer.checkpoint_callback, "best_model_path", "") or "none",
         "model": cli.model.cpu().float().eval(),
         "metrics": metrics,
     }
@@ -248,8 +267,8 @@ def train(cli: CLI, data: Data) -> dict[str, Any]:
 def table(runs: list[dict[str, Any]], data: Data) -> str:
     rows = [("loss", "data", "epochs", "test accuracy", "seconds")]
     for run in runs:
-        accuracy, seconds = f"{run['accuracy']:.2%}", f"{run['seconds']:.0f}"
-        rows.append((run["loss"], data.name, str(run["epochs"]), accuracy, seconds))
+        epochs, seconds = str(run["epochs"]), f"{run['seconds']:.0f}"
+        rows.append((run["loss"], data.name, epochs, run["accuracy"], seconds))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -264,7 +283,9 @@ def draw(runs: list[dict[str, Any]], data: Data, path: Path) -> None:
     for run, axes, column in zip(runs, plots[0], columns[0], strict=True):
         draw_curves(axes, run)
         draw_mistakes(column.subplots(1, 5), run, data.test)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def draw_curves(axes: Axes, run: dict[str, Any]) -> None:
@@ -275,8 +296,9 @@ def draw_curves(axes: Axes, run: dict[str, Any]) -> None:
         rows = [row for row in run["metrics"] if row.get(metric)]
         epochs = [int(row["epoch"]) + 1 for row in rows]
         axes.plot(epochs, [float(row[metric]) for row in rows], style, label=label)
-    axes.set_title(f"{run['loss']}: test accuracy {run['accuracy']:.2%}", fontsize=11)
-    axes.set(xlabel="epoch", ylabel=f"loss ({run['model'].criterion.reduction})", yscale="log")
+    axes.set_title(f"{run['loss']}: test accuracy {run['accuracy']}", fontsize=11)
+    reduction = getattr(run["model"].criterion, "reduction", "")
+    axes.set(xlabel="epoch", ylabel=f"loss ({reduction})" if reduction else "loss", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
 
@@ -306,7 +328,9 @@ def main(arguments: Sequence[str]) -> None:
         criteria = [
             (f"--model.criterion={c}", "--model.criterion.reduction=batchmean") for c in BOTH
         ]
-    epochs = options.trainer.max_epochs or data.max_epochs
+    epochs = options.trainer.max_epochs
+    if epochs is None:
+        epochs = data.max_epochs
     runs = []
     for criterion in criteria:
         cli = parse((*arguments, *criterion, f"--trainer.max_epochs={epochs}"))
@@ -321,4 +345,5 @@ def main(arguments: Sequence[str]) -> None:
 if __name__ == "__main__":
     # The data lie in memory: worker processes would only copy them.
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
     main(sys.argv[1:])

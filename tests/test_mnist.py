@@ -1,7 +1,9 @@
-"""The example trains, reports, resumes and fails as it says, mostly in processes of its own."""
+"""The example trains, reports, resumes and fails as it says, in this process where one serves."""
 
+import contextlib
 import csv
 import importlib
+import io
 import os
 import re
 import socket
@@ -9,7 +11,10 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,10 +30,28 @@ BOTH = ("SumSquaredError", "CrossEntropyError")
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
 METRICS = ("test_accuracy", "test_loss", "train_loss_epoch")
 BRIEF = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=3")
+QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
+EPOCHS = "--trainer.max_epochs=3"
+mnist: Any = importlib.import_module("mnist")
 
 
-@pytest.fixture
-def tiny_mnist(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """More threads of a network this small wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="module")
+def tiny_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data directory with 320 training and 80 test images in the files of MNIST."""
     from sklearn.datasets import load_digits
 
@@ -36,33 +59,49 @@ def tiny_mnist(tmp_path: Path) -> Path:
     images = np.pad(
         images.reshape(-1, 8, 8).repeat(2, 1).repeat(2, 2) * 15, ((0, 0), (6, 6), (6, 6))
     )
-    raw = tmp_path / "data" / "MNIST" / "raw"
+    data = tmp_path_factory.mktemp("mnist")
+    raw = data / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name, part in (("train", slice(320)), ("t10k", slice(320, 400))):
         for kind, array in (("images-idx3", images[part]), ("labels-idx1", labels[part])):
             # Two zero bytes, the code of unsigned bytes, the number of dimensions, each size.
             header = struct.pack(f">2xBB{array.ndim}I", 8, array.ndim, *array.shape)
             (raw / f"{name}-{kind}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
-    return tmp_path / "data"
+    return data
 
 
-def start(
-    directory: Path, *arguments: str, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / "mnist.py"), "--trainer.accelerator=cpu", *arguments],
+@contextlib.contextmanager
+def without_advice() -> Iterator[None]:
+    """Lightning's, on workers, intervals of logs, checkpoints, its own arguments."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def run(directory: Path, *arguments: str) -> str:
+    """What the script prints, run in this process."""
+    out = io.StringIO()
+    with contextlib.chdir(directory), contextlib.redirect_stdout(out), without_advice():
+        try:
+            mnist.main(["--trainer.accelerator=cpu", *QUIET, *arguments])
+        except SystemExit as end:  # As --print_config does.
+            if end.code:
+                raise
+    return out.getvalue()
+
+
+def run_processes(directory: Path, number: int, *arguments: str) -> str:
+    """What the script prints, run as a script, which starts the other processes."""
+    options = (f"--trainer.devices={number}", "--trainer.strategy=ddp", *arguments)
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / "mnist.py"), "--trainer.accelerator=cpu", *options],
         cwd=directory,
-        # More threads of a network this small wait for each other, above all in several processes.
-        env=os.environ | OFFLINE | {"OMP_NUM_THREADS": "1"} | (environment or {}),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
-
-
-def run(directory: Path, *arguments: str, environment: dict[str, str] | None = None) -> str:
-    result = start(directory, *arguments, environment=environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -77,20 +116,25 @@ def checkpoint(output: str) -> str:
     return files[-1]
 
 
-def processes(number: int) -> tuple[str, ...]:
-    return (f"--trainer.devices={number}", "--trainer.strategy=ddp")
+def log(directory: Path, loss: str, version: int = 0) -> list[dict[str, str]]:
+    with (directory / loss / f"version_{version}" / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What a training of one process in float32 prints."""
-    return run(tmp_path_factory.mktemp("digits"), "--data=digits")
+    return run(tmp_path_factory.mktemp("digits"), "--data=digits", EPOCHS)
 
 
 def assert_as_good(output: str, digits: str) -> None:
-    # Of 360 test digits two networks of 98 % differ by 1 % (3.6 digits) at one standard deviation.
+    # Of 360 test digits two networks of 92 % differ by 2 % at one standard deviation.
     expected = accuracies(digits)
-    assert accuracies(output) == {loss: pytest.approx(expected[loss], abs=0.025) for loss in BOTH}
+    assert accuracies(output) == {loss: pytest.approx(expected[loss], abs=0.05) for loss in BOTH}
 
 
 def test_trains_both_losses_on_mnist_files(tmp_path: Path, tiny_mnist: Path) -> None:
@@ -101,72 +145,65 @@ def test_trains_both_losses_on_mnist_files(tmp_path: Path, tiny_mnist: Path) -> 
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 20_000
     for loss in BOTH:
-        log = tmp_path / "runs" / loss / "version_0" / "metrics.csv"
-        with log.open() as file:
-            rows = list(csv.DictReader(file))
-        assert sum(bool(row["test_accuracy"]) for row in rows) == 2
+        assert sum(bool(row["test_accuracy"]) for row in log(tmp_path / "runs", loss)) == 2
 
 
-def test_learns_the_embedded_digits(digits: str) -> None:
-    assert "MNIST" not in digits
-    assert accuracies(digits) == {loss: pytest.approx(1, abs=0.03) for loss in BOTH}
+def test_learns_the_embedded_digits(tmp_path: Path) -> None:
+    out = run(tmp_path, "--data=digits", "--trainer.max_epochs=8")
+    assert "MNIST" not in out
+    assert accuracies(out) == {loss: pytest.approx(1, abs=0.04) for loss in BOTH}
 
 
 def test_two_processes_learn_as_much_as_one(tmp_path: Path, digits: str) -> None:
-    out = run(tmp_path, "--data=digits", *processes(2))
+    out = run_processes(tmp_path, 2, "--data=digits", EPOCHS)
     assert_as_good(out, digits)
     # The first process alone reports.
     assert len(re.findall("^loss ", out, re.MULTILINE)) == 1
     assert out.count("picture: ") == 1
-    logs = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("metrics.csv"))
+    logs = [name for name in files(tmp_path) if name.endswith("metrics.csv")]
     assert logs == [f"runs/{loss}/version_0/metrics.csv" for loss in sorted(BOTH)]
+    # The script wrote it, where the class is __main__.Classifier.
+    with without_advice():
+        model = mnist.Classifier.load_from_checkpoint(tmp_path / checkpoint(out))
+    assert type(model.criterion).__name__ == BOTH[-1]
+    assert model.criterion.reduction == "batchmean"
 
 
 def test_three_processes_measure_what_one_does(tmp_path: Path, tiny_mnist: Path) -> None:
     """At a learning rate of 0, so the network is the same; 80 test digits are not three thirds."""
-    metrics = []
-    for number in (1, 3):
-        out = tmp_path / str(number)
-        run(
-            tmp_path,
-            "--data=mnist",
-            f"--data-dir={tiny_mnist}",
-            f"--output-dir={out}",
-            "--trainer.max_epochs=1",
-            "--model.lr=0",
-            "--model.criterion=torchlosses.CrossEntropyError",
-            "--model.criterion.reduction=mean",
-            *processes(number),
-        )
-        with (out / "CrossEntropyError/version_0/metrics.csv").open() as file:
-            rows = list(csv.DictReader(file))
-        metrics.append({name: [float(r[name]) for r in rows if r[name]][-1] for name in METRICS})
-    one, three = metrics
+    options = (
+        "--data=mnist",
+        f"--data-dir={tiny_mnist}",
+        "--trainer.max_epochs=1",
+        "--model.lr=0",
+        "--model.criterion=torchlosses.CrossEntropyError",
+        "--model.criterion.reduction=mean",
+    )
+    run(tmp_path, "--output-dir=one", *options)
+    run_processes(tmp_path, 3, "--output-dir=three", *options)
+    one, three = (
+        {name: [float(row[name]) for row in rows if row[name]][-1] for name in METRICS}
+        for rows in (log(tmp_path / number, "CrossEntropyError") for number in ("one", "three"))
+    )
     assert three["test_accuracy"] == one["test_accuracy"]
     assert three["test_loss"] == pytest.approx(one["test_loss"], rel=1e-6)
     # In training, each process draws its own dropout.
     assert three["train_loss_epoch"] == pytest.approx(one["train_loss_epoch"], rel=0.1)
 
 
-def test_a_sum_over_several_processes_is_no_mean(tmp_path: Path) -> None:
-    code = """if True:
-        import lightning as L, mnist, torch, torchlosses
+def test_a_sum_over_several_processes_is_no_mean() -> None:
+    import lightning as L
+
+    import torchlosses
+
+    with without_advice():
         model = mnist.Classifier(torchlosses.SumSquaredError()).eval()
-        x, labels = torch.rand(4, 1, 28, 28), torch.arange(4)
-        for devices in (1, 3):
+    x, labels = torch.rand(4, 1, 28, 28), torch.arange(4)
+    for devices in (1, 3):
+        with without_advice():
             model.trainer = L.Trainer(devices=devices, strategy="ddp", accelerator="cpu")
-            loss, y = model.loss(x, labels)
-            print((loss / model.criterion(y, labels)).item())
-    """
-    out = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(EXAMPLES), *sys.path))},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert [float(factor) for factor in out.split()] == pytest.approx([1, 3])
+        loss, y = model.loss(x, labels)
+        assert (loss / model.criterion(y, labels)).item() == pytest.approx(devices)
 
 
 def test_without_a_network_it_says_so_and_takes_the_digits(tmp_path: Path) -> None:
@@ -176,27 +213,30 @@ def test_without_a_network_it_says_so_and_takes_the_digits(tmp_path: Path) -> No
 
 
 def test_without_a_network_mnist_is_an_error(tmp_path: Path) -> None:
-    result = start(tmp_path, "--data=mnist")
-    assert result.returncode == 1
-    assert re.search("--data mnist: MNIST is not in 'data', and could not be", result.stderr)
-    assert "Traceback" not in result.stderr.splitlines()[-1]
+    with pytest.raises(SystemExit, match="--data mnist: MNIST is not in 'data', and could not be"):
+        run(tmp_path, "--data=mnist")
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_network_that_never_answers_is_left_in_seconds(tmp_path: Path) -> None:
+def test_a_network_that_never_answers_is_left_in_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert mnist.DOWNLOAD_TIMEOUT <= 5
+    monkeypatch.setattr(mnist, "DOWNLOAD_TIMEOUT", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        for name in OFFLINE:
+            monkeypatch.setenv(name, proxy)
         begin = time.perf_counter()
-        result = start(
-            tmp_path, "--data=mnist", environment={"http_proxy": proxy, "https_proxy": proxy}
-        )
-        seconds = time.perf_counter() - begin
-    assert result.returncode == 1
-    assert "could not be downloaded" in result.stderr
-    assert seconds < 60  # Some ten of them are imports; without a limit it would be for ever.
+        with pytest.raises(SystemExit, match="could not be downloaded"):
+            run(tmp_path, "--data=mnist")
+    assert time.perf_counter() - begin < 30  # Without a limit it would be for ever.
+    assert socket.getdefaulttimeout() is None
 
 
-def test_resumes_and_reloads_with_its_criterion(tmp_path: Path, tiny_mnist: Path) -> None:
+def test_resumes_and_reloads_with_its_criterion(
+    tmp_path: Path, tiny_mnist: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = (
         "--data=mnist",
         f"--data-dir={tiny_mnist}",
@@ -209,41 +249,35 @@ def test_resumes_and_reloads_with_its_criterion(tmp_path: Path, tiny_mnist: Path
     file = tmp_path / checkpoint(out)
     out = run(tmp_path, *options, "--trainer.max_epochs=3", f"--ckpt_path={file}")
     assert re.search(r"CrossEntropyError +MNIST +3 ", out)
-    with (tmp_path / "runs/CrossEntropyError/version_1/metrics.csv").open() as log:
-        assert {row["epoch"] for row in csv.DictReader(log)} == {"1", "2"}
+    assert {row["epoch"] for row in log(tmp_path / "runs", "CrossEntropyError", 1)} == {"1", "2"}
 
-    result = start(tmp_path, f"--ckpt_path={file}")
-    assert result.returncode == 2
-    assert "--model.criterion" in result.stderr
-
-    code = (
-        "from mnist import Classifier; import sys;"
-        "print(Classifier.load_from_checkpoint(sys.argv[1]).criterion)"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", code, str(file)],
-        env=os.environ | {"PYTHONPATH": str(EXAMPLES)},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert "delta=0.001, from_logits=True" in out
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path, f"--ckpt_path={file}")
+    assert "--model.criterion" in capsys.readouterr().err
+    with without_advice():
+        criterion = mnist.Classifier.load_from_checkpoint(file).criterion
+    assert "delta=0.001, from_logits=True" in str(criterion)
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-true"])
 def test_lower_precision_learns_as_much(tmp_path: Path, precision: str, digits: str) -> None:
-    result = start(tmp_path, "--data=digits", f"--trainer.precision={precision}")
-    assert_as_good(result.stdout, digits)
-    # What Lightning makes of 16-mixed on the CPU; float16 itself is in test_precision.py.
-    is_replaced = "Using `precision='bf16-mixed'` instead" in result.stderr
-    assert is_replaced == (precision == "16-mixed")
+    out = run(tmp_path, "--data=digits", EPOCHS, f"--trainer.precision={precision}")
+    assert_as_good(out, digits)
+
+
+def test_float16_on_the_cpu_becomes_bfloat16() -> None:
+    """By Lightning; float16 itself is in test_precision.py."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mnist.parse(["--trainer.accelerator=cpu", "--trainer.precision=16-mixed"])
+    assert any("Using `precision='bf16-mixed'` instead" in str(each.message) for each in caught)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true"])
 def test_lower_precision_on_cuda(tmp_path: Path, precision: str, digits: str) -> None:
     options = ("--trainer.accelerator=cuda", f"--trainer.precision={precision}")
-    assert_as_good(run(tmp_path, "--data=digits", *options), digits)
+    assert_as_good(run(tmp_path, "--data=digits", EPOCHS, *options), digits)
 
 
 def test_takes_a_yaml_file(tmp_path: Path) -> None:
@@ -271,6 +305,66 @@ def test_takes_the_configuration_that_it_prints(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "arguments", [("--trainer.max_epochs=0",), ("--trainer.limit_train_batches=0",)]
+)
+def test_trains_nothing_where_nothing_is_asked(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    out = run(tmp_path, "--data=digits", *arguments)
+    for loss in BOTH:
+        assert re.search(rf"{loss} +scikit-learn's 1,797 digits +0 +none ", out)
+    assert out.count("checkpoint: none") == 2
+    assert (tmp_path / "runs" / "mnist.png").exists()
+
+
+@pytest.mark.parametrize("option", ["--trainer.logger=false", "--trainer.barebones=true"])
+def test_without_a_log_none_is_written(tmp_path: Path, option: str) -> None:
+    out = run(tmp_path, "--data=digits", *BRIEF, option)
+    assert "picture: runs/mnist.png" in out
+    others = [name for name in files(tmp_path) if not name.endswith(".ckpt")]
+    assert others == ["runs/mnist.png"]
+
+
+def test_keeps_a_logger_that_is_given(tmp_path: Path) -> None:
+    options = ("--trainer.logger=lightning.pytorch.loggers.CSVLogger",
+               "--trainer.logger.save_dir=mine", "--trainer.logger.name=log")  # fmt: skip
+    run(tmp_path, "--data=digits", *BRIEF, *options)
+    assert all(log(tmp_path / "mine", "log", version) for version in (0, 1))
+    assert not (tmp_path / "runs" / "SumSquaredError").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "takes_logits"),
+    [
+        ("torch.nn.CrossEntropyLoss", True),
+        ("torchlosses.CrossEntropyError", False),
+        ("torchlosses.SumSquaredError", False),
+        ("--model.criterion.from_logits=true", True),
+    ],
+)
+def test_a_criterion_gets_what_it_takes(name: str, takes_logits: bool) -> None:
+    options = [f"--model.criterion={name}", "--model.criterion.reduction=mean"]
+    if name.startswith("--"):
+        options = ["--model.criterion=torchlosses.CrossEntropyError", *options[1:], name]
+    with without_advice():
+        model = mnist.parse([*options, "--trainer.accelerator=cpu"]).model.eval()
+    x, labels = torch.rand(4, 1, 28, 28), torch.arange(4)
+    logits = model.network(x)
+    loss, _ = model.loss(x, labels)
+    given = logits if takes_logits else logits.softmax(1)
+    torch.testing.assert_close(loss, model.criterion(given, labels))
+
+
+def test_help_says_how_to_list_the_options_of_a_criterion(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mnist.py"])
+    option = "--model.criterion.help torchlosses.CrossEntropyError"
+    for arguments, words in ((["--help"], option), (option.split(), "label_smoothing")):
+        with pytest.raises(SystemExit, match="0"):
+            mnist.main(arguments)
+        assert words in re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
     ("argument", "words"),
     [
         ("--data=mnits", "mnits"),
@@ -288,5 +382,5 @@ def test_wrong_option(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["mnist.py"])
     with pytest.raises(SystemExit, match="2"):
-        importlib.import_module("mnist").main([argument])
+        mnist.main([argument])
     assert words in capsys.readouterr().err
