@@ -369,5 +369,12 @@ def test_where_a_kernel_fails_the_formula_serves_and_says_so_once(
     assert "RuntimeError: out of resource" in str(warned[0].message)
     torch.testing.assert_close((value, grad), (expected, expected_grad))
     assert fused.find_kernels(call(is_index=True), y, index) is None
+    monkeypatch.setattr(fused, "_failed", set())
+    monkeypatch.setattr(cpu, "compute", kernel)
+    monkeypatch.setattr(cpu, "rescale", mock.Mock(side_effect=RuntimeError("no such function")))
+    value = cross_entropy_error(y, index)
+    with pytest.warns(UserWarning, match="torchlosses is slower on cpu"):
+        (grad,) = torch.autograd.grad(value, y)
+    torch.testing.assert_close(grad, expected_grad)
     with pytest.raises(IndexError):
         cross_entropy_error(y, index + SHAPE[1])

@@ -192,33 +192,32 @@ class OnePass(Function):
             or torch.compiler.is_compiling()
             or not _has_memory(grad_loss)
         ):
-            return (None, None, *_by_formula(call, arguments, needs, grad_loss), None, None)
-        try:
-            if ctx.waits:
-                _, grad_input, grad_target = ctx.kernels.compute(call, *arguments, needs, grad_loss)
-            elif not ctx.is_made:
-                _, grad_input, grad_target = ctx.kernels.compute(call, *arguments, needs)
-        except OF_THE_CALLER:
-            raise
-        except Exception as error:
-            _give_up(grad_loss.device, error)
-            return (None, None, *_by_formula(call, arguments, needs, grad_loss), None, None)
-        if ctx.waits:
-            return None, None, grad_input, grad_target, None, None
-        if ctx.is_made:
-            # Scaled in place, and the caller's from here on; neither is a change to what is saved.
-            grad_input = None if grad_input is None else grad_input.data
-            grad_target = None if grad_target is None else grad_target.data
-            ctx.is_made = False
-        rescale = ctx.kernels.rescale
-        return (
-            None,
-            None,
-            None if grad_input is None else rescale(grad_input, grad_loss),
-            None if grad_target is None else rescale(grad_target, grad_loss),
-            None,
-            None,
-        )
+            gradients = _by_formula(call, arguments, needs, grad_loss)
+        else:
+            try:
+                gradients = _by_kernel(ctx, arguments, [grad_input, grad_target], grad_loss)
+            except OF_THE_CALLER:
+                raise
+            except Exception as error:
+                _give_up(grad_loss.device, error)
+                gradients = _by_formula(call, arguments, needs, grad_loss)
+        return (None, None, *gradients, None, None)
+
+
+def _by_kernel(
+    ctx: Any, arguments: list[Any], gradients: list[Tensor | None], grad_loss: Tensor
+) -> list[Tensor | None]:
+    needs = ctx.needs_input_grad[2:4]
+    if ctx.waits:
+        return list(ctx.kernels.compute(ctx.call, *arguments, needs, grad_loss)[1:])
+    if ctx.is_made:
+        # Scaled in place, and the caller's from here on; neither is a change to what is saved.
+        gradients = [None if gradient is None else gradient.data for gradient in gradients]
+        ctx.is_made = False
+    else:
+        gradients = ctx.kernels.compute(ctx.call, *arguments, needs)[1:]
+    rescale = ctx.kernels.rescale
+    return [None if gradient is None else rescale(gradient, grad_loss) for gradient in gradients]
 
 
 def _is_dense(tensor: Tensor) -> bool:
