@@ -139,24 +139,55 @@ def compute(
     rows = Rows(input.shape[call.dim] if input.dim() else 1, call.dim)
     place = None if classes is None else rows.find(classes)
     losses = losses_of(call, input, target, weight, rows, classes, place)
+    return reduced(call, losses, input.shape, weight, sample_weight, classes)
+
+
+def reduced(
+    call: Call,
+    losses: Tensor,
+    shape: torch.Size,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    classes: Classes | None,
+) -> Tensor:
+    """The loss of an input of that shape, from its losses before sample weights."""
     if sample_weight is not None:
-        sample_weight = sample_weight.to(losses.dtype)
-        weights = sample_weight
-        if call.is_per_element and call.is_index:  # They broadcast to the samples.
-            weights = weights.expand(target.shape).unsqueeze(call.dim)
+        weights = sample_weight = sample_weight.to(losses.dtype)
+        if call.is_per_element and classes is not None:  # They broadcast to the samples.
+            weights = weights.expand(classes.target.shape).unsqueeze(call.dim)
         losses = losses * weights
     if call.reduction == "none":
         return losses.to(call.dtype)
-    loss: Any = losses.sum()
-    if call.reduction == "batchmean" and input.dim() > 1:
-        loss = loss / at_least_one(input.shape[0], losses, call.dtype)
-    elif call.reduction == "mean":
-        weights_of_class = None
-        if weight is not None and place is not None:
-            weights_of_class = place.weight(weight.to(losses.dtype))
-        loss = loss / _count(call, input, sample_weight, weights_of_class, classes)
-    total: Tensor = loss.to(call.dtype)
-    return total
+    loss = losses.sum()
+    divisor = find_divisor(call, losses, shape, weight, sample_weight, classes)
+    if divisor is not None:
+        loss = loss / divisor
+    return loss.to(call.dtype)
+
+
+def find_divisor(
+    call: Call,
+    like: Tensor,
+    shape: torch.Size,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    classes: Classes | None,
+) -> Any:
+    """What the sum of the losses of an input of that shape is divided by, if by anything.
+
+    It is found in the dtype and on the device of `like`.
+    """
+    if call.reduction == "batchmean" and len(shape) > 1:
+        return at_least_one(shape[0], like, call.dtype)
+    if call.reduction != "mean":
+        return None
+    weights_of_class = None
+    if weight is not None and classes is not None:
+        place = Rows(shape[call.dim], call.dim).find(classes)
+        weights_of_class = place.weight(weight.to(like.dtype))
+    if sample_weight is not None:
+        sample_weight = sample_weight.to(like.dtype)
+    return _count(call, like, shape, sample_weight, weights_of_class, classes)
 
 
 def losses_of(
@@ -299,18 +330,19 @@ def _masked(input: Tensor, classes: Classes, dim: int) -> Tensor:
 
 def _count(
     call: Call,
-    input: Tensor,
+    like: Tensor,
+    shape: torch.Size,
     sample_weight: Tensor | None,
     weights_of_class: Tensor | None,
     classes: Classes | None,
 ) -> Any:
     """What `'mean'` divides by: what the losses weigh together, or 1 if none weighs anything."""
-    sizes = list(input.shape)
+    sizes = list(shape)
     repeats: Any = 1
     if not call.is_per_element or call.is_index:
         del sizes[call.dim : call.dim + 1]
         if call.is_per_element:
-            repeats = at_least_one(input.shape[call.dim], input, call.dtype)
+            repeats = at_least_one(shape[call.dim], like, call.dtype)
     kept = None if classes is None else classes.kept
     weights = sample_weight
     if weights_of_class is not None:
@@ -318,7 +350,7 @@ def _count(
     if weights is None:
         if kept is not None:
             return kept.sum(dtype=call.dtype).clamp(min=1) * repeats
-        return at_least_one(math.prod(sizes), input, call.dtype) * repeats
+        return at_least_one(math.prod(sizes), like, call.dtype) * repeats
     if kept is not None:
         weights = weights.where(kept, 0)
     # Not expanded: torch adds what repeats one by one, and is a percent off at 10⁸ of them.

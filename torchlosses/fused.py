@@ -5,7 +5,7 @@ The formula stays the truth: whatever autograd asks beyond one first derivative 
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -76,8 +76,14 @@ KERNELS: dict[str, Callable[[torch.device], ModuleType | None]] = {
 _failed: set[torch.device] = set()
 
 
-def _give_up(device: torch.device, error: Exception) -> None:
+class KernelError(Exception):
+    """Has what a kernel has raised."""
+
+
+def give_up(device: torch.device, error: Exception) -> None:
     """Leaves a device to the formulas: a driver, a compiler or a GPU may refuse any kernel."""
+    if isinstance(error, KernelError):
+        error = error.args[0]
     if device not in _failed:
         _failed.add(device)
         warnings.warn(
@@ -85,6 +91,23 @@ def _give_up(device: torch.device, error: Exception) -> None:
             f"{type(error).__name__}: {error}",
             stacklevel=4,
         )
+
+
+def kernels_of(device: torch.device) -> ModuleType | None:
+    """The kernels of a device, if there are any and none has failed."""
+    find = KERNELS.get(device.type)
+    return None if find is None or device in _failed else find(device)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward mode is on."""
+    # Private; the public way is to unpack every tensor.
+    return _is_transformed() or getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def is_eager() -> bool:
+    """Whether nothing but autograd's backward mode sees what runs."""
+    return not (checks.is_traced() or is_transformed())
 
 
 def find_kernels(
@@ -107,9 +130,7 @@ def find_kernels(
         or (target.is_floating_point() and target.dtype not in DTYPES)
         or input.numel() == 0
         or not (_is_dense(input) and _is_dense(target))
-        or _is_transformed()
-        # Private; the public way is to unpack every tensor.
-        or getattr(forward_ad, "_current_level", 0) >= 0
+        or is_transformed()
         or not call.is_plain_delta
     ):
         return None
@@ -118,8 +139,7 @@ def find_kernels(
             other.requires_grad or type(other) not in checks.PLAIN or other.is_neg()
         ):
             return None
-    find = KERNELS.get(input.device.type)
-    return None if find is None or input.device in _failed else find(input.device)
+    return kernels_of(input.device)
 
 
 def compute(
@@ -133,16 +153,21 @@ def compute(
     arguments = (input, target, weight, sample_weight)
     kernels = find_kernels(call, *arguments)
     if kernels is not None:
+        learns = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
         try:
-            if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-                loss: Tensor = OnePass.apply(kernels, call, *arguments)
+            if learns:
+                half = input.dtype == torch.float16 or target.dtype == torch.float16
+                waits = half or call.reduction == "none"
+                loss: Tensor = OnePass.apply(kernels, formulas.compute, waits, call, *arguments)
             else:
                 loss, _, _ = kernels.compute(call, *arguments, (False, False))
             return loss
         except OF_THE_CALLER:
             raise
         except Exception as error:
-            _give_up(input.device, error)
+            if learns and not isinstance(error, KernelError):
+                raise  # Of a hook for what is saved, as checkpoint has one.
+            give_up(input.device, error)
     classes = None
     if call.is_index:
         classes = checks.check_classes(target, input.shape[call.dim], call.ignore_index)
@@ -152,70 +177,72 @@ def compute(
 class OnePass(Function):
     """A loss whose gradients are made together with it and handed over once.
 
-    Those of float16 wait for the upstream gradient: what is too small for that dtype would be lost
-    before a loss scaler's factor could lift it. So do those of losses that are not reduced, which
-    are told apart by it. All that backward reads is saved, so that autograd sees what changes
-    meanwhile, hooks see what is held, and nothing is held any longer.
+    Those that wait for the upstream gradient are made in backward: of float16, where what is too
+    small for that dtype would be lost before a loss scaler's factor could lift it, and of losses
+    that are not reduced, which are told apart by it. All that backward reads is saved, so that
+    autograd sees what changes meanwhile, hooks see what is held, and nothing is held any longer.
+
+    `kernels.compute` takes the call, the arguments and which of them need gradients, where the last
+    two, the weights, never do; `formula` takes the call and the arguments; `waits` says which kind
+    of gradient they are.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: ModuleType,
+        kernels: Any,
+        formula: Callable[..., Tensor],
+        waits: bool,
         call: Call,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        sample_weight: Tensor | None,
+        *arguments: Tensor | None,
     ) -> Tensor:
-        ctx.kernels, ctx.call = kernels, call
-        ctx.waits = (
-            call.reduction == "none"
-            or input.dtype == torch.float16
-            or target.dtype == torch.float16
-        )
-        needs = (False, False) if ctx.waits else ctx.needs_input_grad[2:4]
+        ctx.kernels, ctx.formula, ctx.waits, ctx.call = kernels, formula, waits, call
+        ctx.needs = needs = ctx.needs_input_grad[4:-2]
+        if waits:
+            needs = (False,) * len(needs)
         loss: Tensor
-        loss, grad_input, grad_target = kernels.compute(
-            call, input, target, weight, sample_weight, needs
-        )
-        ctx.is_made = not ctx.waits
-        ctx.save_for_backward(input, target, weight, sample_weight, grad_input, grad_target)
+        try:
+            loss, *gradients = kernels.compute(call, *arguments, needs)
+        except OF_THE_CALLER:
+            raise
+        except Exception as error:
+            raise KernelError(error) from error
+        ctx.is_made = not waits
+        ctx.save_for_backward(*arguments, *gradients)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        *arguments, grad_input, grad_target = ctx.saved_tensors
-        call, needs = ctx.call, ctx.needs_input_grad[2:4]
+        call, needs, saved = ctx.call, ctx.needs, ctx.saved_tensors
+        arguments, gradients = saved[: len(needs) + 2], saved[len(needs) + 2 :]
         if (
             torch.is_grad_enabled()  # To be differentiated again.
             or torch.compiler.is_compiling()
             or not _has_memory(grad_loss)
         ):
-            gradients = _by_formula(call, arguments, needs, grad_loss)
+            gradients = _by_formula(ctx.formula, call, arguments, needs, grad_loss)
         else:
             try:
-                gradients = _by_kernel(ctx, arguments, [grad_input, grad_target], grad_loss)
+                gradients = _by_kernel(ctx, arguments, gradients, grad_loss)
             except OF_THE_CALLER:
                 raise
             except Exception as error:
-                _give_up(grad_loss.device, error)
-                gradients = _by_formula(call, arguments, needs, grad_loss)
-        return (None, None, *gradients, None, None)
+                give_up(grad_loss.device, error)
+                gradients = _by_formula(ctx.formula, call, arguments, needs, grad_loss)
+        return None, None, None, None, *gradients, None, None
 
 
 def _by_kernel(
     ctx: Any, arguments: list[Any], gradients: list[Tensor | None], grad_loss: Tensor
 ) -> list[Tensor | None]:
-    needs = ctx.needs_input_grad[2:4]
     if ctx.waits:
-        return list(ctx.kernels.compute(ctx.call, *arguments, needs, grad_loss)[1:])
+        return list(ctx.kernels.compute(ctx.call, *arguments, ctx.needs, grad_loss)[1:])
     if ctx.is_made:
         # Scaled in place, and the caller's from here on; neither is a change to what is saved.
         gradients = [None if gradient is None else gradient.data for gradient in gradients]
         ctx.is_made = False
     else:
-        gradients = ctx.kernels.compute(ctx.call, *arguments, needs)[1:]
+        gradients = ctx.kernels.compute(ctx.call, *arguments, ctx.needs)[1:]
     rescale = ctx.kernels.rescale
     return [None if gradient is None else rescale(gradient, grad_loss) for gradient in gradients]
 
@@ -235,9 +262,13 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def _by_formula(
-    call: Call, arguments: list[Any], needs: tuple[bool, bool], grad_loss: Tensor
+    formula: Callable[..., Tensor],
+    call: Call,
+    arguments: Sequence[Any],
+    needs: Sequence[bool],
+    grad_loss: Tensor,
 ) -> list[Tensor | None]:
-    """The gradients by input and target, differentiable where autograd asks for that.
+    """The gradients that are needed, differentiable where autograd asks for that.
 
     They are those by fresh nodes on top of the arguments: a target that is made from the input is
     an argument of its own here, and what hangs on an argument is no business of this derivative.
@@ -248,9 +279,9 @@ def _by_formula(
         for i, needed in enumerate(needs):
             if is_differentiable and needed:
                 fresh[i] = arguments[i].view_as(arguments[i])
-            elif not is_differentiable:
+            elif not is_differentiable and arguments[i] is not None:
                 fresh[i] = arguments[i].detach().requires_grad_(needed)
-        loss = formulas.compute(call, *fresh)
+        loss = formula(call, *fresh)
     wanted = [argument for argument, needed in zip(fresh, needs, strict=False) if needed]
     gradients = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=is_differentiable))
     return [next(gradients) if needed else None for needed in needs]
