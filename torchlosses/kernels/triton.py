@@ -101,8 +101,14 @@ def compute(
     sample_weight: Tensor | None,
     needs: tuple[bool, bool],
     upstream: Tensor | None = None,
+    *,
+    over_input: bool = False,
 ) -> Result:
-    """The loss, and the gradients that `needs` asks for, times `upstream` if that is given."""
+    """The loss, and the gradients that `needs` asks for, times `upstream` if that is given.
+
+    The gradient by a contiguous input may be written over it: a program is done with a tile when it
+    stores its slopes.
+    """
     input, target = input.contiguous(), target.contiguous()
     shape, dim, dtype, is_index = input.shape, call.dim, call.dtype, call.is_index
     is_square, is_smooth = call.kind == "squares", call.label_smoothing != 0
@@ -174,9 +180,12 @@ def compute(
     slopes, slope_strides = _factor(
         upstream, losses_shape, (outer, classes if is_square else 1, inner)
     )
+    grad_input = None
+    if needs[0]:
+        grad_input = input if over_input else torch.empty_like(input)
     given = Given(
         input, _readable(target), None if weight is None else weight.contiguous(), weights, slopes,
-        total, loss, torch.empty_like(input) if needs[0] else None,
+        total, loss, grad_input,
         torch.empty_like(target) if needs[1] else None, outer,
         # One of them in units, so that it is seen which loads and stores can be wide.
         classes if is_spatial else classes // alignment,
