@@ -3,6 +3,7 @@
 A sample is plain NumPy in float64, so one serves every dtype, device and implementation.
 """
 
+import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -279,6 +280,38 @@ def _hard_cross_entropies() -> Iterator[Sample]:
     yield Sample("ce-corners-all-weights-zero", loss, corners, index, zeros)
 
 
+def _linear_cross_entropies() -> Iterator[Sample]:
+    """Calls whose options have the layer's weight too, and its bias."""
+    for shape, is_index, extra, reduction in itertools.product(
+        ((4,), (7, 4), (2, 3, 4)),
+        (False, True),
+        ("plain", "bias", "weight", "all"),
+        REDUCTIONS,
+    ):
+        kind = "index" if is_index else "soft"
+        name = f"linear-{kind}-{shape}-{extra}-{reduction}"
+        rng = _rng(name)
+        rows = shape[:-1]
+        options: dict[str, Any] = {"linear_weight": rng.normal(size=(5, 4))}
+        options["reduction"] = reduction
+        if extra in ("bias", "all"):
+            options["linear_bias"] = rng.normal(size=5)
+        if extra in ("weight", "all"):
+            options["weight"] = rng.uniform(0.1, 2, 5)
+        if extra == "weight":
+            options["delta"] = 0
+        if extra == "all":
+            options["label_smoothing"] = 0.1
+            options["sample_weight"] = rng.uniform(0, 2, rows[-1:])
+        target = _softmax(rng.normal(size=(*rows, 5)), len(rows))
+        if is_index:
+            target = np.asarray(rng.integers(0, 5, rows))
+            if extra == "all":
+                options["ignore_index"] = 3
+        yield Sample(name, "linear_cross_entropy_error", rng.normal(size=shape), target, options)
+
+
 SQUARED_ERRORS = list(_squared_errors())
 CROSS_ENTROPIES = list(_cross_entropies())
 SAMPLES = SQUARED_ERRORS + CROSS_ENTROPIES
+LINEAR_CROSS_ENTROPIES = list(_linear_cross_entropies())  # Of other arguments: test_linear.py.

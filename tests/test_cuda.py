@@ -11,8 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchlosses import fused
-from torchlosses.functional import cross_entropy_error, sum_squared_error
+from torchlosses import fused, linear
+from torchlosses.functional import (
+    cross_entropy_error,
+    linear_cross_entropy_error,
+    sum_squared_error,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 DEVICE = "cuda"
@@ -201,3 +205,40 @@ def test_tensors_of_a_gpu_that_is_not_the_current_one() -> None:
     sum_squared_error(y, torch.zeros_like(y)).backward()
     assert y.grad is not None
     torch.testing.assert_close(y.grad, y.detach())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_linear_layer_waits_for_nothing_and_holds_no_logits(
+    dtype: torch.dtype, reduction: Any
+) -> None:
+    n, d, v = 4 * linear.CHUNK_OF_OTHERS // dtype.itemsize + 3, 64, 3001
+    x, w = (
+        torch.randn(*shape, device=DEVICE).to(dtype).requires_grad_() for shape in ((n, d), (v, d))
+    )
+    t = torch.randint(v, (n,), device=DEVICE)
+    t[::3] = -100
+
+    def step() -> Any:
+        losses = linear_cross_entropy_error(x, w, t, reduction=reduction)
+        return losses, *torch.autograd.grad(losses.sum(), (x, w))
+
+    step()  # What Triton compiles, it compiles now.
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # One chunk, the weight's gradient, in float32 too, and rows.
+    most = linear.CHUNK_OF_OTHERS * v + 3 * w.nbytes + 4 * x.nbytes
+    assert torch.cuda.max_memory_allocated() - before < most + 2**22
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (x, w)]
+    losses = cross_entropy_error(leaves[0] @ leaves[1].T, t, from_logits=True, reduction=reduction)
+    exact = (losses, *torch.autograd.grad(losses.sum(), leaves))
+    near = 8 * torch.finfo(dtype).eps
+    for ours, expected in zip(found, exact, strict=True):
+        scale = float(expected.detach().abs().max())
+        torch.testing.assert_close(ours.double(), expected, rtol=near, atol=near * scale)

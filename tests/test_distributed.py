@@ -4,7 +4,9 @@ To start processes takes seconds, so those of one number run all cases in a row.
 of its own, by its name.
 """
 
+import contextlib
 import functools
+import itertools
 import json
 import time
 import traceback
@@ -12,17 +14,23 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from samples import REDUCTIONS, SAMPLES, Sample
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchlosses import CrossEntropyError, SumSquaredError
-from torchlosses.functional import cross_entropy_error, sum_squared_error
+from torchlosses import CrossEntropyError, LinearCrossEntropyError, SumSquaredError, linear
+from torchlosses.functional import (
+    cross_entropy_error,
+    linear_cross_entropy_error,
+    sum_squared_error,
+)
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
@@ -480,7 +488,7 @@ def a_bad_class_that_nobody_looked_at_is_nan() -> None:
     for loss, options in FORMS.values():
         sharded = spread(y, mesh, by_class).requires_grad_()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("torchlosses.checks._can_look", lambda tensor: False)
+            patch.setattr("torchlosses.checks.can_look", lambda tensor: False)
             losses = loss(sharded, t, reduction="none", **options)
         by_sample = losses.full_tensor().reshape(3, -1).isnan()
         assert by_sample.all(1).tolist() == by_sample.any(1).tolist() == [False, True, False]
@@ -623,6 +631,125 @@ def a_mean_of_means_is_another() -> None:
     dist.all_reduce(mean)
     expected = CrossEntropyError(from_logits=True, reduction="mean")(x, t)
     assert (mean / dist.get_world_size() - expected).abs() > 1e-3
+
+
+@contextlib.contextmanager
+def chunks_of(rows: int) -> Iterator[None]:
+    """Chunks of at most so many rows of float64."""
+    with mock.patch.dict(linear.CHUNK, {"cpu": 8 * rows}):
+        yield
+
+
+def layer_by(mesh: DeviceMesh) -> list[tuple[Any, Any]]:
+    """How input and weight of a linear layer lie on a mesh."""
+    if mesh.ndim == 1:
+        return [([Replicate()], [Shard(0)]), ([Shard(0)], [Replicate()])]
+    return [([Shard(0), Replicate()], [Replicate(), Shard(0)])]
+
+
+@case(*REDUCTIONS)
+def a_linear_layer_cut_by_class_or_by_row(reduction: Any) -> None:
+    x, w, b = torch.randn(8, 3, 4).double(), torch.randn(9, 4).double(), torch.randn(9).double()
+    soft, index = torch.rand(8, 3, 9).double().softmax(-1), torch.randint(9, (8, 3))
+    index[2:4, 1] = -100
+    weights = {"weight": torch.rand(9).double(), "sample_weight": torch.rand(8, 3).double()}
+    options: dict[str, Any]
+    for target, options, mesh in itertools.product(
+        (soft, index), ({}, weights | {"label_smoothing": 0.1}), meshes()
+    ):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, w, b)]
+        named: dict[str, Any] = options | {"reduction": reduction}
+        logits = F.linear(*leaves)
+        expected = cross_entropy_error(logits, target, from_logits=True, dim=-1, **named)
+        upstream = torch.rand_like(expected)
+        expected.backward(upstream)
+        for by_row, by_class in layer_by(mesh):
+            own: list[Any] = [
+                spread(tensor, mesh, placements).requires_grad_()
+                for tensor, placements in ((x, by_row), (w, by_class), (b, by_class))
+            ]
+            if "sample_weight" in options:
+                named["sample_weight"] = spread(weights["sample_weight"], mesh, by_row)
+            with chunks_of(9):
+                loss: Any = linear_cross_entropy_error(
+                    own[0], own[1], spread(target, mesh, beside_layer(by_row, by_class, target)),
+                    linear_bias=own[2], **named,
+                )  # fmt: skip
+                placements = by_row if reduction == "none" else [Replicate()] * mesh.ndim
+                close(loss, expected.detach(), mesh, placements)
+                loss.backward(spread(upstream, mesh, placements))
+            for leaf, tensor in zip(own, leaves, strict=True):
+                close(leaf.grad, tensor.grad, mesh, leaf.placements)
+
+
+def beside_layer(by_row: Any, by_class: Any, target: Tensor) -> list[Any]:
+    """How targets lie beside it: soft ones have classes too."""
+    cut = [Shard(2) if q.is_shard() else p for p, q in zip(by_row, by_class, strict=True)]
+    return cut if target.dim() == 3 else list(by_row)
+
+
+@case()
+def only_numbers_per_row_and_the_gradient_of_the_input_travel() -> None:
+    rows, width, classes = 12, 4, 101
+    mesh = meshes()[0]
+    x = spread(torch.randn(rows, width), mesh, [Replicate()]).requires_grad_()
+    w = spread(torch.randn(classes, width), mesh, [Shard(0)]).requires_grad_()
+    with CommDebugMode() as collectives, Traffic() as traffic, chunks_of(3):
+        linear_cross_entropy_error(x, w, torch.randint(classes, (rows,))).backward()
+    # Of each chunk the maximum and the sum, which backward makes again, and the sum's gradient.
+    step = 6  # In float32.
+    expected = [step * 4] * (rows // step * 5) + [4, rows * width * 4]
+    assert sorted(traffic.sizes) == sorted(expected)
+    counts = collectives.get_comm_counts()
+    assert {str(op).rpartition(".")[2] for op, n in counts.items() if n} == {"all_reduce"}
+
+
+@case("ddp", "fsdp")
+def a_linear_layer_in_a_module(kind: str) -> None:
+    def model() -> LinearCrossEntropyError:
+        torch.manual_seed(0)
+        return LinearCrossEntropyError(4, 9, bias=True, dtype=torch.float64)
+
+    x, t = torch.randn(8, 4).double(), torch.randint(9, (8,))
+    alone: nn.Module = model()
+    alone(x, t).backward()
+    together: nn.Module = model()
+    if kind == "ddp":
+        together = DistributedDataParallel(together)
+    else:
+        fully_shard(together)
+    world = dist.get_world_size()
+    own = [tensor.chunk(world)[dist.get_rank()] for tensor in (x, t)]
+    with chunks_of(1):
+        (together(*own) * world).backward()
+    for parameter, other in zip(together.parameters(), alone.parameters(), strict=True):
+        grad: Any = parameter.grad
+        torch.testing.assert_close(grad.full_tensor() if kind == "fsdp" else grad, other.grad)
+
+
+@case()
+def a_linear_layer_that_is_not_served_is_an_error() -> None:
+    mesh = meshes()[0]
+    x, w, t = torch.randn(8, 4), torch.randn(8, 4), torch.randint(8, (8,))
+    by_class = spread(w, mesh, [Shard(0)])
+    everywhere = spread(x, mesh, [Replicate()])
+    criterion = LinearCrossEntropyError(4, 8)
+    fully_shard(criterion.linear)
+    with raised(ValueError, "input: got a plain tensor beside a DTensor", "fully_shard"):
+        criterion(x, t)
+    with raised(ValueError, "linear_weight: got a plain tensor"):
+        linear_cross_entropy_error(everywhere, w, t)
+    with raised(ValueError, "linear_weight: got placements", "expected", r"Shard\(0\)"):
+        linear_cross_entropy_error(everywhere, spread(w, mesh, [Shard(1)]), t)
+    for placement in (Shard(0), Shard(1)):
+        with raised(ValueError, "input: got placements", "expected Replicate"):
+            linear_cross_entropy_error(spread(x, mesh, [placement]), by_class, t)
+    other = DeviceMesh("cpu", list(reversed(range(dist.get_world_size()))))
+    with raised(ValueError, "input: got DeviceMesh", "expected DeviceMesh"):
+        linear_cross_entropy_error(spread(x, other, [Replicate()]), by_class, t)
+    loss = linear_cross_entropy_error(everywhere.requires_grad_(), by_class, t)
+    with raised(NotImplementedError, "create_graph"):
+        torch.autograd.grad(loss, everywhere, create_graph=True)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_linear
 import torch
-from samples import REDUCTIONS, SAMPLES, Sample
+from samples import LINEAR_CROSS_ENTROPIES, REDUCTIONS, SAMPLES, Sample
 from test_parity import assert_matches_reference
 from torch import Tensor
 from torch.torch_version import TorchVersion
@@ -95,6 +96,14 @@ def test_small_tiles_match_the_reference() -> None:
         reduction = sample.options.get("reduction")
         if reduction == "mean" or (reduction == "none" and is_hard(sample.name)):
             assert_matches_reference(sample, torch.float64, "cpu")
+
+
+@interpreted
+def test_linear_layers_match_the_reference() -> None:
+    """Whose logits the kernel turns into their gradient where they are."""
+    for sample in LINEAR_CROSS_ENTROPIES:
+        if sample.input.ndim == 2:
+            test_linear.assert_matches_reference(sample, torch.float32, "cpu")
 
 
 @interpreted

@@ -108,25 +108,70 @@ def check_dim(input: Tensor, dim: int | None) -> int:
     return dim % rank
 
 
-def is_class_index(input: Tensor, target: Tensor, dim: int) -> bool:
-    """Whether `target` holds class indices; otherwise it has one value per element of `input`."""
-    _check_real("target", target, input)
-    if target.shape == input.shape:
-        return False
-    samples = samples_shape(input, dim)
-    if target.shape != samples:
-        fits = [d for d in range(input.dim()) if samples_shape(input, d) == target.shape]
-        hint = f"; classes in dimension {fits[0]} need dim={fits[0]}" if fits else ""
+def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> torch.Size:
+    """The shape of a linear layer's logits."""
+    check_dim(input, None)
+    if input.dim() == 0:
+        raise ValueError("input: got shape (); expected (..., D), the features last")
+    tensors = {"linear_weight": linear_weight}
+    if linear_bias is not None:
+        tensors["linear_bias"] = linear_bias
+    for name, tensor in tensors.items():
+        _check_real(name, tensor, input)
+        if tensor.dtype != input.dtype and not _is_cast(input.device.type, tensor, input):
+            raise TypeError(
+                f"{name}: got dtype {tensor.dtype}; expected {input.dtype}, the input's dtype"
+            )
+    if linear_weight.dim() != 2 or linear_weight.shape[1:] != input.shape[-1:]:
         raise ValueError(
-            f"target: got shape {tuple(target.shape)} for an input of shape {tuple(input.shape)} "
+            f"linear_weight: got shape {tuple(linear_weight.shape)} for an input of shape "
+            f"{tuple(input.shape)}; expected (V, {input.shape[-1]}), a row for each of V classes"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]:
+        raise ValueError(
+            f"linear_bias: got shape {tuple(linear_bias.shape)} for a linear_weight of shape "
+            f"{tuple(linear_weight.shape)}; expected {tuple(linear_weight.shape[:1])}"
+        )
+    return input.shape[:-1] + linear_weight.shape[:1]
+
+
+def _is_cast(device: str, *tensors: Tensor) -> bool:
+    """Whether autocast brings the tensors to one dtype."""
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return False
+    return all(t.is_floating_point() and t.dtype != torch.float64 for t in tensors)
+
+
+def is_class_index(
+    input: Tensor, target: Tensor, dim: int, logits: torch.Size | None = None
+) -> bool:
+    """Whether `target` holds class indices; otherwise it has one value per element of `input`.
+
+    Or per element of the input's `logits`, which have that shape.
+    """
+    _check_real("target", target, input)
+    shape, owner = (input.shape, "input's") if logits is None else (logits, "logits'")
+    of = (
+        f"an input of shape {tuple(shape)}" if logits is None else f"logits of shape {tuple(shape)}"
+    )
+    if target.shape == shape:
+        return False
+    samples = shape[:dim] + shape[dim + 1 :]
+    if target.shape != samples:
+        hint = ""
+        if logits is None:
+            fits = [d for d in range(input.dim()) if samples_shape(input, d) == target.shape]
+            hint = f"; classes in dimension {fits[0]} need dim={fits[0]}" if fits else ""
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)} for {of} "
             f"with classes in dimension {dim}; expected the same shape, or {tuple(samples)} of an "
             f"integer dtype for class indices{hint}"
         )
     if target.is_floating_point() or target.dtype == torch.bool:
         raise TypeError(
-            f"target: got dtype {target.dtype} and shape {tuple(target.shape)} for an input of "
-            f"shape {tuple(input.shape)}, where only class indices fit; expected an integer dtype, "
-            f"or the input's shape (a forgotten unsqueeze?)"
+            f"target: got dtype {target.dtype} and shape {tuple(target.shape)} for {of}, "
+            f"where only class indices fit; expected an integer dtype, "
+            f"or the {owner} shape (a forgotten unsqueeze?)"
         )
     return True
 
@@ -136,13 +181,15 @@ def samples_shape(input: Tensor, dim: int) -> torch.Size:
     return input.shape[:dim] + input.shape[dim + 1 :]
 
 
-def check_weight(weight: Tensor | None) -> None:
+def check_weight(weight: Tensor | None, num_classes: int | None = None) -> None:
     """What can be said of class weights before there is an input."""
     if weight is not None:
         _check_real("weight", weight, None)
-        if weight.dim() != 1:
+        if weight.dim() != 1 or num_classes not in (None, len(weight)):
+            expected = "C" if num_classes is None else num_classes
             raise ValueError(
-                f"weight: got shape {tuple(weight.shape)}; expected (C,), one weight per class"
+                f"weight: got shape {tuple(weight.shape)}; expected ({expected},), one weight per "
+                f"class"
             )
 
 
@@ -152,15 +199,22 @@ def check_weights(
     dim: int,
     sample_weight: Tensor | None,
     shape: tuple[int, ...],
+    logits: torch.Size | None = None,
 ) -> None:
-    """Class weights against the input, sample weights against the `shape` they broadcast to."""
+    """Class weights against the input, sample weights against the `shape` they broadcast to.
+
+    Or class weights against the input's `logits`, which have that shape.
+    """
     if weight is not None:
         _check_real("weight", weight, input)
-        if weight.shape != input.shape[dim : dim + 1]:
+        classes = (input.shape if logits is None else logits)[dim : dim + 1]
+        if weight.shape != classes:
+            of = f"an input of shape {tuple(input.shape)}"
+            if logits is not None:
+                of = f"logits of shape {tuple(logits)}"
             raise ValueError(
-                f"weight: got shape {tuple(weight.shape)} for an input of shape "
-                f"{tuple(input.shape)} with classes in dimension {dim}; "
-                f"expected {tuple(input.shape[dim : dim + 1])}"
+                f"weight: got shape {tuple(weight.shape)} for {of} "
+                f"with classes in dimension {dim}; expected {tuple(classes)}"
             )
     if sample_weight is not None:
         _check_real("sample_weight", sample_weight, input)
@@ -177,11 +231,11 @@ def check_weights(
 
 def check_classes(target: Tensor, num_classes: int, ignore_index: int) -> Classes:
     """The class indices of `target`, looked at where that costs no wait for a device."""
-    can_look = _can_look(target)
-    if can_look and _are_within(long(target), num_classes, ignore_index):
+    is_seen = can_look(target)
+    if is_seen and _are_within(long(target), num_classes, ignore_index):
         return Classes(target, num_classes, ignore_index=None, is_valid=True)
     unseen = Classes(target, num_classes, ignore_index)
-    if not can_look:
+    if not is_seen:
         return unseen
     valid: Any = unseen.valid
     if _truth(valid.all()):
@@ -220,7 +274,7 @@ def check_values(
     those of a target of class indices. Samples that count for nothing may hold anything. Where
     `is_whole` is false, `input` has a part of each row, and no sum over it means anything.
     """
-    if call.kind == "squares" or not (_can_look(input) and torch.is_anomaly_enabled()):
+    if call.kind == "squares" or not (can_look(input) and torch.is_anomaly_enabled()):
         return
     dim, from_logits = call.dim, call.kind == "logits"
     input = input.detach()
@@ -241,15 +295,29 @@ def check_values(
     if is_whole:
         _check_softmax(input, dim, counts, from_logits)
     if is_whole and classes is None:
-        target = target.detach()
-        position = _first(counts & ~_is_distribution(target, dim, 1e-2))
-        if position is not None:
-            warnings.warn(
-                f"target: the row at position {position} is no probability distribution, with "
-                f"values {_range(target, dim, position)}; expected values of at least 0 that sum "
-                f"to 1 over dimension {dim} (for logits of a teacher, pass their softmax)",
-                stacklevel=4,
-            )
+        _check_soft_target(target, dim, counts, stacklevel=5)
+
+
+def check_target_values(call: Call, target: Tensor, sample_weight: Tensor | None) -> None:
+    """`check_values` of a linear layer's logits, which are not there: of the soft target alone."""
+    if call.is_index or not (can_look(target) and torch.is_anomaly_enabled()):
+        return
+    counts = torch.ones(samples_shape(target, call.dim), dtype=torch.bool, device=target.device)
+    if sample_weight is not None:
+        counts = counts & (sample_weight.detach() != 0)
+    _check_soft_target(target, call.dim, counts, stacklevel=4)
+
+
+def _check_soft_target(target: Tensor, dim: int, counts: Tensor, stacklevel: int) -> None:
+    target = target.detach()
+    position = _first(counts & ~_is_distribution(target, dim, 1e-2))
+    if position is not None:
+        warnings.warn(
+            f"target: the row at position {position} is no probability distribution, with "
+            f"values {_range(target, dim, position)}; expected values of at least 0 that sum "
+            f"to 1 over dimension {dim} (for logits of a teacher, pass their softmax)",
+            stacklevel=stacklevel,
+        )
 
 
 def _check_softmax(input: Tensor, dim: int, counts: Tensor, from_logits: bool) -> None:
@@ -294,7 +362,8 @@ def _check_real(name: str, value: Tensor, input: Tensor | None) -> None:
         )
 
 
-def _can_look(tensor: Tensor) -> bool:
+def can_look(tensor: Tensor) -> bool:
+    """Whether the values of a tensor may be asked for: they are there, and near or asked for."""
     if is_traced():
         return False
     return tensor.is_cpu or torch.is_anomaly_enabled()

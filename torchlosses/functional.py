@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from torchlosses import checks, fused, sharded
+from torchlosses import checks, fused, linear, sharded
 from torchlosses.checks import Reduction
 from torchlosses.formulas import Call
 
-__all__ = ["cross_entropy_error", "sum_squared_error"]
+__all__ = ["cross_entropy_error", "linear_cross_entropy_error", "sum_squared_error"]
 
 
 def sum_squared_error(
@@ -81,9 +81,58 @@ def cross_entropy_error(
     )
 
 
+def linear_cross_entropy_error(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: Reduction = "sum",
+    delta: float = 1e-7,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of a linear layer's logits, which are never there at once.
+
+    The function behind :class:`torchlosses.LinearCrossEntropyError`, where every argument, dtype,
+    error and source is described. Use it where the layer's weight is another's too, such as an
+    embedding's.
+
+    >>> import torch
+    >>> from torchlosses.functional import linear_cross_entropy_error
+    >>> x, w = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.eye(2)
+    >>> linear_cross_entropy_error(x, w, torch.tensor([1, 0]))
+    tensor(1.6265)
+    """
+    _, ignore_index, delta, label_smoothing = checks.check_options(
+        reduction, None, ignore_index, delta, label_smoothing
+    )
+    shape = checks.check_linear(input, linear_weight, linear_bias)
+    dim = len(shape) - 1
+    is_index = checks.is_class_index(input, target, dim, shape)
+    checks.check_weights(input, weight, dim, sample_weight, shape[:-1], shape)
+    double = input.dtype == torch.float64 or target.dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
+    call = Call("logits", is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing)
+    arguments = (input, linear_weight, linear_bias, target, weight, sample_weight)
+    if sharded.is_sharded(*arguments):
+        return sharded.compute_linear(call, *arguments)
+    if torch.compiler.is_compiling():
+        from torchlosses import operators
+
+        if operators.serves(call, *arguments):
+            return operators.compute(call, *arguments)
+    elif torch.is_anomaly_enabled():
+        checks.check_target_values(call, target, sample_weight)
+    return linear.compute(call, *arguments)
+
+
 # torch.fx.symbolic_trace takes them as they are, as it does torch's own losses.
 torch.fx.wrap("sum_squared_error")
 torch.fx.wrap("cross_entropy_error")
+torch.fx.wrap("linear_cross_entropy_error")
 
 
 def _compute(

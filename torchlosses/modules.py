@@ -1,11 +1,12 @@
 """The losses as modules, which hold the options."""
 
+import torch
 from torch import Tensor, nn
 
 from torchlosses import checks, functional
 from torchlosses.checks import Reduction
 
-__all__ = ["CrossEntropyError", "SumSquaredError"]
+__all__ = ["CrossEntropyError", "LinearCrossEntropyError", "SumSquaredError"]
 
 
 class SumSquaredError(nn.Module):
@@ -213,4 +214,139 @@ class CrossEntropyError(nn.Module):
             f"weight={weight}, reduction={self.reduction!r}, delta={self.delta}, "
             f"from_logits={self.from_logits}, dim={self.dim}, ignore_index={self.ignore_index}, "
             f"label_smoothing={self.label_smoothing}"
+        )
+
+
+class LinearCrossEntropyError(nn.Module):
+    r"""A linear layer and the :class:`CrossEntropyError` of its logits, in one call.
+
+    .. math:: E = -\sum_k t_k \log(\mathrm{softmax}(Wx + b)_k + \delta)
+
+    The value and all derivatives are those of ``CrossEntropyError(from_logits=True, dim=-1)`` on
+    what the layer puts out. All its logits are never there at once: some hundred rows of them are
+    made at a time and turned into their gradient in place. What a training step allocates beyond
+    its arguments is then the gradients, and memory that does not grow with the number of samples.
+    With many classes, as the words of a language model are, logits and their gradient are most of
+    the memory otherwise.
+
+    A loss that is not reduced, and one in float16, makes the logits a second time in backward.
+    Where autograd asks for more than one first derivative (create_graph, forward mode,
+    :mod:`torch.func`), and in an exported graph, all logits are there. Class weights or sample
+    weights that require a gradient, and a machine without kernels, take more time and not the
+    memory.
+
+    Args:
+        in_features: D, the size of a sample.
+        num_classes: V, the classes.
+        bias: whether the layer has a bias b.
+        weight: class weights, of shape (V,), as in :class:`CrossEntropyError`; the layer's weight W
+            is ``linear.weight``.
+        reduction: as in :class:`CrossEntropyError`.
+        delta: the guard δ, at least 0. With 0 it is the exact cross-entropy, where with another
+            confidently wrong samples do not learn.
+        ignore_index: samples with this class index add nothing to value, gradient or divisor,
+            whatever they hold, and on the CPU take no time.
+        label_smoothing: ε in [0, 1]: the target is taken as (1−ε)·t + ε/V.
+        device: of the layer.
+        dtype: of the layer.
+
+    Call it with:
+        - **input** (x): shape (..., D), in the layer's floating dtype; under autocast in any that
+          autocast brings to its own.
+        - **target** (t): class indices, of any integer dtype and shape (...); or one-hot or soft
+          targets of shape (..., V), with any real dtype.
+        - **sample_weight** (optional): real factors that broadcast to (...). ``'mean'`` divides by
+          their sum.
+
+    Returns:
+        A 0-D tensor, or with ``'none'`` one of shape (...), in nats. float64 if input or target
+        are, else float32. Gradients have the dtype of the tensor that they belong to; that of W is
+        summed in float32 for a layer in half precision. ``'mean'`` and ``'batchmean'`` over nothing
+        are 0.
+
+    Raises:
+        ValueError: an unknown `reduction`, a `delta` that is negative or not finite, a
+            `label_smoothing` outside [0, 1] or a `weight` that is not (V,), when the module is
+            made. In the call: shapes that do not fit, tensors on different devices, a layer whose
+            weight :func:`torch.distributed.fsdp.fully_shard` has cut and not put together.
+        TypeError: an `input` that is not floating or not in the layer's dtype, a complex tensor, a
+            floating or boolean `target` where only class indices fit.
+        IndexError: a class index out of range, on the CPU. On another device, under `torch.compile`
+            and under `vmap`, that sample's loss and gradient are NaN instead.
+
+    The layer is an :class:`torch.nn.Linear` by the name of ``linear``, as in
+    :class:`torch.nn.LinearCrossEntropyLoss`, whose state dict can be loaded. A weight that is
+    another module's too, such as an embedding's, is set as ``linear.weight``, or goes to
+    :func:`torchlosses.functional.linear_cross_entropy_error`. Several processes can share the
+    classes, with a weight that is a :class:`~torch.distributed.tensor.DTensor` of placement
+    ``Shard(0)``. Under `fully_shard`, wrap this module or one around it.
+
+    Source: the formula, K. Saitō, *Deep Learning from Scratch*, ch. 4; to take it a part of the
+    logits at a time, E. Wijmans et al., *Cut Your Losses in Large-Vocabulary Language Models*.
+
+    Example:
+        >>> import torch
+        >>> from torchlosses import LinearCrossEntropyError
+        >>> criterion = LinearCrossEntropyError(2, 3, reduction="mean")
+        >>> _ = torch.nn.init.zeros_(criterion.linear.weight)
+        >>> x, t = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([2, 0])
+        >>> loss = criterion(x, t)
+        >>> loss
+        tensor(1.0986, grad_fn=<...>)
+        >>> loss.backward()
+        >>> criterion.linear.weight.grad
+        tensor([[-0.8333, -1.0000],
+                [ 0.6667,  1.0000],
+                [ 0.1667,  0.0000]])
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        weight: Tensor | None = None,
+        reduction: Reduction = "sum",
+        delta: float = 1e-7,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _, self.ignore_index, self.delta, self.label_smoothing = checks.check_options(
+            reduction, None, ignore_index, delta, label_smoothing
+        )
+        checks.check_weight(weight, num_classes)
+        if isinstance(weight, nn.Parameter):
+            self.weight = weight
+        else:
+            self.register_buffer("weight", weight)
+        self.reduction: Reduction = reduction
+        self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+
+    def forward(
+        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
+    ) -> Tensor:
+        return functional.linear_cross_entropy_error(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            delta=self.delta,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            sample_weight=sample_weight,
+        )
+
+    def extra_repr(self) -> str:
+        weight = "None" if self.weight is None else f"tensor of {tuple(self.weight.shape)}"
+        return (
+            f"weight={weight}, reduction={self.reduction!r}, delta={self.delta}, "
+            f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}"
         )

@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = [
     "cross_entropy_error",
     "cross_entropy_error_grad",
+    "linear_cross_entropy_error",
+    "linear_cross_entropy_error_grad",
     "sum_squared_error",
     "sum_squared_error_grad",
 ]
@@ -59,6 +61,54 @@ def cross_entropy_error_grad(input: ArrayLike, target: ArrayLike, **options: Any
     array([ 0.    , -1.6667,  0.    ])
     """
     return _cross_entropy(input, target, **options)[1]
+
+
+def linear_cross_entropy_error(
+    input: ArrayLike,
+    linear_weight: ArrayLike,
+    target: ArrayLike,
+    *,
+    linear_bias: ArrayLike = 0.0,
+    **options: Any,
+) -> Array:
+    """The cross-entropy from the logits x Wᵀ + b.
+
+    >>> from torchlosses.reference import linear_cross_entropy_error
+    >>> float(linear_cross_entropy_error([1.0, 2.0], [[1.0, 0.0], [0.0, 1.0]], 1).round(6))
+    0.313262
+    """
+    logits = _linear(input, linear_weight, linear_bias)
+    return _cross_entropy(logits, target, from_logits=True, dim=-1, **options)[0]
+
+
+def linear_cross_entropy_error_grad(
+    input: ArrayLike,
+    linear_weight: ArrayLike,
+    target: ArrayLike,
+    *,
+    linear_bias: ArrayLike = 0.0,
+    **options: Any,
+) -> tuple[Array, Array, Array]:
+    """G W, Gᵀ x and the sum of G over the samples, by x, W and b, with G = ∂E/∂(x Wᵀ + b).
+
+    >>> from torchlosses.reference import linear_cross_entropy_error_grad
+    >>> by_x, by_w, by_b = linear_cross_entropy_error_grad([1.0, 2.0], [[1.0, 0.0], [0.0, 1.0]], 1)
+    >>> by_x.round(4), by_w.round(4).tolist(), by_b.round(4)
+    (array([ 0.2689, -0.2689]), [[0.2689, 0.5379], [-0.2689, -0.5379]], array([ 0.2689, -0.2689]))
+    """
+    x, w = np.asarray(input, np.float64), np.asarray(linear_weight, np.float64)
+    logits = _linear(x, w, linear_bias)
+    slopes = _cross_entropy(logits, target, from_logits=True, dim=-1, **options)[1]
+    rows = slopes.reshape(-1, w.shape[0])
+    counts = rows.any(1)  # A sample that is ignored may hold anything.
+    by_w = rows[counts].T @ x.reshape(-1, w.shape[1])[counts]
+    return slopes @ w, by_w, rows.sum(0)
+
+
+@np.errstate(all="ignore")
+def _linear(input: ArrayLike, linear_weight: ArrayLike, linear_bias: ArrayLike) -> Array:
+    logits: Array = np.asarray(input, np.float64) @ np.asarray(linear_weight, np.float64).T
+    return logits + np.asarray(linear_bias, np.float64)
 
 
 @np.errstate(all="ignore")

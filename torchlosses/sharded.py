@@ -8,12 +8,12 @@ what takes a whole row (the maximum and the normaliser of logits) is reduced ove
 import math
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchlosses import checks, formulas, fused
+from torchlosses import checks, formulas, fused, linear
 from torchlosses.formulas import Call, Classes, Place
 
 if TYPE_CHECKING:
@@ -38,8 +38,9 @@ def compute(
     target: Tensor,
     weight: Tensor | None,
     sample_weight: Tensor | None,
+    layer: "Layer | None" = None,
 ) -> Tensor:
-    """The reduced loss."""
+    """The reduced loss. `input` has no numbers where it stands for the logits of a `layer`."""
     dim, dtype = call.dim, call.dtype
     shards = Shards(input, dim)
     every = tuple(range(input.dim()))
@@ -60,12 +61,15 @@ def compute(
         if call.is_index:
             classes = checks.check_classes(target, input.shape[dim], call.ignore_index)
             place = shards.find(classes)
-        if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
+        if layer is None and not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
             checks.check_values(call, y, target, classes, sample_weight, is_whole=is_whole)
         if is_whole:
             reduction = "none" if call.reduction == "none" else "sum"
             part = call._replace(reduction=reduction)
-            losses = fused.compute(part, y, target, weight, sample_weight)
+            if layer is None:
+                losses = fused.compute(part, y, target, weight, sample_weight)
+            else:
+                losses = linear.compute(part, *layer, target, weight, sample_weight)
     except (IndexError, ValueError) as error:
         error.add_note("The position is one in the shard of this process.")
         raise
@@ -74,7 +78,10 @@ def compute(
     if call.is_per_element and call.is_index:
         weights = weights.unsqueeze(dim).expand_as(y)
     if not is_whole:
-        losses = formulas.losses_of(call, y, target, weight, shards, classes, place)
+        if layer is None:
+            losses = formulas.losses_of(call, y, target, weight, shards, classes, place)
+        else:
+            losses = linear.losses_of(call, *layer, target, weight, shards, classes, place)
         if sample_weight is not None:
             losses = losses * weights
     losses = losses.to(dtype)
@@ -103,6 +110,74 @@ def compute(
         divisor = 1
     mean: Tensor = total / divisor
     return mean
+
+
+def compute_linear(
+    call: Call,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+) -> Tensor:
+    """The reduced loss of a linear layer's logits, cut by class as its weight is, or by row."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    if not (isinstance(input, DTensor) and isinstance(linear_weight, DTensor)):
+        is_input = isinstance(linear_weight, DTensor)
+        raise ValueError(
+            f"{'input' if is_input else 'linear_weight'}: got a plain tensor beside a DTensor; "
+            f"expected a DTensor too, or a layer that is whole, as fully_shard makes it in the "
+            f"forward of the module that it is called on"
+        )
+    mesh = linear_weight.device_mesh
+    if input.device_mesh != mesh:
+        raise ValueError(
+            f"input: got {input.device_mesh}; expected {mesh}, the mesh of linear_weight"
+        )
+    by_class = linear_weight.placements
+    if any(p not in (Shard(0), Replicate()) for p in by_class):
+        raise ValueError(
+            f"linear_weight: got placements {by_class}; expected Shard(0), by class, or Replicate"
+        )
+    # As in all operations that are not linear, a sum that is still to be made is made now.
+    by_row = [Replicate() if p.is_partial() else p for p in input.placements]
+    for p, q in zip(by_row, by_class, strict=True):
+        if p.is_shard(call.dim) or not (p.is_replicate() or q.is_replicate()):
+            raise ValueError(
+                f"input: got placements {input.placements} for a linear_weight of placements "
+                f"{by_class}; expected Replicate where the weight is cut, and no features cut"
+            )
+    if linear_bias is not None and not isinstance(linear_bias, DTensor):
+        everywhere = [Replicate()] * mesh.ndim  # It is the same on every process.
+        linear_bias = DTensor.from_local(linear_bias, mesh, everywhere, run_check=False)
+    # What is the same on processes with different shards has on each a share of its gradient.
+    shares = [Partial() if q.is_shard() else p for p, q in zip(by_row, by_class, strict=True)]
+    x = _local(input, by_row, shares)
+    shares = [Partial() if p.is_shard() else q for p, q in zip(by_row, by_class, strict=True)]
+    layer = Layer(
+        x,
+        _local(linear_weight, by_class, shares),
+        None if linear_bias is None else _local(linear_bias, by_class, shares),
+    )
+    shape = input.shape[:-1] + linear_weight.shape[:1]
+    # One number that stands for all.
+    logits = x.new_empty(()).expand(x.shape[:-1] + layer.linear_weight.shape[:1])
+    placements = [
+        Shard(call.dim) if q.is_shard() else p for p, q in zip(by_row, by_class, strict=True)
+    ]
+    stride = torch.empty(shape, device="meta").stride()
+    like = DTensor.from_local(logits, mesh, placements, run_check=False, shape=shape, stride=stride)
+    return compute(call, like, target, weight, sample_weight, layer)
+
+
+class Layer(NamedTuple):
+    """What of a linear layer is on this process, and the rows that it is given."""
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
 
 
 class Shards(formulas.Rows):

@@ -1,0 +1,907 @@
+"""A linear layer and its loss in one call are the two in a row, in every number, and need less."""
+
+import contextlib
+import copy
+import io
+import itertools
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import calls
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from samples import LINEAR_CROSS_ENTROPIES, REDUCTIONS, Sample, reference
+from test_parity import TOLERANCES
+from torch import Tensor, nn
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import grad, hessian, jacrev, jvp, vmap
+from torch.profiler import profile
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from torchlosses import LinearCrossEntropyError, checks, fused, linear, operators
+from torchlosses.functional import cross_entropy_error, linear_cross_entropy_error
+
+FUZZ_CASES = int(os.environ.get("FUZZ_CASES", "100000"))
+NAMES = ("input", "linear_weight", "linear_bias", "target", "weight", "sample_weight")
+ALL = [s for s in LINEAR_CROSS_ENTROPIES if "-(7, 4)-all" in s.name]
+named = pytest.mark.parametrize("sample", LINEAR_CROSS_ENTROPIES, ids=lambda sample: sample.name)
+forms = pytest.mark.parametrize("sample", ALL, ids=lambda sample: sample.name)
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks() -> Iterator[None]:
+    """Two rows in float64, three in float32."""
+    with (
+        mock.patch.dict(linear.CHUNK, {"cpu": 16}),
+        mock.patch.object(linear, "CHUNK_OF_OTHERS", 16),
+        mock.patch.object(linear, "BLOCK", 2),
+    ):
+        yield
+
+
+def tensors(sample: Sample, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    input, target, options = sample.tensors(dtype, device)
+    return {"input": input, "target": target} | options
+
+
+def apart(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """What the loss is defined as."""
+    logits = F.linear(input, linear_weight, linear_bias)
+    return cross_entropy_error(logits, target, from_logits=True, dim=-1, **options)
+
+
+def close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12, equal_nan=True)
+
+
+def learned(arguments: dict[str, Any], *names: str) -> tuple[Tensor, ...]:
+    """The floating tensors, or those of these names, which are made to require gradients."""
+    return tuple(
+        value.requires_grad_()
+        for name, value in arguments.items()
+        if isinstance(value, Tensor)
+        and value.is_floating_point()
+        and name in (names or NAMES)
+    )  # fmt: skip
+
+
+# ---- The numbers
+
+
+def assert_matches_reference(sample: Sample, dtype: torch.dtype, device: str) -> None:
+    arguments = tensors(sample, dtype, device)
+    leaves = learned(arguments, "input", "linear_weight", "linear_bias")
+    value = linear_cross_entropy_error(**arguments)
+    grads = torch.autograd.grad(value.sum(), leaves)
+    expected_value, expected_grads = reference(sample.loss, arguments)
+    expected = dict(zip(("input", "linear_weight", "linear_bias"), expected_grads, strict=True))
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    (rtol, atol), (grad_rtol, grad_atol) = TOLERANCES[dtype]
+    if dtype.itemsize == 2:  # Logits and their slopes are rounded, and so are sums over them.
+        rtol = atol = grad_rtol = grad_atol = 16 * torch.finfo(dtype).eps
+    rtol, atol, grad_rtol, grad_atol = 8 * rtol, 8 * atol, 8 * grad_rtol, 8 * grad_atol
+    torch.testing.assert_close(
+        value.detach().double().cpu(), torch.tensor(expected_value), rtol=rtol, atol=atol
+    )
+    for name, actual in zip([n for n in expected if n in arguments], grads, strict=True):
+        assert actual.dtype == dtype
+        torch.testing.assert_close(
+            actual.double().cpu(), torch.tensor(expected[name]), rtol=grad_rtol, atol=grad_atol
+        )
+
+
+@named
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_matches_the_reference(sample: Sample, dtype: torch.dtype, device: str) -> None:
+    assert_matches_reference(sample, dtype, device)
+
+
+@named
+def test_gradients_by_all_arguments_any_number_of_times(sample: Sample, device: str) -> None:
+    arguments = tensors(sample, torch.float64, device)
+    for names in (NAMES[:4], NAMES):  # Kernels serve what does not learn its weights.
+        leaves = learned(arguments, *names)
+        loss, expected = linear_cross_entropy_error(**arguments), apart(**arguments)
+        upstream = torch.randn_like(loss)
+        expected_grads = torch.autograd.grad(expected, leaves, upstream)
+        for _ in range(3):
+            close(torch.autograd.grad(loss, leaves, upstream, retain_graph=True), expected_grads)
+
+
+@pytest.mark.parametrize("needed", list(itertools.product((False, True), repeat=3)), ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_only_what_is_asked_for_has_a_gradient(
+    needed: tuple[bool, ...], reduction: Any, device: str
+) -> None:
+    for sample in ALL:
+        arguments = tensors(sample, torch.float64, device) | {"reduction": reduction}
+        names = [name for name, n in zip(NAMES, needed, strict=False) if n]
+        leaves = learned(arguments, *names) if names else ()
+        loss = linear_cross_entropy_error(**arguments)
+        assert loss.requires_grad == any(needed)
+        close(loss, apart(**arguments))
+        if leaves:
+            expected = torch.autograd.grad(apart(**arguments).sum(), leaves)
+            close(torch.autograd.grad(loss.sum(), leaves), expected)
+
+
+def test_promotes_to_a_target_of_float64(device: str) -> None:
+    x, w = torch.randn(5, 4, device=device), torch.randn(3, 4, device=device)
+    t = torch.rand(5, 3, dtype=torch.float64, device=device).softmax(1).requires_grad_()
+    loss = linear_cross_entropy_error(x.requires_grad_(), w, t)
+    assert loss.dtype == torch.float64
+    by_x, by_t = torch.autograd.grad(loss, (x, t))
+    expected = torch.autograd.grad(apart(x, w, t), (x, t))
+    assert (by_x.dtype, by_t.dtype) == (torch.float32, torch.float64)
+    torch.testing.assert_close((by_x, by_t), expected)
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint8", "int32", "uint16", "uint64", "onehot", "bool"])
+def test_targets_of_any_dtype(kind: str, device: str) -> None:
+    x = torch.randn(5, 4, device=device, requires_grad=True)
+    w = torch.randn(3, 4, device=device)
+    t = torch.randint(3, (5,), device=device)
+    other = t.to(getattr(torch, kind)) if "int" in kind else F.one_hot(t, 3)
+    other = other.bool() if kind == "bool" else other
+    close(linear_cross_entropy_error(x, w, other), linear_cross_entropy_error(x, w, t))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_what_is_ignored_may_hold_anything(reduction: Any, device: str) -> None:
+    x = torch.randn(6, 4, dtype=torch.float64, device=device)
+    t = torch.tensor([1, -100, 0, 2, -100, 1], device=device)
+    w = torch.randn(3, 4, dtype=torch.float64, device=device, requires_grad=True)
+    expected = linear_cross_entropy_error(x.requires_grad_(), w, t, reduction=reduction)
+    expected_grads = torch.autograd.grad(expected.sum(), (x, w))
+    odd = x.detach().clone()
+    odd[1], odd[4] = torch.inf, torch.nan
+    odd.requires_grad_()
+    loss = linear_cross_entropy_error(odd, w, t, reduction=reduction)
+    close(loss, expected)
+    close(torch.autograd.grad(loss.sum(), (odd, w)), expected_grads)
+    weight = torch.ones(3, dtype=torch.float64, device=device, requires_grad=True)
+    loss = linear_cross_entropy_error(odd, w, t, reduction=reduction, weight=weight)
+    close(torch.autograd.grad(loss.sum(), (odd, w)), expected_grads)
+    nothing = linear_cross_entropy_error(odd, w, torch.full_like(t, -100), reduction=reduction)
+    assert nothing.abs().sum() == 0
+    assert all(not g.any() for g in torch.autograd.grad(nothing.sum(), (odd, w)))
+
+
+def test_rows_are_left_out_or_set_to_zero(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device that would have to be waited for."""
+    for sample in ALL:
+        arguments = tensors(sample, torch.float64, device)
+        if not sample.is_index:
+            continue
+        leaves = learned(arguments, *NAMES[:4])
+        expected = linear_cross_entropy_error(**arguments)
+        expected_grads = torch.autograd.grad(expected.sum(), leaves)
+        with monkeypatch.context() as patch:
+            patch.setattr(checks, "can_look", lambda tensor: False)
+            loss = linear_cross_entropy_error(**arguments)
+            close(loss, expected)
+            close(torch.autograd.grad(loss.sum(), leaves), expected_grads)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("sizes", [(0, 4, 3), (5, 0, 3), (5, 4, 0), (0, 0, 0)], ids=str)
+def test_nothing_of_something(sizes: tuple[int, int, int], reduction: Any, device: str) -> None:
+    n, d, v = sizes
+    x = torch.randn(n, d, dtype=torch.float64, device=device, requires_grad=True)
+    w = torch.randn(v, d, dtype=torch.float64, device=device, requires_grad=True)
+    targets = [torch.rand(n, v, dtype=torch.float64, device=device)]
+    if v:
+        targets.append(torch.randint(v, (n,), device=device))
+    for t in targets:
+        loss, expected = (
+            f(x, w, t, reduction=reduction) for f in (linear_cross_entropy_error, apart)
+        )
+        close(loss, expected)
+        grads, expected_grads = (
+            torch.autograd.grad(value.sum(), (x, w)) for value in (loss, expected)
+        )
+        close(grads, expected_grads)
+
+
+def test_any_strides(device: str) -> None:
+    x = torch.randn(4, 6, 5, dtype=torch.float64, device=device).transpose(0, 2)
+    w = torch.randn(4, 7, dtype=torch.float64, device=device).T[:, :4]
+    t = torch.randint(7, (6, 5), device=device).T
+    b = torch.randn(7, 2, dtype=torch.float64, device=device)[:, 1]
+    scale = torch.rand(6, dtype=torch.float64, device=device)
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, w, b)]
+    losses = [
+        f(leaves[0], leaves[1], t, linear_bias=leaves[2], sample_weight=scale, reduction="mean")
+        for f in (linear_cross_entropy_error, apart)
+    ]
+    close(*losses)
+    close(*(torch.autograd.grad(loss, leaves) for loss in losses))
+    expanded = x[:1, :1].expand(5, 6, 4)
+    close(linear_cross_entropy_error(expanded, w, t), apart(expanded, w, t))
+    close(linear_cross_entropy_error(x.mT.mT, w, t), apart(x, w, t))
+
+
+def test_a_guard_that_float32_does_not_hold(device: str) -> None:
+    x = torch.randn(5, 4, device=device, requires_grad=True)
+    w, t = torch.randn(3, 4, device=device), torch.randint(3, (5,), device=device)
+    loss, expected = (f(x, w, t, delta=1e-40) for f in (linear_cross_entropy_error, apart))
+    torch.testing.assert_close(loss, expected)
+
+
+def test_same_bits_every_time(device: str) -> None:
+    x = torch.randn(9, 4, device=device, requires_grad=True)
+    w = torch.randn(7, 4, device=device, requires_grad=True)
+    t = torch.randint(7, (9,), device=device)
+    results = []
+    for _ in range(2):
+        loss = linear_cross_entropy_error(x, w, t, reduction="mean")
+        first = torch.autograd.grad(loss, (x, w), torch.full_like(loss, 1.7), retain_graph=True)
+        results += [(loss, *first), (loss, *torch.autograd.grad(loss, (x, w), loss * 0 + 1.7))]
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+# ---- Half precision
+
+
+def test_sums_of_half_precision_are_of_float32(device: str) -> None:
+    """The gradient of the weight is nearer to float64 than that of the layer and the loss."""
+    for dtype in (torch.bfloat16, torch.float16):
+        x, w = torch.randn(2048, 16, device=device), torch.randn(8, 16, device=device)
+        x, w = x.to(dtype), w.to(dtype).requires_grad_()
+        t = torch.zeros(2048, dtype=torch.int64, device=device)
+        leaf = w.detach().double().requires_grad_()
+        (exact,) = torch.autograd.grad(apart(x.double(), leaf, t), leaf)
+        with mock.patch.dict(linear.CHUNK, {"cpu": 2**7}):
+            (ours,) = torch.autograd.grad(linear_cross_entropy_error(x, w, t), w)
+        assert (ours - exact).abs().max() <= 8 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_loss_scaler_lifts_what_float16_cannot_hold(reduction: Any, device: str) -> None:
+    x = torch.rand(4, 8, device=device).half().requires_grad_()
+    w = torch.rand(5, 8, device=device).half().requires_grad_()
+    t = torch.randint(5, (4,), device=device)
+    weights = torch.full((4,), 1e-8, device=device)
+    loss = linear_cross_entropy_error(x, w, t, reduction=reduction, sample_weight=weights)
+    factor = 2.0**24
+    grads = torch.autograd.grad(loss.sum() * factor, (x, w))
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (x, w)]
+    exact = torch.autograd.grad(
+        apart(leaves[0], leaves[1], t, sample_weight=weights).sum() * factor, leaves
+    )
+    for ours, expected in zip(grads, exact, strict=True):
+        assert (expected / factor).abs().max() < 2**-25
+        torch.testing.assert_close(ours.double(), expected, rtol=2**-7, atol=2**-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_autocast_as_of_the_layer(dtype: torch.dtype, bias: bool, device: str) -> None:
+    x = torch.randn(5, 8, device=device, requires_grad=True)
+    w, b = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((3, 8), (3,)))
+    t = torch.randint(3, (5,), device=device)
+    leaves = (x, w, b) if bias else (x, w)
+    options: dict[str, Any] = {"linear_bias": b} if bias else {}
+    with torch.autocast(device, dtype=dtype):
+        loss, expected = (f(x, w, t, **options) for f in (linear_cross_entropy_error, apart))
+        mixed = linear_cross_entropy_error(x.to(dtype), w, t, **options)
+        with pytest.raises(TypeError, match="linear_weight"):
+            linear_cross_entropy_error(x.double(), w, t)
+    assert loss.dtype == torch.float32
+    rounded: dict[str, Any] = {"rtol": 2e-2, "atol": 4e-2}
+    torch.testing.assert_close(loss, expected, **rounded)
+    torch.testing.assert_close(mixed, expected, **rounded)
+    grads = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert all(g.dtype == torch.float32 for g in grads)
+    expected_grads = torch.autograd.grad(expected, leaves)
+    torch.testing.assert_close(grads, expected_grads, **rounded)
+    again = torch.autograd.grad(loss, leaves, create_graph=True)
+    torch.testing.assert_close(again, expected_grads, **rounded)
+
+
+# ---- Derivatives
+
+
+@pytest.mark.parametrize("sample", [s for s in LINEAR_CROSS_ENTROPIES if "-(7, 4)-all" in s.name
+                                    or "-(4,)-plain" in s.name], ids=lambda s: s.name)  # fmt: skip
+def test_gradcheck(sample: Sample, device: str) -> None:
+    arguments = tensors(sample, torch.float64, device)
+    leaves = learned(arguments)
+    names = [n for n, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad]
+
+    def loss(*values: Tensor) -> Tensor:
+        return linear_cross_entropy_error(**arguments | dict(zip(names, values, strict=True)))
+
+    assert gradcheck(loss, leaves, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
+    assert gradgradcheck(loss, leaves, check_fwd_over_rev=True, fast_mode=True)
+
+
+@forms
+def test_transforms(sample: Sample, device: str) -> None:
+    """All that torch's own refuses, or answers with another number."""
+    arguments = tensors(sample, torch.float64, device)
+    x, w = arguments.pop("input"), arguments.pop("linear_weight")
+
+    def ours(x: Tensor, w: Tensor) -> Tensor:
+        return linear_cross_entropy_error(x, w, **arguments).sum()
+
+    def theirs(x: Tensor, w: Tensor) -> Tensor:
+        return apart(x, w, **arguments).sum()
+
+    ones = (torch.ones_like(x), torch.ones_like(w))
+    for transform in (
+        lambda f: jvp(f, (x, w), ones),
+        lambda f: grad(f, (0, 1))(x, w),
+        lambda f: vmap(f, (None, 0))(x, torch.stack((w, 2 * w))),
+        lambda f: vmap(grad(f), (None, 0))(x, torch.stack((w, 2 * w))),
+        lambda f: jacrev(f)(x, w),
+        lambda f: hessian(f)(x, w),
+    ):
+        close(transform(ours), transform(theirs))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, ones[0]), forward_ad.make_dual(w, ones[1])
+        tangents = [forward_ad.unpack_dual(f(*dual)).tangent for f in (ours, theirs)]
+    close(*tangents)
+    assert tangents[0].abs() > 0
+
+
+def test_vmap_over_a_bad_class_is_nan(device: str) -> None:
+    x, w = torch.randn(3, 4, device=device), torch.randn(5, 4, device=device)
+    t = torch.tensor([0, 5, 1], device=device)
+
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        return linear_cross_entropy_error(x, w, t)
+
+    assert vmap(loss)(x, t).isnan().tolist() == [False, True, False]
+
+
+@forms
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(sample: Sample, use_reentrant: bool, device: str) -> None:
+    arguments = tensors(sample, torch.float64, device)
+    x = arguments.pop("input").requires_grad_()
+    for name in ("linear_weight", "weight"):  # The second goes by chunks that are checkpointed.
+        learned(arguments, name)
+
+        def f(x: Tensor) -> Tensor:
+            return linear_cross_entropy_error(x, **arguments).sum()
+
+        x.grad = None
+        checkpoint(f, x, use_reentrant=use_reentrant).backward()
+        close(x.grad, torch.autograd.grad(f(x), x)[0])
+        with FlopCounterMode(display=False):
+            loss = checkpoint(f, x, use_reentrant=False)
+        close(torch.autograd.grad(loss, x)[0], x.grad)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("is_index", [False, True])
+def test_arguments_that_hang_together(is_index: bool, reduction: Any, device: str) -> None:
+    """A gradient penalty where all is made from one leaf."""
+    leaf = torch.rand(6, 6, dtype=torch.float64, device=device, requires_grad=True)
+    index = torch.arange(6, device=device)
+    results = []
+    for loss in (linear_cross_entropy_error, apart):
+        x = leaf * 1.5
+        t = index if is_index else x.square()
+        named = {"linear_bias": x.sum(0), "reduction": reduction, "sample_weight": index * 0.5}
+        value = loss(x, x.sin().T, t, **named).sum() * 3
+        (first,) = torch.autograd.grad(value, leaf, retain_graph=True)
+        (graph,) = torch.autograd.grad(value, leaf, create_graph=True)
+        (second,) = torch.autograd.grad(graph.square().sum(), leaf, retain_graph=True)
+        (again,) = torch.autograd.grad(value, leaf)
+        results.append((value, first, graph, second, again))
+    close(*results)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_index", [False, True])
+def test_what_changes_before_backward_is_an_error_or_unseen(
+    reduction: Any, dtype: torch.dtype, is_index: bool, device: str
+) -> None:
+    """Whichever argument it is, and however often backward runs: never the gradient of another."""
+
+    def make() -> dict[str, Any]:
+        torch.manual_seed(0)
+        made: dict[str, Any] = {
+            name: torch.rand(*shape, device=device).to(dtype)
+            for name, shape in (("input", (5, 4)), ("linear_weight", (3, 4)), ("linear_bias", (3,)),
+                                ("weight", (3,)), ("sample_weight", (5,)))
+        }  # fmt: skip
+        made["target"] = torch.rand(5, 3, device=device).to(dtype)
+        if is_index:
+            made["target"] = torch.tensor([0, 1, -100, 2, 1], device=device)
+        return made
+
+    for name, use in itertools.product(NAMES, ("once", "again", "create_graph")):
+        made = make()
+        leaf = made["input"].clone().requires_grad_()
+        made["input"] = leaf * 1
+        value = linear_cross_entropy_error(**made, reduction=reduction).sum() * 3
+        (expected,) = torch.autograd.grad(value, leaf, retain_graph=True)
+        if use != "again":
+            value = linear_cross_entropy_error(**made, reduction=reduction).sum() * 3
+        with torch.no_grad():
+            made[name].zero_()
+        with contextlib.suppress(RuntimeError):
+            (found,) = torch.autograd.grad(value, leaf, create_graph=use == "create_graph")
+            torch.testing.assert_close(found, expected, msg=f"{name}, {use}")
+
+
+def test_batched_upstream_gradients(device: str) -> None:
+    x = torch.randn(6, 4, device=device, requires_grad=True)
+    w, t = torch.randn(5, 4, device=device), torch.randint(5, (6,), device=device)
+    losses = linear_cross_entropy_error(x, w, t, reduction="none")
+    rows = torch.eye(6, device=device)[:3]
+    (batched,) = torch.autograd.grad(losses, x, rows, is_grads_batched=True, retain_graph=True)
+    for row, found in zip(rows, batched, strict=True):
+        (expected,) = torch.autograd.grad(losses, x, row, retain_graph=True)
+        torch.testing.assert_close(found, expected)
+
+
+# ---- The compiler
+
+
+COMPILED = [
+    sample
+    for sample in LINEAR_CROSS_ENTROPIES
+    if re.search(r"-\(7, 4\)-(all|bias)-(mean|none)", sample.name)
+]
+once = pytest.mark.parametrize("path", ["kernels"], indirect=True)
+
+
+@once
+@pytest.mark.parametrize("sample", COMPILED, ids=lambda sample: sample.name)
+def test_compile(sample: Sample, device: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        linear_cross_entropy_error, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    weights_learn = "soft" in sample.name
+    stances: list[tuple[Any, int]] = [("default", 1), ("fail_on_recompile", 2)]
+    for stance, repeats in stances:
+        arguments = tensors(sample, torch.float64, device)
+        for name in ("input", "target", "sample_weight"):
+            if name in arguments:
+                arguments[name] = torch.cat([arguments[name]] * repeats)
+        leaves = learned(arguments, *(NAMES if weights_learn else NAMES[:4]))
+        with torch.compiler.set_stance(stance):
+            loss, expected = compiled(**arguments), apart(**arguments)
+            close(loss, expected)
+            upstream = torch.rand_like(loss)
+            close(*(torch.autograd.grad(f, leaves, upstream) for f in (loss, expected)))
+
+
+@once
+def test_compile_by_inductor(device: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_cross_entropy_error, fullgraph=True)
+    sample = COMPILED[0]
+    arguments = tensors(sample, torch.float32, device)
+    leaves = learned(arguments, *NAMES[:4])
+    losses = compiled(**arguments), apart(**arguments)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, leaves) for loss in losses))
+
+
+@once
+def test_compiled_transforms_and_bad_classes(device: str) -> None:
+    x, w = torch.randn(5, 4, device=device), torch.randn(3, 4, device=device)
+    t = torch.tensor([0, 1, -100, 2, 1], device=device)
+
+    def dual(x: Tensor) -> Any:
+        with forward_ad.dual_level():
+            loss = linear_cross_entropy_error(forward_ad.make_dual(x, x), w, t)
+            return forward_ad.unpack_dual(loss).tangent
+
+    for f in (
+        lambda x: jvp(lambda x: linear_cross_entropy_error(x, w, t), (x,), (x,)),
+        lambda x: grad(lambda x: linear_cross_entropy_error(x, w, t))(x),
+        lambda x: vmap(lambda x: linear_cross_entropy_error(x, w, t))(torch.stack((x, x))),
+        dual,
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), f(x))
+    torch._dynamo.reset()
+    loss: Any = torch.compile(linear_cross_entropy_error, fullgraph=True, backend="aot_eager")
+    t[1] = 7
+    leaf = x.clone().requires_grad_()
+    losses = loss(leaf, w, t, reduction="none")
+    assert losses.isnan().tolist() == [False, True, False, False, False]
+    (by_x,) = torch.autograd.grad(losses.sum(), leaf)
+    assert by_x.isnan().all(1).tolist() == by_x.isnan().any(1).tolist() == losses.isnan().tolist()
+    mean = loss(leaf, w, t, reduction="mean")
+    assert torch.autograd.grad(mean, leaf)[0].isnan().any(1).tolist() == losses.isnan().tolist()
+    with torch.autocast(device):
+        rounded = loss(x[2:], w, t[2:])
+        torch.testing.assert_close(rounded, linear_cross_entropy_error(x[2:], w, t[2:]))
+
+
+@pytest.mark.parametrize("path", ["kernels"], indirect=True)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_operator_is_one(reduction: str, device: str) -> None:
+    x = torch.randn(5, 4, device=device, requires_grad=True)
+    w = torch.randn(3, 4, device=device, requires_grad=True)
+    t = torch.randint(3, (5,), device=device)
+    torch.library.opcheck(
+        operators._operator,
+        (x, w, None, t, None, None, None, [True, True, False, False], reduction == "none",
+         torch.float32, True, reduction, -100, torch.float32, 1e-7, 0.0),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )  # fmt: skip
+
+
+class Called(nn.Module):
+    def forward(self, x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return linear_cross_entropy_error(x, w, t, reduction="mean")
+
+
+@once
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_exported_and_traced(device: str) -> None:
+    """With nothing in the graph that is this package's."""
+    arguments = (torch.randn(5, 4), torch.randn(3, 4), torch.randint(3, (5,)))
+    expected = Called()(*arguments)
+    rows = torch.export.Dim("rows")
+    exported = torch.export.export(Called(), arguments, dynamic_shapes=({0: rows}, {}, {0: rows}))
+    assert "torchlosses" not in exported.graph_module.code
+    torch.testing.assert_close(exported.module()(*arguments), expected)
+    torch.testing.assert_close(torch.jit.trace(Called(), arguments)(*arguments), expected)
+    module = LinearCrossEntropyError(4, 3, reduction="mean")
+    traced = torch.fx.symbolic_trace(module)
+    torch.testing.assert_close(traced(arguments[0], arguments[2]), module(*arguments[::2]))
+    torch.testing.assert_close(
+        torch.fx.experimental.proxy_tensor.make_fx(Called())(*arguments)(*arguments), expected
+    )
+
+
+# ---- Memory
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    """Bytes at the peak of what the call allocates, after one that has filled all caches."""
+    call()
+    with profile(profile_memory=True) as profiler:
+        call()
+    events = getattr(profiler.profiler, "kineto_results").events()  # noqa: B009
+    sizes = (event.nbytes() for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(sizes), default=0)
+
+
+@once
+@pytest.mark.parametrize("way", ["eager", "twice", "none", "compiled", "learned weight", "no_grad"])
+def test_the_logits_are_never_there(way: str, path: str) -> None:
+    """Beyond the gradients some chunks: one with kernels, the formula's few without."""
+    n, d, v, rows = 4096, 8, 1000, 64
+    x, w = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
+    t = torch.randint(v, (n,))
+    options: dict[str, Any] = {"reduction": "none" if way == "none" else "mean"}
+    if way == "learned weight":
+        options["weight"] = torch.ones(v, requires_grad=True)
+    loss: Callable[..., Tensor] = linear_cross_entropy_error
+    if way == "compiled":
+        torch._dynamo.reset()
+        loss = torch.compile(loss, fullgraph=True, backend="aot_eager")
+
+    def step() -> Any:
+        if way == "no_grad":
+            with torch.no_grad():
+                return loss(x, w, t, **options)
+        value = loss(x, w, t, **options).sum()
+        if way == "twice":
+            torch.autograd.grad(value, (x, w), retain_graph=True)
+        return torch.autograd.grad(value, (x, w))
+
+    with mock.patch.dict(linear.CHUNK, {"cpu": 4 * rows}):
+        peak = peak_memory(step)
+    chunk, gradients, per_row = 4 * rows * v, x.nbytes + w.nbytes, 16 * n
+    if way == "no_grad":
+        gradients = 0
+    chunks = 16 if way == "learned weight" else 1.1
+    times = 2 if way == "twice" else 1
+    assert peak < times * gradients + chunks * chunk + per_row < 4 * n * v / 2
+
+
+@pytest.mark.parametrize("path", ["kernels"], indirect=True)
+def test_the_memory_of_a_language_model(path: str) -> None:
+    for dtype, (n, d, v), most in (
+        (torch.float32, (1024, 64, 32000), 72 * 2**20),
+        (torch.bfloat16, (2048, 64, 32000), 72 * 2**20),
+    ):
+        x = torch.randn(n, d).to(dtype).requires_grad_()
+        w = torch.randn(v, d).to(dtype).requires_grad_()
+        t = torch.randint(v, (n,))
+
+        def step(x: Tensor = x, w: Tensor = w, t: Tensor = t) -> Any:
+            return torch.autograd.grad(linear_cross_entropy_error(x, w, t), (x, w))
+
+        with (
+            mock.patch.dict(linear.CHUNK, {"cpu": 2**11}),
+            mock.patch.object(linear, "BLOCK", 4096),
+        ):
+            # The weight's sums in float32, and where products are of float32 that weight too.
+            assert peak_memory(step) < most + x.nbytes + 5 * w.nbytes
+
+
+# ---- What cannot be right
+
+
+def words(*texts: object) -> str:
+    return ".*".join(re.escape(str(text)) for text in texts)
+
+
+ONES = torch.ones
+LOGITS = ("logits of shape", (5, 3))
+BAD: list[tuple[type[Exception], str, Any, tuple[object, ...]]] = [
+    (ValueError, "input", ONES(()), ("got shape ()", "expected (..., D)")),
+    (TypeError, "input", ONES(5, 4).int(), ("got dtype torch.int32", "floating")),
+    (ValueError, "linear_weight", ONES(4), ((4,), (5, 4), "(V, 4)")),
+    (ValueError, "linear_weight", ONES(4, 3), ((4, 3), (5, 4), "(V, 4)")),
+    (ValueError, "linear_weight", ONES(1, 3, 4), ((1, 3, 4), "(V, 4)")),
+    (ValueError, "linear_weight", ONES(3, 4, device="meta"), ("meta", "expected cpu")),
+    (TypeError, "linear_weight", ONES(3, 4).double(), ("float64", "expected torch.float32")),
+    (TypeError, "linear_weight", ONES(3, 4).int(), ("int32", "expected torch.float32")),
+    (TypeError, "linear_weight", ONES(3, 4).to(torch.complex64), ("complex64", "real")),
+    (TypeError, "linear_weight", None, ("got NoneType", "torch.Tensor")),
+    (ValueError, "linear_bias", ONES(4), ((4,), (3, 4), (3,))),
+    (ValueError, "linear_bias", ONES(1, 3), ((1, 3), (3,))),
+    (ValueError, "linear_bias", ONES(3, device="meta"), ("meta", "expected cpu")),
+    (TypeError, "linear_bias", ONES(3).half(), ("float16", "expected torch.float32")),
+    (TypeError, "linear_bias", 1.0, ("got float", "torch.Tensor")),
+    (ValueError, "target", ONES(5, 4).long(), ((5, 4), *LOGITS, (5,))),
+    (ValueError, "target", ONES(4).long(), ((4,), *LOGITS, (5,))),
+    (TypeError, "target", ONES(5), ("float32", (5,), *LOGITS, "integer", "the logits' shape")),
+    (IndexError, "target", torch.tensor([0, 1, 2, 3, -5]), ("class 3 at position (3,)", "0 to 2")),
+    (IndexError, "target", torch.tensor([0, -100, 2, 2, -5]), ("class -5 at position (4,)", -100)),
+    (ValueError, "weight", ONES(4), ((4,), *LOGITS, (3,))),
+    (ValueError, "sample_weight", ONES(4), ((4,), (5,))),
+    (ValueError, "reduction", "none ", ("none ", "batchmean")),
+    (ValueError, "delta", -1, (-1,)),
+    (ValueError, "label_smoothing", 2, (2, "[0, 1]")),
+]
+
+
+@pytest.mark.parametrize(("error", "name", "value", "texts"), BAD, ids=str)
+def test_arguments_that_do_not_fit(
+    error: type[Exception], name: str, value: Any, texts: Sequence[object], path: str
+) -> None:
+    arguments: dict[str, Any] = {"input": ONES(5, 4), "linear_weight": ONES(3, 4)}
+    arguments |= {"target": torch.zeros(5, dtype=torch.int64), name: value}
+    with pytest.raises(error, match=words(f"{name}: ", *texts)):
+        linear_cross_entropy_error(**arguments)
+
+
+def test_a_bad_class_has_its_position_in_the_whole(path: str) -> None:
+    x, w = torch.ones(3, 5, 4), torch.ones(3, 4)
+    t = torch.zeros(3, 5, dtype=torch.int64)
+    t[2, 1] = 3
+    with pytest.raises(IndexError, match=words("class 3 at position (2, 1)")):
+        linear_cross_entropy_error(x, w, t)
+
+
+@pytest.mark.parametrize("path", ["kernels"], indirect=True)
+def test_soft_targets_are_looked_at_on_request(path: str) -> None:
+    x, w, t = torch.ones(5, 4), torch.ones(3, 4), torch.full((5, 3), 1 / 3)
+    t[2] = 3
+    with torch.autograd.set_detect_anomaly(True):
+        with pytest.warns(UserWarning, match=words("target: the row at position (2,)")) as seen:
+            linear_cross_entropy_error(x, w, t)
+        assert seen[0].filename == __file__
+        linear_cross_entropy_error(x, w, t, sample_weight=torch.tensor([1, 1, 0, 1, 1]))
+        linear_cross_entropy_error(x, w, torch.zeros(5).long())
+
+
+@pytest.mark.parametrize("path", ["kernels"], indirect=True)
+def test_goes_on_by_the_formula_where_a_kernel_fails(path: str) -> None:
+    kernels = fused.KERNELS["cpu"](torch.device("cpu"))
+    x, w, t = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4), torch.zeros(5).long()
+    for value in (None, linear_cross_entropy_error(x, w, t, reduction="none").sum()):
+
+        def step(value: Tensor | None = value) -> Tensor:
+            loss = linear_cross_entropy_error(x, w, t) if value is None else value
+            return torch.autograd.grad(loss, x)[0]
+
+        with (
+            mock.patch.object(kernels, "compute", side_effect=RuntimeError("no")),
+            mock.patch.object(fused, "_failed", set()),
+            pytest.warns(UserWarning, match="a kernel failed"),
+        ):
+            found = step()
+        torch.testing.assert_close(found, torch.autograd.grad(apart(x, w, t), x)[0])
+
+
+# ---- The module
+
+
+def test_module_is_the_function(device: str) -> None:
+    options: dict[str, Any] = {
+        "reduction": "mean", "delta": 1e-3, "ignore_index": 2, "label_smoothing": 0.25,
+        "weight": torch.rand(3, device=device),
+    }  # fmt: skip
+    module = LinearCrossEntropyError(4, 3, bias=True, device=device, **options)
+    x, t = torch.randn(5, 4, device=device), torch.tensor([0, 1, 2, 1, 0], device=device)
+    w = torch.rand(5, device=device)
+    expected = apart(
+        x, module.linear.weight, t, linear_bias=module.linear.bias, sample_weight=w, **options
+    )
+    torch.testing.assert_close(module(x, t, sample_weight=w), expected)
+    assert [name for name, _ in module.named_parameters()] == ["linear.weight", "linear.bias"]
+    assert repr(module) == (
+        "LinearCrossEntropyError(\n"
+        "  weight=tensor of (3,), reduction='mean', delta=0.001, ignore_index=2, "
+        "label_smoothing=0.25\n"
+        "  (linear): Linear(in_features=4, out_features=3, bias=True)\n)"
+    )
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    for twin in (
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        torch.load(file, weights_only=False),
+    ):
+        assert repr(twin) == repr(module)
+        assert twin(x, t) == module(x, t)
+    half = LinearCrossEntropyError(4, 3, dtype=torch.bfloat16)
+    assert half.linear.weight.dtype == torch.bfloat16
+    assert half.linear.bias is None
+
+
+def test_module_takes_the_state_of_torch_s_own() -> None:
+    theirs_of = getattr(nn, "LinearCrossEntropyLoss", None)
+    if theirs_of is None:
+        pytest.skip("this torch has none")
+    theirs = theirs_of(4, 3, bias=True, weight=torch.rand(3), label_smoothing=0.1)
+    ours = LinearCrossEntropyError(
+        4, 3, bias=True, weight=torch.ones(3), label_smoothing=0.1, delta=0, reduction="mean"
+    )
+    ours.load_state_dict(theirs.state_dict())
+    x, t = torch.randn(5, 4), torch.tensor([0, 1, 2, -100, 0])
+    torch.testing.assert_close(ours(x, t), theirs(x, t))
+
+
+def test_module_complains_when_it_is_made() -> None:
+    for changed in ({"reduction": "avg"}, {"delta": -1.0}, {"label_smoothing": 1.5},
+                    {"weight": torch.ones(4)}, {"weight": torch.ones(1, 3)}):  # fmt: skip
+        with pytest.raises(ValueError, match=words(next(iter(changed)), "got", "expected")):
+            LinearCrossEntropyError(4, 3, **changed)
+
+
+@once
+def test_tied_embeddings_learn(device: str) -> None:
+    """One weight for the words that come in and those that go out."""
+    embedding = nn.Embedding(10, 16, device=device)
+    hidden = nn.Linear(16, 16, device=device)
+    optimizer = torch.optim.Adam([*embedding.parameters(), *hidden.parameters()], 0.02)
+    words = torch.arange(10, device=device).repeat(4)
+    following = (words + 1) % 10
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = linear_cross_entropy_error(
+            hidden(embedding(words)), embedding.weight, following, delta=0, reduction="mean"
+        )
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.2
+    assert np.isfinite(loss.item())
+
+
+# ---- At random
+
+
+def check_at_random(seed: int) -> None:
+    """Any shape, strides, dtypes and options: the layer and the loss apart, in float64."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+
+    def one_of(*values: Any) -> Any:
+        return values[rng.integers(len(values))]
+
+    def one_in(number: int) -> bool:
+        return bool(rng.integers(number) == 0)
+
+    def laid_out(tensor: Tensor) -> Tensor:
+        layout = one_of("contiguous", "contiguous", "permuted", "sliced", "offset", "expanded")
+        return calls.laid_out(tensor, layout, rng)
+
+    dtype = one_of(torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    rows = [int(size) for size in rng.integers(0 if one_in(8) else 1, 6, rng.integers(0, 4))]
+    width, classes = int(rng.integers(1, 9)), int(one_of(1, 2, 5, 17, 70))
+    named: dict[str, Any] = {
+        "input": laid_out(torch.randn(*rows, width).to(dtype)),
+        "linear_weight": laid_out(torch.randn(classes, width).to(dtype)),
+        "reduction": one_of(*REDUCTIONS),
+        "delta": one_of(1e-7, 0, 0.1, 3.0),
+        "label_smoothing": one_of(0.0, 0.0, 0.1, 1.0),
+        "ignore_index": one_of(-100, 0, 1),
+    }
+    named["target"] = laid_out(torch.randn(*rows, classes).softmax(-1).to(dtype))
+    if one_in(2):
+        target = torch.randint(classes, tuple(rows))
+        target = target.where(torch.rand(tuple(rows)) < 0.7, named["ignore_index"])
+        named["target"] = laid_out(target.to(one_of(torch.int64, torch.int16)))
+    if one_in(2):
+        named["linear_bias"] = laid_out(torch.randn(classes).to(dtype))
+    if one_in(2):
+        named["weight"] = laid_out(torch.rand(classes).to(dtype))
+    if one_in(2):
+        named["sample_weight"] = torch.rand(rows[int(rng.integers(len(rows) + 1)) :]).to(dtype)
+    names = [
+        name
+        for name in NAMES
+        if getattr(named.get(name), "dtype", torch.int64).is_floating_point
+        and (name in NAMES[:3] or one_in(3))
+    ]
+    leaves = {name: named[name].detach().requires_grad_() for name in names}
+    exact = {
+        name: value.detach().double() if value.is_floating_point() else value
+        for name, value in named.items()
+        if isinstance(value, Tensor)
+    }
+    exact_leaves = {name: exact[name].requires_grad_() for name in names}
+    loss = linear_cross_entropy_error(**named | leaves)
+    expected = apart(**named | exact)
+    eps = 2e-15 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
+    size = max(int(np.prod(rows)) * classes * width, 1) ** 0.5
+    expected_scale = 1 + float(expected.detach().abs().max()) if expected.numel() else 1
+    near: dict[str, Any] = {"rtol": 40 * eps, "atol": 8 * eps * size * expected_scale}
+    torch.testing.assert_close(loss.double(), expected, **near)
+    upstream = torch.rand(loss.shape, dtype=loss.dtype)
+    expected_grads = torch.autograd.grad(
+        expected, tuple(exact_leaves.values()), upstream.double(), retain_graph=True
+    )
+    for _ in range(2):
+        grads = torch.autograd.grad(loss, tuple(leaves.values()), upstream, retain_graph=True)
+        for name, found, wanted in zip(names, grads, expected_grads, strict=True):
+            scale = 1 + float(wanted.abs().max()) if wanted.numel() else 1
+            torch.testing.assert_close(
+                found.double(), wanted, rtol=40 * eps, atol=8 * eps * size * scale, msg=name
+            )
+    if dtype != torch.float64:
+        return
+    doubles = [
+        torch.autograd.grad(
+            torch.stack(
+                [
+                    (g * g.detach().cos()).sum()
+                    for g in torch.autograd.grad(value.sum(), tuple(by.values()), create_graph=True)
+                ]
+            ).sum(),
+            by["input"],
+            allow_unused=True,
+        )[0]
+        for value, by in ((loss, leaves), (expected, exact_leaves))
+    ]
+    if doubles[1] is not None:
+        scale = 1 + float(doubles[1].abs().max()) if doubles[1].numel() else 1
+        torch.testing.assert_close(*doubles, rtol=1e-8, atol=1e-9 * scale * size)
+
+
+@pytest.mark.parametrize("seed", range(0, 200, 50))
+def test_some_hundred_calls(seed: int, path: str) -> None:
+    for number in range(seed, seed + 50):
+        check_at_random(number)
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("seed", range(1000, 1000 + FUZZ_CASES, 1000))
+def test_many_calls(seed: int, path: str) -> None:
+    for number in range(seed, seed + 1000):
+        check_at_random(number)
