@@ -18,6 +18,14 @@ the C library gives large tensors back at once and each new one pays for fresh p
 memory kept ("kept", by two variables of the C library's environment), where the losses themselves
 show. The floor has its gradient in pages like those of torchlosses.
 
+With --linear the loss of a linear layer is timed, and its gradients by input and weight, beside the
+layer and torch's loss apart ("plain"), torch's own in one call ("chunked"), and Liger's:
+
+    python examples/benchmark.py --linear --malloc kept
+    python examples/benchmark.py --linear --device cuda --shapes 8192x4096x128256
+
+There `MB` are the peak of what is allocated beyond the arguments, of each.
+
 On CUDA, times are those between two events on the device, with its cache emptied before; what is
 too small to fill the device is bound by calls, and timed on the host, as on the CPU.
 """
@@ -43,7 +51,11 @@ from torch import Tensor
 from torch.profiler import profile
 from torch.utils.benchmark import Timer
 
-from torchlosses.functional import cross_entropy_error, sum_squared_error
+from torchlosses.functional import (
+    cross_entropy_error,
+    linear_cross_entropy_error,
+    sum_squared_error,
+)
 
 DELTA = 1e-7
 SHAPES = {
@@ -336,10 +348,111 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:
     columns = (*NAMES, "torchlosses", *RIVALS, "memory", "bytes", "copy")
+    columns = tuple(dict.fromkeys(itertools.chain(columns, *rows)))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+
+
+# ---- A linear layer and its loss
+
+LINEAR_SHAPES = {  # Rows, features, classes.
+    "cpu": ("8192x256x10000", "4096x512x32000"),
+    "cuda": ("8192x4096x32000", "8192x4096x128256"),
+}
+LINEAR_DTYPES = ("float32", "bfloat16")
+LINEAR_WORKLOADS = ("index", "index, half ignored", "soft, a quarter of the rows")
+
+
+def linear_arguments(
+    workload: str, shape: Sequence[int], dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, features, classes = shape
+    if "soft" in workload:  # As large as the logits themselves.
+        rows = max(rows // 4, 1)
+        target = torch.randn(rows, classes, device=device).softmax(1).to(dtype)
+    else:
+        target = torch.randint(classes, (rows,), device=device)
+    if "ignored" in workload:
+        target[torch.rand(rows, device=device) < 0.5] = -100
+    input = torch.randn(rows, features, device=device).to(dtype)
+    weight = (torch.randn(classes, features, device=device) / features**0.5).to(dtype)
+    return input.requires_grad_(), weight.requires_grad_(), target
+
+
+def linear_contenders(target: Tensor) -> dict[str, Callable[..., Tensor]]:
+    contenders: dict[str, Callable[..., Tensor]] = {
+        "torchlosses": lambda x, w, t: linear_cross_entropy_error(x, w, t, reduction="mean"),
+        "plain": lambda x, w, t: F.cross_entropy(F.linear(x, w), t),
+    }
+    if hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        contenders["chunked"] = lambda x, w, t: F.linear_cross_entropy(x, w, t, options=options)
+    if not target.is_floating_point():
+        with contextlib.suppress(ImportError):
+            liger: Any = importlib.import_module(PEERS["liger"][0])
+            contenders["liger"] = liger.liger_fused_linear_cross_entropy
+    return contenders
+
+
+def measure_linear(
+    workload: str, shape: Sequence[int], dtype: torch.dtype, options: Any
+) -> dict[str, float]:
+    """Median seconds and peak megabytes of each contender."""
+    x, w, t = linear_arguments(workload, shape, dtype, options.device)
+    turns: dict[str, Callable[[], float]] = {}
+    result: dict[str, float] = {}
+    for name, loss in linear_contenders(t).items():
+
+        def call(loss: Callable[..., Tensor] = loss) -> Any:
+            return torch.autograd.grad(loss(x, w, t), (x, w))
+
+        try:
+            call()
+            result[f"{name} MB"] = peak_memory(call, options.device) / 1e6
+        except Exception as error:  # Whatever stops one contender shall not end a long run.
+            print(f"  left out: {name} ({type(error).__name__})")
+            continue
+        if options.device == "cuda":
+            turns[name] = turn(call, on_device=True)
+        else:
+            timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+            turns[name] = functools.partial(lambda timer: timer.timeit(1).mean, timer)
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for _, name in itertools.product(range(options.rounds), turns):
+        times[name].append(turns[name]())
+    return {name: statistics.median(values) for name, values in times.items()} | result
+
+
+def measure_linears(options: argparse.Namespace, malloc: str) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    shapes = options.shapes or LINEAR_SHAPES[options.device]
+    dtypes = [dtype for dtype in options.dtypes if dtype in LINEAR_DTYPES]
+    rows = []
+    for dtype, shape, workload in itertools.product(dtypes, shapes, LINEAR_WORKLOADS):
+        print(f"linear, {workload}, {shape}, {dtype}", flush=True)
+        sizes = [int(size) for size in shape.split("x")]
+        row = {"workload": workload, "shape": shape, "dtype": dtype, "step": "backward"}
+        result = measure_linear(workload, sizes, getattr(torch, dtype), options)
+        rows.append(row | {"malloc": malloc} | result)
+    return rows
+
+
+def linear_table(rows: list[dict[str, Any]]) -> str:
+    names = ("torchlosses", "plain", "chunked", "liger")
+    lines = [("workload", "shape", "dtype", "malloc", *names[1:], *(f"{n} MB" for n in names), "s")]
+    for row in rows:
+        ours = row["torchlosses"]
+        ratios = [f"{row[name] / ours:.2f}x" if name in row else "-" for name in names[1:]]
+        sizes = [f"{row[f'{n} MB']:.0f}" if f"{n} MB" in row else "-" for n in names]
+        start = (row["workload"], row["shape"], row["dtype"], row["malloc"])
+        lines.append((*start, *ratios, *sizes, f"{ours:.3f}"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+# ---- The command
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -347,6 +460,9 @@ def main(arguments: Sequence[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", choices=SHAPES)
+    parser.add_argument(
+        "--linear", action="store_true", help="of a linear layer, with shapes NxDxC"
+    )
     parser.add_argument("--shapes", nargs="+", metavar="NxC")
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
@@ -362,9 +478,9 @@ def main(arguments: Sequence[str]) -> None:
         options.malloc = ["default"]
     rows: list[dict[str, Any]] = []
     for malloc in options.malloc:
-        path = options.output_dir / f"{malloc}.csv"
+        path = options.output_dir / f"{'linear-' * options.linear}{malloc}.csv"
         if len(options.malloc) == 1 and MALLOC[malloc].items() <= os.environ.items():
-            rows = measure_all(options, malloc)
+            rows = (measure_linears if options.linear else measure_all)(options, malloc)
             write(rows, path)
         else:  # The C library reads its environment but once.
             again = (*arguments, "--malloc", malloc)
@@ -372,6 +488,9 @@ def main(arguments: Sequence[str]) -> None:
             command = (sys.executable, __file__, *again)
             subprocess.run(command, env=environment, check=True)  # noqa: S603 - It is this file.
             rows += read(path)
+    if options.linear:
+        print(linear_table(rows))
+        return
     if len(options.malloc) > 1:
         write(rows, options.output_dir / "benchmark.csv")
     draw(rows, options.output_dir / "benchmark.png")

@@ -52,6 +52,16 @@ def test_both_ways_of_malloc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
 
 
+def test_a_linear_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--linear", "--rounds=1", "--malloc=default", f"--output-dir={tmp_path}"]
+    benchmark.main([*few, "--shapes=64x8x100", "--dtypes=float32"])
+    rows = benchmark.read(tmp_path / "linear-default.csv")
+    assert [row["workload"] for row in rows] == list(benchmark.LINEAR_WORKLOADS)
+    for row in rows:
+        assert min(row[name] for name in ("torchlosses", "plain", "torchlosses MB", "plain MB")) > 0
+    assert "half ignored" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2048, 4096), (8, 16, 256, 256)], ids=str)
 @pytest.mark.parametrize("workload", benchmark.WORKLOADS)
