@@ -23,8 +23,8 @@ template <class F> struct Vectors {
     typedef typename Bits<F>::Unsigned U __attribute__((vector_size(BYTES)));
 
     // In memory, at any element; not copied as bytes, which a compiler takes to change anything.
-    typedef F Stored __attribute__((vector_size(BYTES), aligned(sizeof(F))));
-    typedef typename Bits<F>::Signed StoredI __attribute__((vector_size(BYTES), aligned(sizeof(F))));
+    typedef V Stored __attribute__((aligned(sizeof(F))));
+    typedef I StoredI __attribute__((aligned(sizeof(F))));
 
     static INLINE V load(const F *from) { return *(const Stored *)from; }
     static INLINE I load(const typename Bits<F>::Signed *from) { return *(const StoredI *)from; }
@@ -83,7 +83,7 @@ template <> struct Constants<float> {
     static constexpr float TINY = 0x1p-126f, SCALE = 0x1p23f, EXPONENT = 0x1p23f;
     static constexpr float UNSHIFT = 0x1p-64f;
     static constexpr int MANTISSA = 23, BIAS = 127, SHIFT = 64;
-    static constexpr int32_t ONE = 0x3f800000, SQRT_HALF = 0x3f3504f3, EXPONENT_BITS = 0x4b000000;
+    static constexpr uint32_t ONE = 0x3f800000, SQRT_HALF = 0x3f3504f3, EXPONENT_BITS = 0x4b000000;
 };
 template <> struct Constants<double> {
     static constexpr double EXP[] = {
@@ -100,8 +100,8 @@ template <> struct Constants<double> {
     static constexpr double TINY = 0x1p-1022, SCALE = 0x1p52, EXPONENT = 0x1p52;
     static constexpr double UNSHIFT = 0x1p-512;
     static constexpr int MANTISSA = 52, BIAS = 1023, SHIFT = 512;
-    static constexpr int64_t ONE = 0x3ff0000000000000, SQRT_HALF = 0x3fe6a09e667f3bcd,
-                             EXPONENT_BITS = 0x4330000000000000;
+    static constexpr uint64_t ONE = 0x3ff0000000000000, SQRT_HALF = 0x3fe6a09e667f3bcd,
+                              EXPONENT_BITS = 0x4330000000000000;
 };
 
 // c₀ xⁿ + c₁ xⁿ⁻¹ + …, in pairs, pairs of these and so on: shorter to wait for than one by one.
@@ -139,13 +139,13 @@ template <class F, class V = typename Vectors<F>::V> INLINE V exponential(V x) {
 
 // Of what is normal and positive, or NaN; plus that of 2 to the power of `exponent`.
 template <class F, class V = typename Vectors<F>::V> INLINE V logarithm_of_normal(V x, V exponent) {
-    using I = typename Vectors<F>::I;
-    using U = typename Vectors<F>::U;
+    using U = typename Vectors<F>::U;  // Those of a NaN may wrap around.
     using K = Constants<F>;
-    I bits = (I)x + (K::ONE - K::SQRT_HALF);
-    V e = (V)(((U)bits >> K::MANTISSA) | (typename Bits<F>::Unsigned)K::EXPONENT_BITS);
+    constexpr typename Bits<F>::Unsigned one = 1, fraction = (one << K::MANTISSA) - 1;
+    U bits = (U)x + (K::ONE - K::SQRT_HALF);
+    V e = (V)((bits >> K::MANTISSA) | K::EXPONENT_BITS);
     e += exponent - (K::EXPONENT + K::BIAS);
-    V f = (V)((bits & (((typename Bits<F>::Signed)1 << K::MANTISSA) - 1)) + K::SQRT_HALF) - F(1);
+    V f = (V)((bits & fraction) + K::SQRT_HALF) - F(1);
     V square = f * f * F(0.5), rest;
     if constexpr (sizeof(F) == 4) {
         rest = f * (f * f) * polynomial(f, K::LOG);

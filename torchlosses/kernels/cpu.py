@@ -54,7 +54,8 @@ def compute(
         input = input.contiguous()
     if not target.is_contiguous():
         target = target.contiguous()
-    weights = samples = upstreams = weighs_elements = 0
+    weights = samples = upstreams = 0
+    weighs_elements = False
     if weight is not None:
         weight = weight.to(dtype).contiguous()
         weights = weight.data_ptr()
