@@ -148,8 +148,10 @@ def test_trains_both_losses_on_mnist_files(tmp_path: Path, tiny_mnist: Path) -> 
         assert sum(bool(row["test_accuracy"]) for row in log(tmp_path / "runs", loss)) == 2
 
 
-def test_learns_the_embedded_digits(tmp_path: Path) -> None:
-    out = run(tmp_path, "--data=digits", "--trainer.max_epochs=8")
+def test_learns_the_embedded_digits_by_the_configuration_that_it_prints(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(run(tmp_path, "--data=digits", "--print_config"))
+    out = run(tmp_path, "--config=my.yaml")
+    assert len(re.findall(r"Error +scikit-learn's 1,797 digits +15 ", out)) == len(BOTH)
     assert "MNIST" not in out
     assert accuracies(out) == {loss: pytest.approx(1, abs=0.04) for loss in BOTH}
 
@@ -294,14 +296,6 @@ def test_takes_a_yaml_file(tmp_path: Path) -> None:
     assert file["hyper_parameters"]["lr"] == 0.1
     assert file["hyper_parameters"]["criterion"]["init_args"]["reduction"] == "mean"
     assert (tmp_path / "elsewhere" / "mnist.png").exists()
-
-
-def test_takes_the_configuration_that_it_prints(tmp_path: Path) -> None:
-    options = ("--data=digits", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1")
-    (tmp_path / "my.yaml").write_text(run(tmp_path, *options, "--print_config"))
-    out = run(tmp_path, "--config=my.yaml")
-    for loss in BOTH:
-        assert re.search(rf"{loss} +scikit-learn's 1,797 digits +15 ", out)
 
 
 @pytest.mark.parametrize(

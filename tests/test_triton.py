@@ -59,12 +59,13 @@ def test_passes_in_the_interpreter() -> None:
          # NumPy computes there, and warns where a kernel makes ∞ or NaN.
          "-W", "ignore::RuntimeWarning",
          # A launch takes some ms, and the check of a gradient by differences a thousand launches.
-         "-k", "not formula and not gradcheck and not gradgradcheck and not torch.float16",
+         "-k", "not formula and not gradcheck and not gradgradcheck and not torch.float16"
+         " and not any_upstream and not what_changes",  # Which the fuzz has, too.
          *(here / f"test_{name}.py" for name in ("triton", "parity", "gradients", "fuzz"))],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stdout[-4000:]
-    assert int(re.search(r"(\d+) passed", child.stdout)[1]) > 3 * len(SAMPLES)  # type: ignore[index]
+    assert int(re.search(r"(\d+) passed", child.stdout)[1]) > 2 * len(SAMPLES)  # type: ignore[index]
 
 
 @pytest.fixture
