@@ -60,6 +60,15 @@ def pytest_report_header() -> str:
     return f"torch {torch.__version__}; devices under test: {', '.join(DEVICES)}"
 
 
+# The files whose tests take longest, which start first, so that no process ends long after another.
+LONGEST = ("triton", "distributed", "mnist", "export", "transforms", "benchmark")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(params=["formula", "kernels"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which way is taken wherever there is a choice."""

@@ -91,11 +91,14 @@ def test_memory_is_flat(
 
     calls = max(CALLS // 18, 20)  # All tests together.
     call(calls // 4 + 20)
-    bytes_before, objects_before = resident(), len(gc.get_objects())
-    call(calls)
-    assert len(gc.get_objects()) - objects_before < 20
+    grown = []
+    for _ in range(3):  # The allocator may grow once, for what came before; a leak goes on.
+        bytes_before, objects_before = resident(), len(gc.get_objects())
+        call(calls)
+        assert len(gc.get_objects()) - objects_before < 20
+        grown.append(resident() - bytes_before)
     # Less than a leak of one gradient or term, of 64 kB, in each of the fewest calls.
-    assert resident() - bytes_before < 2**22
+    assert min(grown) < 2**22
 
 
 def test_threads_call_one_module_at_once() -> None:
