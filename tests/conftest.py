@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+from types import SimpleNamespace
 from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # Its processes share the cores, as torch must know early.
@@ -11,7 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # Its processes share the cores, as tor
 import pytest
 import torch
 
-from torchlosses import fused
+from torchlosses import checks, fused
 
 DEVICES = ["cpu"]
 if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py has such a process.
@@ -19,7 +20,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py has such a proce
 
     from torchlosses.kernels import triton
 
-    fused.KERNELS["cpu"] = lambda device: triton
+    def compute(
+        call: Any, input: torch.Tensor, target: torch.Tensor, *rest: Any, **more: Any
+    ) -> Any:
+        """Complains of a bad class, as the kernels of a CPU do."""
+        if call.is_index:
+            checks.check_classes(target, input.shape[call.dim], call.ignore_index)
+        return triton.compute(call, input, target, *rest, **more)
+
+    interpreted: Any = SimpleNamespace(compute=compute, rescale=triton.rescale)
+    fused.KERNELS["cpu"] = lambda device: interpreted
 
     # With every call within a kernel the interpreter looks through Triton's whole language for what
     # it has replaced already, and spends four fifths of its time there.
@@ -64,5 +74,6 @@ def device(request: pytest.FixtureRequest, path: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _start_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(fused, "_failed", set())  # Of one test's kernels the next knows nothing.

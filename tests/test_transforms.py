@@ -186,13 +186,10 @@ MASKED = [
 @pytest.mark.parametrize("criterion", MASKED, ids=str)
 def test_a_batch_whose_size_depends_on_data(criterion: nn.Module, is_index: bool) -> None:
     """Compiled and exported, and empty batches too: what is not known of a size the graph asks."""
-    y, mask = torch.rand(6, 5), torch.tensor([True, False, True, True, False, False])
-    t = torch.tensor([1, -100, 3, 0, 0, 2]) if is_index else torch.rand(6, 5).softmax(1)
-    w = (
-        torch.rand(6)
-        if is_index or not isinstance(criterion, SumSquaredError)
-        else torch.rand(6, 5)
-    )
+    y = torch.rand(6, 5, dtype=torch.float64)
+    mask = torch.tensor([True, False, True, True, False, False])
+    t = torch.tensor([1, -100, 3, 0, 0, 2]) if is_index else torch.rand_like(y).softmax(1)
+    w = torch.rand_like(y[:, 0] if is_index or isinstance(criterion, CrossEntropyError) else y)
 
     class Masked(nn.Module):
         def forward(self, y: Tensor, t: Tensor, w: Tensor, mask: Tensor) -> Tensor:
@@ -218,8 +215,8 @@ def test_a_batch_whose_size_depends_on_data(criterion: nn.Module, is_index: bool
 def test_make_fx(criterion: nn.Module, mode: Any) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    y = torch.rand(6, 5)
-    soft = torch.rand(6, 5).softmax(1)
+    y = torch.rand(6, 5, dtype=torch.float64)
+    soft = torch.rand_like(y).softmax(1)
     weights = dict(criterion.named_buffers())
 
     def loss(weights: dict[str, Tensor], y: Tensor, t: Tensor) -> Any:

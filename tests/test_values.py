@@ -132,11 +132,16 @@ def test_reference_needs_no_torch() -> None:
 def test_public_names() -> None:
     assert torchlosses.__all__ == [
         "CrossEntropyError",
+        "LinearCrossEntropyError",
         "SumSquaredError",
         "functional",
         "reference",
     ]
-    assert functional.__all__ == ["cross_entropy_error", "sum_squared_error"]
+    assert functional.__all__ == [
+        "cross_entropy_error",
+        "linear_cross_entropy_error",
+        "sum_squared_error",
+    ]
 
 
 def test_squares_near_the_end_of_the_dtype(device: str) -> None:
