@@ -131,7 +131,7 @@ class Chunks(NamedTuple):
         if dtype != self.dtype:  # For the memory of the weight in that dtype.
             step = -(-step // 2)
         logits = x.new_empty((step, num_classes), dtype=dtype)
-        losses: Any = like.new_zeros(len(x)) if is_none else []
+        losses: Any = like.new_zeros(samples) if is_none else []
         grad_x = grad_w = grad_b = grad_t = None
         if needs[0]:  # Zeros where rows are left out.
             grad_x = x.new_empty(x.shape) if places is None else x.new_zeros(x.shape)
@@ -159,7 +159,7 @@ class Chunks(NamedTuple):
                 (any(needs[:3]), needs[3]), upstream if u is None else u[chunk], over_input=True,
             )  # fmt: skip
             if is_none:
-                losses[chunk] = loss
+                losses.view(-1)[chunk] = loss
             else:
                 losses.append(loss)
             if grad_x is not None:
@@ -177,7 +177,7 @@ class Chunks(NamedTuple):
         if grad_w is not None and count == 0:
             grad_w.zero_()
         if is_none:
-            loss = losses.view(samples)
+            loss = losses
         else:
             loss = torch.stack(losses).sum() if losses else like.new_zeros(())
             loss = loss if divisor is None else loss / divisor
