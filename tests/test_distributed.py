@@ -699,6 +699,74 @@ def only_numbers_per_row_and_the_gradient_of_the_input_travel() -> None:
     assert {str(op).rpartition(".")[2] for op, n in counts.items() if n} == {"all_reduce"}
 
 
+@case()
+def a_linear_layer_in_half_precision_sums_in_float32() -> None:
+    mesh = meshes()[0]
+    x, w = torch.rand(4096, 16).bfloat16(), torch.randn(8, 16).bfloat16()
+    t = torch.zeros(4096, dtype=torch.int64)
+    leaf = w.double().requires_grad_()
+    cross_entropy_error(x.double() @ leaf.T, t, from_logits=True).backward()
+    own: Any = spread(w, mesh, [Shard(0)]).requires_grad_()
+    with chunks_of(8):
+        linear_cross_entropy_error(spread(x, mesh, [Replicate()]), own, t).backward()
+    exact: Any = leaf.grad
+    error = own.grad.full_tensor() - exact
+    assert error.abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+
+
+@case(*REDUCTIONS)
+def what_changes_before_backward_is_an_error(reduction: Any) -> None:
+    mesh = meshes()[0]
+    for by_row, by_class in (([Replicate()], [Shard(0)]), ([Shard(0)], [Replicate()])):
+        for name in ("input", "linear_weight", "linear_bias"):
+            arguments: dict[str, Any] = {
+                "input": spread(torch.randn(8, 4), mesh, by_row).requires_grad_(),
+                "linear_weight": spread(torch.randn(12, 4), mesh, by_class).requires_grad_(),
+                "linear_bias": spread(torch.randn(12), mesh, by_class).requires_grad_(),
+            }
+            leaves = tuple(arguments.values())
+            target = spread(torch.randint(12, (8,)), mesh, by_row)
+            loss: Any = linear_cross_entropy_error(target=target, reduction=reduction, **arguments)
+            with torch.no_grad():
+                arguments[name].mul_(2)
+            with raised(RuntimeError, "modified by an inplace operation"):
+                torch.autograd.grad(loss, leaves, torch.ones_like(loss))
+        x = leaves[0]
+        loss = cross_entropy_error(x, target % 4, from_logits=True, reduction=reduction)
+        with torch.no_grad():
+            x.mul_(2)
+        with raised(RuntimeError, "modified by an inplace operation"):
+            torch.autograd.grad(loss, x, torch.ones_like(loss))
+
+
+@case("mean", "none")
+def a_linear_layer_in_a_model_that_frees_it_between(reduction: Any) -> None:
+    def model() -> nn.ModuleDict:
+        torch.manual_seed(0)
+        own: Any = {"dtype": torch.float64}
+        criterion = LinearCrossEntropyError(4, 9, bias=True, reduction=reduction, **own)
+        return Layered({"body": nn.Linear(4, 4, **own), "criterion": criterion})
+
+    x, t = torch.randn(8, 4).double(), torch.randint(9, (8,))
+    alone, together, world = model(), model(), dist.get_world_size()
+    fully_shard(together["criterion"], reshard_after_forward=True)
+    fully_shard(together)
+    alone(x, t).sum().backward()
+    with chunks_of(1):
+        loss = together(*(tensor.chunk(world)[dist.get_rank()] for tensor in (x, t))).sum()
+        for _ in range(2):
+            together.zero_grad()
+            (loss * (world if reduction == "none" else 1)).backward(retain_graph=True)
+    for parameter, other in zip(together.parameters(), alone.parameters(), strict=True):
+        grad: Any = parameter.grad
+        torch.testing.assert_close(grad.full_tensor(), other.grad)
+
+
+class Layered(nn.ModuleDict):
+    def forward(self, x: Tensor, t: Tensor) -> Any:
+        return self["criterion"](self["body"](x), t)
+
+
 @case("ddp", "fsdp")
 def a_linear_layer_in_a_module(kind: str) -> None:
     def model() -> LinearCrossEntropyError:
@@ -742,6 +810,16 @@ def a_linear_layer_that_is_not_served_is_an_error() -> None:
     other = DeviceMesh("cpu", list(reversed(range(dist.get_world_size()))))
     with raised(ValueError, "input: got DeviceMesh", "expected DeviceMesh"):
         linear_cross_entropy_error(spread(x, other, [Replicate()]), by_class, t)
+    with raised(ValueError, "linear_bias: got DeviceMesh", "expected DeviceMesh"):
+        bias = spread(w[:, 0], other, [Replicate()])
+        linear_cross_entropy_error(everywhere, by_class, t, linear_bias=bias)
+    soft = spread(torch.ones(8, 8), mesh, [Shard(0)])
+    by_row = (spread(x, mesh, [Shard(0)]), spread(w, mesh, [Replicate()]))
+    with (
+        torch.autograd.set_detect_anomaly(True),
+        pytest.warns(UserWarning, match=r"target: the row at position \(0,\)"),
+    ):
+        linear_cross_entropy_error(*by_row, soft)
     loss = linear_cross_entropy_error(everywhere.requires_grad_(), by_class, t)
     with raised(NotImplementedError, "create_graph"):
         torch.autograd.grad(loss, everywhere, create_graph=True)

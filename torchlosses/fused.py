@@ -7,7 +7,7 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,23 +80,44 @@ class KernelError(Exception):
     """Has what a kernel has raised."""
 
 
-def give_up(device: torch.device, error: Exception) -> None:
+class Kernels(NamedTuple):
+    """The kernels of a device, whose errors are told from those of all that is around them."""
+
+    module: Any
+
+    def compute(self, *arguments: Any, **options: Any) -> Any:
+        return _run(self.module.compute, *arguments, **options)
+
+    def rescale(self, *arguments: Any) -> Any:
+        return _run(self.module.rescale, *arguments)
+
+
+def _run(kernel: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    try:
+        return kernel(*arguments, **options)
+    except OF_THE_CALLER:
+        raise
+    except Exception as error:
+        raise KernelError(error) from error
+
+
+def give_up(device: torch.device, error: KernelError) -> None:
     """Leaves a device to the formulas: a driver, a compiler or a GPU may refuse any kernel."""
-    if isinstance(error, KernelError):
-        error = error.args[0]
     if device not in _failed:
         _failed.add(device)
+        cause = error.args[0]
         warnings.warn(
             f"torchlosses is slower on {device} than it could be, for a kernel failed there: "
-            f"{type(error).__name__}: {error}",
-            stacklevel=4,
+            f"{type(cause).__name__}: {cause}",
+            stacklevel=5,
         )
 
 
-def kernels_of(device: torch.device) -> ModuleType | None:
+def kernels_of(device: torch.device) -> Kernels | None:
     """The kernels of a device, if there are any and none has failed."""
     find = KERNELS.get(device.type)
-    return None if find is None or device in _failed else find(device)
+    module = None if find is None or device in _failed else find(device)
+    return None if module is None else Kernels(module)
 
 
 def is_transformed() -> bool:
@@ -110,36 +131,75 @@ def is_eager() -> bool:
     return not (checks.is_traced() or is_transformed())
 
 
+def fits(
+    call: Call,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+) -> bool:
+    """Whether kernels serve such a call, in whatever shape its tensors are.
+
+    They serve plain tensors, with gradients for `input` and `target` alone: no transform, no
+    tangent.
+    """
+    if (
+        type(input) not in checks.PLAIN
+        or type(target) not in checks.PLAIN
+        or input.dtype not in DTYPES
+        or (target.is_floating_point() and target.dtype not in DTYPES)
+        or is_transformed()
+        or not call.is_plain_delta
+    ):
+        return False
+    for other in (weight, sample_weight):
+        if other is not None and (
+            type(other) not in checks.PLAIN or (other.requires_grad and torch.is_grad_enabled())
+        ):
+            return False
+    return True
+
+
 def find_kernels(
     call: Call,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     sample_weight: Tensor | None = None,
-) -> ModuleType | None:
-    """The kernels that serve a call, if any do.
-
-    They serve plain tensors with numbers in them, with gradients for `input` and `target` alone, in
-    eager autograd: no compiler, no tracer, no transform, no tangent.
-    """
+) -> Kernels | None:
+    """The kernels that serve a call in eager autograd, of tensors with numbers in them, if any."""
     if (
         checks.is_traced()  # First: a size is a guard of the compiled graph.
-        or type(input) not in checks.PLAIN
-        or type(target) not in checks.PLAIN
-        or input.dtype not in DTYPES
-        or (target.is_floating_point() and target.dtype not in DTYPES)
+        or not fits(call, input, target, weight, sample_weight)
         or input.numel() == 0
         or not (_is_dense(input) and _is_dense(target))
-        or is_transformed()
-        or not call.is_plain_delta
+        or (weight is not None and weight.is_neg())
+        or (sample_weight is not None and sample_weight.is_neg())
     ):
         return None
-    for other in (weight, sample_weight):
-        if other is not None and (
-            other.requires_grad or type(other) not in checks.PLAIN or other.is_neg()
-        ):
-            return None
     return kernels_of(input.device)
+
+
+def attempt(
+    kernels: Any,
+    formula: Callable[..., Tensor],
+    waits: bool,
+    learns: bool,
+    call: Call,
+    *arguments: Tensor | None,
+) -> Tensor | None:
+    """The loss by the kernels, or None where one fails; see `OnePass`."""
+    loss: Tensor
+    try:
+        if learns:
+            loss = OnePass.apply(kernels, formula, waits, call, *arguments)
+        else:
+            loss, *_ = kernels.compute(call, *arguments, (False,) * (len(arguments) - 2))
+    except KernelError as error:
+        input: Any = arguments[0]
+        give_up(input.device, error)
+        return None
+    return loss
 
 
 def compute(
@@ -154,20 +214,11 @@ def compute(
     kernels = find_kernels(call, *arguments)
     if kernels is not None:
         learns = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
-        try:
-            if learns:
-                half = input.dtype == torch.float16 or target.dtype == torch.float16
-                waits = half or call.reduction == "none"
-                loss: Tensor = OnePass.apply(kernels, formulas.compute, waits, call, *arguments)
-            else:
-                loss, _, _ = kernels.compute(call, *arguments, (False, False))
+        half = input.dtype == torch.float16 or target.dtype == torch.float16
+        waits = half or call.reduction == "none"
+        loss = attempt(kernels, formulas.compute, waits, learns, call, *arguments)
+        if loss is not None:
             return loss
-        except OF_THE_CALLER:
-            raise
-        except Exception as error:
-            if learns and not isinstance(error, KernelError):
-                raise  # Of a hook for what is saved, as checkpoint has one.
-            give_up(input.device, error)
     classes = None
     if call.is_index:
         classes = checks.check_classes(target, input.shape[call.dim], call.ignore_index)
@@ -201,12 +252,7 @@ class OnePass(Function):
         if waits:
             needs = (False,) * len(needs)
         loss: Tensor
-        try:
-            loss, *gradients = kernels.compute(call, *arguments, needs)
-        except OF_THE_CALLER:
-            raise
-        except Exception as error:
-            raise KernelError(error) from error
+        loss, *gradients = kernels.compute(call, *arguments, needs)
         ctx.is_made = not waits
         ctx.save_for_backward(*arguments, *gradients)
         return loss
@@ -220,15 +266,13 @@ class OnePass(Function):
             or torch.compiler.is_compiling()
             or not _has_memory(grad_loss)
         ):
-            gradients = _by_formula(ctx.formula, call, arguments, needs, grad_loss)
+            gradients = by_formula(ctx.formula, call, arguments, needs, grad_loss)
         else:
             try:
                 gradients = _by_kernel(ctx, arguments, gradients, grad_loss)
-            except OF_THE_CALLER:
-                raise
-            except Exception as error:
+            except KernelError as error:
                 give_up(grad_loss.device, error)
-                gradients = _by_formula(ctx.formula, call, arguments, needs, grad_loss)
+                gradients = by_formula(ctx.formula, call, arguments, needs, grad_loss)
         return None, None, None, None, *gradients, None, None
 
 
@@ -261,7 +305,7 @@ def _has_memory(tensor: Tensor) -> bool:
     return True
 
 
-def _by_formula(
+def by_formula(
     formula: Callable[..., Tensor],
     call: Call,
     arguments: Sequence[Any],

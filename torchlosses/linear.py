@@ -43,30 +43,20 @@ def compute(
     arguments = (input, linear_weight, linear_bias, target, weight, sample_weight)
     present = [argument for argument in arguments if argument is not None]
     if not all(type(argument) in checks.PLAIN for argument in present):
-        return _formula(dtype, call, *arguments)
+        return formula(dtype, call, *arguments)
     classes = None
     if call.is_index:
         classes = checks.check_classes(target, linear_weight.shape[0], call.ignore_index)
     kernels = fused.find_kernels(call, input, target, weight, sample_weight)
     if kernels is not None and linear_weight.dtype in fused.DTYPES and linear_weight.numel() > 0:
-        chunks = Chunks(kernels, dtype)
         learns = torch.is_grad_enabled() and any(argument.requires_grad for argument in present)
-        try:
-            if learns:
-                waits = waits_for_upstream(call, dtype, present)
-                formula = functools.partial(_formula, dtype)
-                loss: Tensor = fused.OnePass.apply(chunks, formula, waits, call, *arguments)
-            else:
-                loss, *_ = chunks.compute(call, *arguments, (False,) * 4)
+        waits = waits_for_upstream(call, dtype, present)
+        exact = functools.partial(formula, dtype)
+        loss = fused.attempt(Chunks(kernels, dtype), exact, waits, learns, call, *arguments)
+        if loss is not None:
             return loss
-        except fused.OF_THE_CALLER:
-            raise
-        except Exception as error:
-            if learns and not isinstance(error, fused.KernelError):
-                raise  # Of a hook for what is saved, as checkpoint has one.
-            fused.give_up(input.device, error)
     if not fused.is_eager():
-        return _formula(dtype, call, *arguments)
+        return formula(dtype, call, *arguments)
     rows = Rows(linear_weight.shape[0], call.dim)
     place = None if classes is None else rows.find(classes)
     losses = losses_of(
@@ -79,14 +69,19 @@ def compute(
 class Chunks(NamedTuple):
     """The kernels for a chunk of logits, as kernels for the linear layer that puts them out."""
 
-    kernels: Any
+    kernels: fused.Kernels
     dtype: torch.dtype  # Of the products.
 
     @property
     def rescale(self) -> Any:
         return self.kernels.rescale
 
-    def compute(
+    def compute(self, call: Call, input: Tensor, *rest: Any) -> list[Any]:
+        """The loss, and the gradients by input, weight, bias and target, times that of upstream."""
+        with torch.autocast(input.device.type, enabled=False):  # All dtypes are chosen here.
+            return self._compute(call, input, *rest)
+
+    def _compute(
         self,
         call: Call,
         input: Tensor,
@@ -98,7 +93,6 @@ class Chunks(NamedTuple):
         needs: Sequence[bool],
         upstream: Tensor | None = None,
     ) -> list[Any]:
-        """The loss, and the gradients by input, weight, bias and target, times that of upstream."""
         num_classes, width = linear_weight.shape
         samples = input.shape[:-1]
         like = input.new_empty((), dtype=call.dtype)
@@ -119,6 +113,7 @@ class Chunks(NamedTuple):
                     valid = valid.reshape(-1)
                     s = like.new_full((), torch.nan).where(~valid, 1 if s is None else s)
                     t = formulas.long(t).where(valid, 0)
+                    call = call._replace(ignore_index=-1)  # Not 0; the ignored are left out.
         shape = samples + linear_weight.shape[:1]
         divisor = formulas.find_divisor(call, like, shape, weight, sample_weight, classes)
         if divisor is not None:  # Of the whole, so it is no business of the chunks.
@@ -136,7 +131,7 @@ class Chunks(NamedTuple):
         if dtype != self.dtype:  # For the memory of the weight in that dtype.
             step = -(-step // 2)
         logits = x.new_empty((step, num_classes), dtype=dtype)
-        losses: Any = like.new_zeros(len(x)) if is_none else []
+        losses: Any = like.new_zeros(samples) if is_none else []
         grad_x = grad_w = grad_b = grad_t = None
         if needs[0]:  # Zeros where rows are left out.
             grad_x = x.new_empty(x.shape) if places is None else x.new_zeros(x.shape)
@@ -164,7 +159,7 @@ class Chunks(NamedTuple):
                 (any(needs[:3]), needs[3]), upstream if u is None else u[chunk], over_input=True,
             )  # fmt: skip
             if is_none:
-                losses[chunk] = loss
+                losses.view(-1)[chunk] = loss
             else:
                 losses.append(loss)
             if grad_x is not None:
@@ -182,7 +177,7 @@ class Chunks(NamedTuple):
         if grad_w is not None and count == 0:
             grad_w.zero_()
         if is_none:
-            loss = losses.view(samples)
+            loss = losses
         else:
             loss = torch.stack(losses).sum() if losses else like.new_zeros(())
             loss = loss if divisor is None else loss / divisor
@@ -201,7 +196,7 @@ def _has_products(device: torch.device, dtype: torch.dtype) -> bool:
         return True
     # Private; without vector instructions for it torch multiplies one element at a time.
     is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return dtype == torch.bfloat16 and (is_supported is None or is_supported())
+    return dtype == torch.bfloat16 and is_supported is not None and is_supported()
 
 
 def find_step(rows: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -244,7 +239,7 @@ def waits_for_upstream(call: Call, dtype: torch.dtype, tensors: Sequence[Tensor]
 # ---- By the formula
 
 
-def _formula(
+def formula(
     dtype: torch.dtype,
     call: Call,
     input: Tensor,
@@ -311,6 +306,9 @@ def losses_of(
         return part(slice(None)).view(samples)
     tensors = (input, linear_weight, linear_bias, target, weight)
     versions = _versions(tensors)
+    if linear_weight.dtype.itemsize < 4:  # So that autograd adds up their gradients in float32.
+        linear_weight = linear_weight.float()
+        linear_bias = None if linear_bias is None else linear_bias.float()
 
     def unchanged_part(chunk: slice) -> Tensor:
         if _versions(tensors) != versions:  # Autograd does not look: a checkpoint saves nothing.

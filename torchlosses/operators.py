@@ -4,7 +4,7 @@ A graph can then hold neither all logits nor one chunk after the other. This is 
 first is compiled, since it imports the compiler.
 """
 
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 import torch
@@ -24,16 +24,13 @@ def serves(
     sample_weight: Tensor | None,
 ) -> bool:
     """Whether the operator stands for the call; an exported graph goes where it may be unknown."""
-    arguments = (input, linear_weight, linear_bias, target, weight, sample_weight)
     return (
         not torch.compiler.is_exporting()
-        and not fused.is_transformed()
-        and all(t is None or type(t) in checks.PLAIN for t in arguments)
-        and call.is_plain_delta
-        and all(t.dtype in fused.DTYPES for t in (input, linear_weight))
-        and (call.is_index or not target.is_floating_point() or target.dtype in fused.DTYPES)
+        and fused.fits(call, input, target, weight, sample_weight)
+        and type(linear_weight) in checks.PLAIN
+        and (linear_bias is None or type(linear_bias) in checks.PLAIN)
+        and linear_weight.dtype in fused.DTYPES
         and linear_weight.shape[0] > 0
-        and not any(t is not None and t.requires_grad for t in (weight, sample_weight))
         and _has_kernels(input.device)
     )
 
@@ -57,10 +54,7 @@ def compute(
     layer = (input, linear_weight, linear_bias, target)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in layer]
     waits = linear.waits_for_upstream(call, dtype, [t for t in layer if t is not None])
-    loss: Tensor = _operator(
-        *layer, weight, sample_weight, None, needs, waits, dtype, call.is_index, call.reduction,
-        call.ignore_index, call.dtype, call.delta, call.label_smoothing,
-    )[0]  # fmt: skip
+    loss: Tensor = _operator(*layer, weight, sample_weight, None, needs, waits, dtype, *call[1:])[0]
     return loss
 
 
@@ -77,6 +71,7 @@ def _operator(
     waits: bool,
     product_dtype: torch.dtype,
     is_index: bool,
+    dim: int,
     reduction: str,
     ignore_index: int,
     dtype: torch.dtype,
@@ -84,43 +79,66 @@ def _operator(
     label_smoothing: float,
 ) -> list[Tensor]:
     """The loss, and the gradients that are needed and do not wait for that of upstream."""
-    call = Call(
-        "logits", is_index, input.dim() - 1, reduction, ignore_index, dtype, delta, label_smoothing
+    call = Call("logits", is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing)
+    kernels = fused.kernels_of(input.device)
+    if kernels is not None:
+        try:
+            results = linear.Chunks(kernels, product_dtype).compute(
+                call, input, linear_weight, linear_bias, target, weight, sample_weight,
+                (False,) * 4 if waits and upstream is None else needs, upstream,
+            )  # fmt: skip
+            return [result for result in results if result is not None]
+        except fused.KernelError as error:
+            fused.give_up(input.device, error)
+    raise RuntimeError(  # Within an operator there is no autograd, and so no gradient by a formula.
+        f"a kernel of torchlosses has failed on {input.device}, and this graph was compiled for "
+        f"it; torch.compiler.reset(), and compile it again: it is then compiled for the formula"
     )
-    results = linear.Chunks(fused.kernels_of(input.device), product_dtype).compute(
-        call, input, linear_weight, linear_bias, target, weight, sample_weight,
-        (False,) * 4 if waits and upstream is None else needs, upstream,
-    )  # fmt: skip
-    return [result for result in results if result is not None]
 
 
 @_operator.register_fake
-def _(*arguments: Any) -> list[Tensor]:
-    layer, (upstream, needs, waits, *_), reduction, dtype = (
-        arguments[:4], arguments[6:9], arguments[11], arguments[13],
-    )  # fmt: skip
-    input = layer[0]
-    loss = input.new_empty(input.shape[:-1] if reduction == "none" else (), dtype=dtype)
+def _(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    upstream: Tensor | None,
+    needs: list[bool],
+    waits: bool,
+    product_dtype: torch.dtype,
+    *options: Any,
+) -> list[Tensor]:
+    call = Call("logits", *options)
+    loss = input.new_empty(input.shape[:-1] if call.reduction == "none" else (), dtype=call.dtype)
     if waits and upstream is None:
         return [loss]
+    layer: Any = (input, linear_weight, linear_bias, target)
     return [loss, *(t.new_empty(t.shape) for t, needed in zip(layer, needs, strict=True) if needed)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _, needs, waits, *ctx.options = inputs[6:]
-    ctx.needs, ctx.waits = needs, waits
-    ctx.save_for_backward(*(inputs[:6] if waits else output[1:]))
+    tensors, (_, ctx.needs, ctx.waits, ctx.product_dtype, *ctx.options) = inputs[:6], inputs[6:]
+    ctx.save_for_backward(*tensors, *(() if ctx.waits else output[1:]))
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
-    saved: Any = ctx.saved_tensors
-    if ctx.waits:
-        _, *gradients = _operator(*saved, grads[0], ctx.needs, True, *ctx.options)
+    needs, arguments, gradients = ctx.needs, ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    layer: list[Tensor | None]
+    if torch.is_grad_enabled():  # To be differentiated again.
+        formula = functools.partial(linear.formula, ctx.product_dtype)
+        call = Call("logits", *ctx.options)
+        layer = fused.by_formula(formula, call, arguments, needs, grads[0])
     else:
-        gradients = [gradient * grads[0] for gradient in saved]
-    remaining: Iterator[Tensor] = iter(gradients)
-    layer = [next(remaining) if needed else None for needed in ctx.needs]
-    return (*layer, *[None] * 12)
+        if ctx.waits:
+            options = (needs, True, ctx.product_dtype, *ctx.options)
+            _, *gradients = _operator(*arguments, grads[0], *options)
+        else:
+            gradients = [gradient * grads[0] for gradient in gradients]
+        remaining = iter(gradients)
+        layer = [next(remaining) if needed else None for needed in needs]
+    return (*layer, *[None] * 13)
 
 
 _operator.register_autograd(_backward, setup_context=_save)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from torchlosses import checks, formulas, fused, linear
 from torchlosses.formulas import Call, Classes, Place
@@ -32,7 +33,31 @@ def is_sharded(*tensors: Tensor | None) -> bool:
     return False
 
 
-def compute(
+class _Saved(Function):
+    """A loss whose arguments are saved, as they are: what is written to a DTensor its shard hides.
+
+    Autograd then complains of it, whichever of the shards it has saved.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *arguments: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*arguments)
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *(None for _ in ctx.saved_tensors)
+
+
+def compute(call: Call, *arguments: Any) -> Tensor:
+    """The reduced loss, or that of a linear layer's logits, which has two arguments more."""
+    loss = (_compute_linear if len(arguments) > 4 else _compute)(call, *arguments)
+    if loss.requires_grad and fused.is_eager():
+        loss = _Saved.apply(loss, *arguments)
+    return loss
+
+
+def _compute(
     call: Call,
     input: Tensor,
     target: Tensor,
@@ -61,8 +86,11 @@ def compute(
         if call.is_index:
             classes = checks.check_classes(target, input.shape[dim], call.ignore_index)
             place = shards.find(classes)
-        if layer is None and not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
-            checks.check_values(call, y, target, classes, sample_weight, is_whole=is_whole)
+        if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
+            if layer is None:
+                checks.check_values(call, y, target, classes, sample_weight, is_whole=is_whole)
+            elif is_whole:
+                checks.check_target_values(call, target, sample_weight)
         if is_whole:
             reduction = "none" if call.reduction == "none" else "sum"
             part = call._replace(reduction=reduction)
@@ -112,7 +140,7 @@ def compute(
     return mean
 
 
-def compute_linear(
+def _compute_linear(
     call: Call,
     input: Tensor,
     linear_weight: Tensor,
@@ -132,10 +160,11 @@ def compute_linear(
             f"forward of the module that it is called on"
         )
     mesh = linear_weight.device_mesh
-    if input.device_mesh != mesh:
-        raise ValueError(
-            f"input: got {input.device_mesh}; expected {mesh}, the mesh of linear_weight"
-        )
+    for name, tensor in (("input", input), ("linear_bias", linear_bias)):
+        if isinstance(tensor, DTensor) and tensor.device_mesh != mesh:
+            raise ValueError(
+                f"{name}: got {tensor.device_mesh}; expected {mesh}, the mesh of linear_weight"
+            )
     by_class = linear_weight.placements
     if any(p not in (Shard(0), Replicate()) for p in by_class):
         raise ValueError(
@@ -169,7 +198,7 @@ def compute_linear(
     ]
     stride = torch.empty(shape, device="meta").stride()
     like = DTensor.from_local(logits, mesh, placements, run_check=False, shape=shape, stride=stride)
-    return compute(call, like, target, weight, sample_weight, layer)
+    return _compute(call, like, target, weight, sample_weight, layer)
 
 
 class Layer(NamedTuple):
