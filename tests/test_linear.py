@@ -758,7 +758,7 @@ BAD: list[tuple[type[Exception], str, Any, tuple[object, ...]]] = [
     (TypeError, "linear_bias", 1.0, ("got float", "torch.Tensor")),
     (ValueError, "target", ONES(5, 4).long(), ((5, 4), *LOGITS, (5,))),
     (ValueError, "target", ONES(4).long(), ((4,), *LOGITS, (5,))),
-    (TypeError, "target", ONES(5), ("float32", (5,), *LOGITS, "integer", "the logits' shape")),
+    (TypeError, "target", ONES(5), ("float32", (5,), *LOGITS, "integer", "that shape")),
     (IndexError, "target", torch.tensor([0, 1, 2, 3, -5]), ("class 3 at position (3,)", "0 to 2")),
     (IndexError, "target", torch.tensor([0, -100, 2, 2, -5]), ("class -5 at position (4,)", -100)),
     (ValueError, "weight", ONES(4), ((4,), *LOGITS, (3,))),

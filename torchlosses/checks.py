@@ -150,28 +150,26 @@ def is_class_index(
     Or per element of the input's `logits`, which have that shape.
     """
     _check_real("target", target, input)
-    shape, owner = (input.shape, "input's") if logits is None else (logits, "logits'")
-    of = (
-        f"an input of shape {tuple(shape)}" if logits is None else f"logits of shape {tuple(shape)}"
-    )
+    shape = input.shape if logits is None else logits
     if target.shape == shape:
         return False
     samples = shape[:dim] + shape[dim + 1 :]
+    owner = "an input" if logits is None else "logits"
     if target.shape != samples:
         hint = ""
         if logits is None:
             fits = [d for d in range(input.dim()) if samples_shape(input, d) == target.shape]
             hint = f"; classes in dimension {fits[0]} need dim={fits[0]}" if fits else ""
         raise ValueError(
-            f"target: got shape {tuple(target.shape)} for {of} "
+            f"target: got shape {tuple(target.shape)} for {owner} of shape {tuple(shape)} "
             f"with classes in dimension {dim}; expected the same shape, or {tuple(samples)} of an "
             f"integer dtype for class indices{hint}"
         )
     if target.is_floating_point() or target.dtype == torch.bool:
         raise TypeError(
-            f"target: got dtype {target.dtype} and shape {tuple(target.shape)} for {of}, "
-            f"where only class indices fit; expected an integer dtype, "
-            f"or the {owner} shape (a forgotten unsqueeze?)"
+            f"target: got dtype {target.dtype} and shape {tuple(target.shape)} for {owner} of shape "
+            f"{tuple(shape)}, where only class indices fit; expected an integer dtype, "
+            f"or that shape (a forgotten unsqueeze?)"
         )
     return True
 
