@@ -712,14 +712,15 @@ def _softmax_of_class(g, b, P: tl.constexpr):
     Rows longer than a tile are looked at twice, the second time from their end, which the cache
     still has.
     """
-    x_c = _load_of_class(g, b, P)
     if P.IS_WHOLE:
         _k, in_row, offsets, is_label = _tile(b, 0, P)
         x = _load(g, b, offsets, in_row, float("-inf"), P)
+        x_c = _load_of_class(g, b, P)
         maximum = tl.where(b.is_used, _max(x), 0)
         exponential = _exp(x - _column(maximum))
         normalizer = tl.where(b.is_used, _sum(exponential), 1)
     else:
+        x_c = _load_of_class(g, b, P)
         maximum, normalizer, _targets, _terms = _normalizers(g, b, False, P)
     shifted = x_c - maximum
     by_normalizer = _reciprocal(normalizer, P)
