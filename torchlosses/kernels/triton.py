@@ -424,8 +424,8 @@ def _samples(g, block, P: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _count(g, first, step, P: tl.constexpr):
     """Σ of the weights of samples, and of their sizes, from a block on: R labels and weights."""
-    weights = tl.zeros((COUNT_BLOCK,), P.DTYPE)
-    sizes = tl.zeros((COUNT_BLOCK,), P.DTYPE)
+    weights = tl.full((COUNT_BLOCK,), 0, P.DTYPE)
+    sizes = tl.full((COUNT_BLOCK,), 0, P.DTYPE)
     for block in range(first, _blocks(g, P, COUNT_BLOCK), step):
         counted = _samples(g, block, P, COUNT_BLOCK)[8]
         weights += counted
@@ -454,7 +454,7 @@ def _is_last(counter_ptr):
 @triton.jit
 def _add_up(partials_ptr, P: tl.constexpr):
     """Σ of what each program stored."""
-    total = tl.zeros((1024,), P.DTYPE)
+    total = tl.full((1024,), 0, P.DTYPE)
     for start in range(0, tl.num_programs(0), 1024):
         program = start + tl.arange(0, 1024)
         mask = program < tl.num_programs(0)
@@ -489,7 +489,7 @@ def _loss_kernel(
         else:
             by_divisor = 1 / tl.load(g.divisor_ptr)
 
-    total = tl.zeros((P.SAMPLES,), P.DTYPE)
+    total = tl.full((P.SAMPLES,), 0, P.DTYPE)
     weights = total
     sizes = total
     for block in range(program, _blocks(g, P, P.SAMPLES), programs):
@@ -627,7 +627,7 @@ def _reciprocal(x, P: tl.constexpr):
 @triton.jit
 def _elements(g, b, P: tl.constexpr):
     """½ (y − t)², or −Σ t·log(y + δ): R y, R t if dense, W each gradient."""
-    total = tl.zeros((P.PER_THREAD, P.SAMPLES, P.THREADS, P.VECTOR), P.DTYPE)
+    total = tl.full((P.PER_THREAD, P.SAMPLES, P.THREADS, P.VECTOR), 0, P.DTYPE)
     for start in range(0, b.classes, P.CLASSES):
         k, in_row, offsets, is_label = _tile(b, start, P)
         y = _load(g, b, offsets, in_row, 0, P)
@@ -681,9 +681,9 @@ def _normalizers(g, b, HAS_TERMS: tl.constexpr, P: tl.constexpr):
     """
     # Not from −inf, for −inf − (−inf) is NaN, but from what is least beside it.
     maximum = tl.full((1, P.SAMPLES, P.THREADS, 1), P.LOWEST, P.DTYPE)
-    normalizer = tl.zeros((1, P.SAMPLES, P.THREADS, 1), P.DTYPE)
-    targets = tl.zeros((1, P.SAMPLES, P.THREADS, 1), P.DTYPE)
-    terms = tl.zeros((1, P.SAMPLES, P.THREADS, 1), P.DTYPE)
+    normalizer = tl.full((1, P.SAMPLES, P.THREADS, 1), 0, P.DTYPE)
+    targets = tl.full((1, P.SAMPLES, P.THREADS, 1), 0, P.DTYPE)
+    terms = tl.full((1, P.SAMPLES, P.THREADS, 1), 0, P.DTYPE)
     for start in range(0, b.classes, P.CLASSES):
         k, in_row, offsets, is_label = _tile(b, start, P)
         x = _load(g, b, offsets, in_row, float("-inf"), P)
@@ -712,15 +712,18 @@ def _softmax_of_class(g, b, P: tl.constexpr):
     Rows longer than a tile are looked at twice, the second time from their end, which the cache
     still has.
     """
+    # In the order that needs the fewest registers.
+    if not (P.IS_WHOLE and P.IS_SPATIAL):
+        x_c = _load_of_class(g, b, P)
     if P.IS_WHOLE:
         _k, in_row, offsets, is_label = _tile(b, 0, P)
         x = _load(g, b, offsets, in_row, float("-inf"), P)
-        x_c = _load_of_class(g, b, P)
+        if P.IS_SPATIAL:
+            x_c = _load_of_class(g, b, P)
         maximum = tl.where(b.is_used, _max(x), 0)
         exponential = _exp(x - _column(maximum))
         normalizer = tl.where(b.is_used, _sum(exponential), 1)
     else:
-        x_c = _load_of_class(g, b, P)
         maximum, normalizer, _targets, _terms = _normalizers(g, b, False, P)
     shifted = x_c - maximum
     by_normalizer = _reciprocal(normalizer, P)
@@ -804,8 +807,8 @@ def _softmax(g, b, P: tl.constexpr):
         maximum, normalizer, s, terms = _normalizers(g, b, P.IS_EXACT, P)
         log2_normalizer = _log2(normalizer, P)
         if not P.IS_EXACT:
-            s_by_thread = tl.zeros((1, P.SAMPLES, P.THREADS, 1), P.DTYPE)
-            terms_by_thread = tl.zeros((1, P.SAMPLES, P.THREADS, 1), P.DTYPE)
+            s_by_thread = tl.full((1, P.SAMPLES, P.THREADS, 1), 0, P.DTYPE)
+            terms_by_thread = tl.full((1, P.SAMPLES, P.THREADS, 1), 0, P.DTYPE)
             for done in range(tiles):
                 o = _operands(g, b, (tiles - 1 - done) * P.CLASSES, P)
                 p, log2, reciprocal = _guarded(b, o.x, maximum, log2_normalizer, P)
