@@ -82,8 +82,8 @@ Given = collections.namedtuple(
 Plan = collections.namedtuple(
     "Plan",
     "FORM DTYPE LOWEST INDEX ALIGNMENT SAMPLES CLASSES VECTOR PER_THREAD THREADS IS_SQUARE "
-    "IS_INDEX IS_EXACT IS_SMOOTH IS_REDUCED IS_COUNTED IS_SPATIAL IS_EAGER IS_FAST "
-    "IS_WHOLE IS_EVEN NUM_CLASSES HAS_GRADIENT",
+    "IS_INDEX IS_EXACT IS_SMOOTH IS_REDUCED IS_COUNTED IS_SPATIAL IS_EAGER IS_FAST IS_WHOLE "
+    "IS_EVEN NUM_CLASSES HAS_GRADIENT",
 )
 Operands = collections.namedtuple("Operands", "x t is_0 by_target in_row offsets")
 # A block of samples: the offset of the first, from there those of all, and from class to class;
