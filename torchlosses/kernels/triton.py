@@ -40,6 +40,8 @@ COUNT_BLOCK = tl.constexpr(2**10)
 COUNT_ALONE = 2**12
 # Elements of a block of `_rescale_kernel`.
 RESCALED = 2**11
+# So many classes at most lie in one thread or two, and are known when the kernel is compiled.
+FEW = 32
 # Launches that may run at the same time, each with a counter of its own.
 COUNTERS = 2**16
 # The default differs by version, and Triton 3.9 warns of that where nothing is said.
@@ -80,8 +82,8 @@ Given = collections.namedtuple(
 Plan = collections.namedtuple(
     "Plan",
     "FORM DTYPE LOWEST INDEX ALIGNMENT SAMPLES CLASSES VECTOR PER_THREAD THREADS IS_SQUARE "
-    "IS_INDEX IS_EXACT IS_SMOOTH IS_REDUCED IS_COUNTED IS_SPATIAL IS_EAGER IS_FAST IS_SMALL "
-    "IS_WHOLE IS_EVEN HAS_GRADIENT",
+    "IS_INDEX IS_EXACT IS_SMOOTH IS_REDUCED IS_COUNTED IS_SPATIAL IS_EAGER IS_FAST IS_WHOLE "
+    "IS_EVEN NUM_CLASSES HAS_GRADIENT",
 )
 Operands = collections.namedtuple("Operands", "x t is_0 by_target in_row offsets")
 # A block of samples: the offset of the first, from there those of all, and from class to class;
@@ -167,9 +169,9 @@ def compute(
         IS_EAGER=is_index and (is_spatial or tile.samples > 1),
         # Probabilities can be too small for fast instructions where no δ is added.
         IS_FAST=is_fast and not (form == "probabilities" and is_exact),
-        IS_SMALL=tile.is_whole and tile.samples > 1 and not is_spatial,
         IS_WHOLE=tile.is_whole,
         IS_EVEN=classes % tile.classes == 0,
+        NUM_CLASSES=classes if tile.is_whole and inner == 1 and classes <= FEW else 0,
         HAS_GRADIENT=any(needs),
     )
     loss = input.new_empty(() if is_reduced else losses_shape, dtype=dtype)
@@ -311,9 +313,13 @@ def _configure(
             width, warps = (2**14, 32) if is_exact else (2**13, 16)
         else:
             width, registers = 2**12, 64 if is_light and size == 1 else 128
-        vector = min(16 // itemsize, math.gcd(classes, 16))
     width //= size
-    per_thread = width if inner > 1 else max(width // vector // (32 * warps), 1)
+    vector = 1 if inner > 1 else math.gcd(16 // itemsize, classes, width)
+    threads = 1 if inner > 1 else 32 * warps
+    if is_class and inner == 1 and classes <= FEW:
+        threads = max(width // 16, 1)
+        samples = 64 // threads
+    per_thread = max(width // vector // threads, 1)
     return Tile(samples, width, warps, registers, is_whole, vector, per_thread, alignment)
 
 
@@ -323,22 +329,38 @@ def _column(x):
 
     A scalar has no layout, so nothing is exchanged between threads to bring it into another.
     """
-    return x if len(x.shape) == 0 else x[:, None]
+    return x if len(x.shape) == 0 else x[None, :, None, None]
+
+
+@triton.jit
+def _sum_by_thread(tile):
+    """Of what a thread holds of a sample, in its registers."""
+    return tl.sum(tl.sum(tile, 3, keep_dims=True), 0, keep_dims=True)
+
+
+@triton.jit
+def _max_by_thread(tile):
+    return tl.max(tl.max(tile, 3, keep_dims=True), 0, keep_dims=True)
 
 
 @triton.jit
 def _sum(tile):
+    tile = tl.sum(tl.sum(tile, 3), 0)
     return tl.sum(tile) if tile.shape[0] == 1 else tl.sum(tile, 1)
 
 
 @triton.jit
 def _max(tile):
+    tile = tl.max(tl.max(tile, 3), 0)
     return tl.max(tile) if tile.shape[0] == 1 else tl.max(tile, 1)
 
 
 @triton.jit
 def _classes(g, P: tl.constexpr):
-    return tl.cast(g.classes, P.INDEX) * (1 if P.IS_SPATIAL else P.ALIGNMENT)
+    if P.NUM_CLASSES:
+        return tl.full((), P.NUM_CLASSES, P.INDEX)
+    else:  # noqa: RET505 - Only one branch is compiled.
+        return tl.cast(g.classes, P.INDEX) * (1 if P.IS_SPATIAL else P.ALIGNMENT)
 
 
 @triton.jit
@@ -402,8 +424,8 @@ def _samples(g, block, P: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _count(g, first, step, P: tl.constexpr):
     """Σ of the weights of samples, and of their sizes, from a block on: R labels and weights."""
-    weights = tl.zeros((COUNT_BLOCK,), P.DTYPE)
-    sizes = tl.zeros((COUNT_BLOCK,), P.DTYPE)
+    weights = tl.full((COUNT_BLOCK,), 0, P.DTYPE)
+    sizes = tl.full((COUNT_BLOCK,), 0, P.DTYPE)
     for block in range(first, _blocks(g, P, COUNT_BLOCK), step):
         counted = _samples(g, block, P, COUNT_BLOCK)[8]
         weights += counted
@@ -432,7 +454,7 @@ def _is_last(counter_ptr):
 @triton.jit
 def _add_up(partials_ptr, P: tl.constexpr):
     """Σ of what each program stored."""
-    total = tl.zeros((1024,), P.DTYPE)
+    total = tl.full((1024,), 0, P.DTYPE)
     for start in range(0, tl.num_programs(0), 1024):
         program = start + tl.arange(0, 1024)
         mask = program < tl.num_programs(0)
@@ -467,7 +489,7 @@ def _loss_kernel(
         else:
             by_divisor = 1 / tl.load(g.divisor_ptr)
 
-    total = tl.zeros((P.SAMPLES,), P.DTYPE)
+    total = tl.full((P.SAMPLES,), 0, P.DTYPE)
     weights = total
     sizes = total
     for block in range(program, _blocks(g, P, P.SAMPLES), programs):
@@ -526,12 +548,13 @@ def _loss_kernel(
 @triton.jit
 def _tile(b, start, P: tl.constexpr):
     """Classes of a tile, those that exist, offsets, and which is that of each sample."""
-    k = tl.arange(0, P.CLASSES)
-    in_row = (k < b.classes - start)[None, :]
+    k = tl.arange(0, P.PER_THREAD)[:, None, None, None] * (P.THREADS * P.VECTOR)
+    k += tl.arange(0, P.THREADS)[:, None] * P.VECTOR + tl.arange(0, P.VECTOR)[None, :]
+    in_row = k < b.classes - start
     if P.IS_EVEN:
-        in_row = tl.full((1, P.CLASSES), True, tl.int1)
-    offsets = _column(b.row + start * b.step) + (k * b.step)[None, :]
-    return start + k, in_row, offsets, _column(b.label - start) == k[None, :]
+        in_row = tl.full(k.shape, True, tl.int1)
+    offsets = _column(b.row + start * b.step) + k * b.step
+    return start + k, in_row, offsets, _column(b.label - start) == k
 
 
 @triton.jit
@@ -556,13 +579,13 @@ def _targets(g, b, k, in_row, offsets, is_label, P: tl.constexpr):
         t = tl.where(is_label, 1, 0).to(P.DTYPE)
     else:
         t = tl.load(g.target_ptr + b.base + offsets, mask=mask, other=0).to(P.DTYPE)
-    by_target = tl.full((1, 1), 1, P.DTYPE)
+    by_target = tl.full((1, 1, 1, 1), 1, P.DTYPE)
     if P.IS_SMOOTH:
         t = tl.where(mask, t * b.kept + b.uniform, 0)
         by_target *= b.kept
     is_0 = t == 0
     if g.class_weight_ptr is not None:
-        class_weight = tl.load(g.class_weight_ptr + k[None, :], mask=in_row, other=0).to(P.DTYPE)
+        class_weight = tl.load(g.class_weight_ptr + k, mask=in_row, other=0).to(P.DTYPE)
         t *= class_weight
         by_target *= class_weight
     return t, is_0, by_target
@@ -604,7 +627,7 @@ def _reciprocal(x, P: tl.constexpr):
 @triton.jit
 def _elements(g, b, P: tl.constexpr):
     """½ (y − t)², or −Σ t·log(y + δ): R y, R t if dense, W each gradient."""
-    total = tl.zeros((P.SAMPLES, P.CLASSES), P.DTYPE)
+    total = tl.full((P.PER_THREAD, P.SAMPLES, P.THREADS, P.VECTOR), 0, P.DTYPE)
     for start in range(0, b.classes, P.CLASSES):
         k, in_row, offsets, is_label = _tile(b, start, P)
         y = _load(g, b, offsets, in_row, 0, P)
@@ -615,7 +638,7 @@ def _elements(g, b, P: tl.constexpr):
             target_slope = -slope
             term = slope * (slope * 0.5)  # slope² overflows first.
             if b.upstream_ptr is not None:
-                upstream_ptr = _column(b.upstream_ptr) + k[None, :] * g.upstream_strides[1]
+                upstream_ptr = _column(b.upstream_ptr) + k * g.upstream_strides[1]
                 mask = _column(b.is_there) & in_row
                 weight *= tl.load(upstream_ptr, mask=mask, other=0).to(P.DTYPE)
         else:
@@ -650,17 +673,6 @@ def _class(g, b, P: tl.constexpr):
 
 
 @triton.jit
-def _by_thread(tile, P: tl.constexpr):
-    """A tile with what one thread holds of a row in the dimensions 1 and 3."""
-    return tl.reshape(tile, (P.SAMPLES, P.PER_THREAD, P.THREADS, P.VECTOR))
-
-
-@triton.jit
-def _sum_by_thread(tile, P: tl.constexpr):
-    return tl.sum(tl.sum(_by_thread(tile, P), 3), 1)
-
-
-@triton.jit
 def _normalizers(g, b, HAS_TERMS: tl.constexpr, P: tl.constexpr):
     """max x, Σ exp(x − max x), and maybe Σ t, Σ t·(x − max x), of rows longer than a tile.
 
@@ -668,23 +680,22 @@ def _normalizers(g, b, HAS_TERMS: tl.constexpr, P: tl.constexpr):
     and sums by it, and no step waits for other threads.
     """
     # Not from −inf, for −inf − (−inf) is NaN, but from what is least beside it.
-    maximum = tl.full((P.SAMPLES, P.THREADS), P.LOWEST, P.DTYPE)
-    normalizer = tl.zeros((P.SAMPLES, P.THREADS), P.DTYPE)
-    targets = tl.zeros((P.SAMPLES, P.THREADS), P.DTYPE)
-    terms = tl.zeros((P.SAMPLES, P.THREADS), P.DTYPE)
+    maximum = tl.full((1, P.SAMPLES, P.THREADS, 1), P.LOWEST, P.DTYPE)
+    normalizer = tl.full((1, P.SAMPLES, P.THREADS, 1), 0, P.DTYPE)
+    targets = tl.full((1, P.SAMPLES, P.THREADS, 1), 0, P.DTYPE)
+    terms = tl.full((1, P.SAMPLES, P.THREADS, 1), 0, P.DTYPE)
     for start in range(0, b.classes, P.CLASSES):
         k, in_row, offsets, is_label = _tile(b, start, P)
-        x = _by_thread(_load(g, b, offsets, in_row, float("-inf"), P), P)
-        highest = tl.maximum(maximum, tl.max(tl.max(x, 3), 1))
-        shifted = x - highest[:, None, :, None]
+        x = _load(g, b, offsets, in_row, float("-inf"), P)
+        highest = tl.maximum(maximum, _max_by_thread(x))
+        shifted = x - highest
         normalizer *= _exp(maximum - highest)
-        normalizer += tl.sum(tl.sum(_exp(shifted), 3), 1)
+        normalizer += _sum_by_thread(_exp(shifted))
         if HAS_TERMS:
             t, _is_0, _by_target = _targets(g, b, k, in_row, offsets, is_label, P)
-            t = _by_thread(t, P)
             terms += tl.where(targets == 0, 0, targets * (maximum - highest))
-            terms += tl.sum(tl.sum(tl.where(t == 0, 0, t * shifted), 3), 1)
-            targets += tl.sum(tl.sum(t, 3), 1)
+            terms += _sum_by_thread(tl.where(t == 0, 0, t * shifted))
+            targets += _sum_by_thread(t)
         maximum = highest
     of_row = _max(maximum)
     distance = maximum - _column(of_row)
@@ -701,13 +712,14 @@ def _softmax_of_class(g, b, P: tl.constexpr):
     Rows longer than a tile are looked at twice, the second time from their end, which the cache
     still has.
     """
-    if not P.IS_SMALL:
+    # In the order that needs the fewest registers.
+    if not (P.IS_WHOLE and P.IS_SPATIAL):
         x_c = _load_of_class(g, b, P)
     if P.IS_WHOLE:
         _k, in_row, offsets, is_label = _tile(b, 0, P)
         x = _load(g, b, offsets, in_row, float("-inf"), P)
-        if P.IS_SMALL:
-            x_c = _sum(tl.where(is_label, x, 0))
+        if P.IS_SPATIAL:
+            x_c = _load_of_class(g, b, P)
         maximum = tl.where(b.is_used, _max(x), 0)
         exponential = _exp(x - _column(maximum))
         normalizer = tl.where(b.is_used, _sum(exponential), 1)
@@ -795,13 +807,13 @@ def _softmax(g, b, P: tl.constexpr):
         maximum, normalizer, s, terms = _normalizers(g, b, P.IS_EXACT, P)
         log2_normalizer = _log2(normalizer, P)
         if not P.IS_EXACT:
-            s_by_thread = tl.zeros((P.SAMPLES, P.THREADS), P.DTYPE)
-            terms_by_thread = tl.zeros((P.SAMPLES, P.THREADS), P.DTYPE)
+            s_by_thread = tl.full((1, P.SAMPLES, P.THREADS, 1), 0, P.DTYPE)
+            terms_by_thread = tl.full((1, P.SAMPLES, P.THREADS, 1), 0, P.DTYPE)
             for done in range(tiles):
                 o = _operands(g, b, (tiles - 1 - done) * P.CLASSES, P)
                 p, log2, reciprocal = _guarded(b, o.x, maximum, log2_normalizer, P)
-                s_by_thread += _sum_by_thread(o.t * p * reciprocal, P)
-                terms_by_thread += _sum_by_thread(o.t * log2, P)
+                s_by_thread += _sum_by_thread(o.t * p * reciprocal)
+                terms_by_thread += _sum_by_thread(o.t * log2)
             s, terms = _sum(s_by_thread), _sum(terms_by_thread)
         if P.HAS_GRADIENT:
             for done in range(tiles):
