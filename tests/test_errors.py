@@ -207,7 +207,7 @@ def test_tensors_that_are_not_dense(loss: Any) -> None:
 
 @pytest.mark.parametrize("loss", BOTH)
 @pytest.mark.parametrize("bad", [5, -1, -99, 2**40])
-def test_class_out_of_range_on_the_cpu(loss: Any, bad: int) -> None:
+def test_class_out_of_range_on_the_cpu(loss: Any, bad: int, path: str) -> None:
     target = torch.tensor([[0, -100], [bad, 4]])
     with pytest.raises(IndexError, match=words("target", bad, (1, 0), "0 to 4", "-100")):
         loss(y(2, 5, 2), target)
@@ -218,7 +218,7 @@ def test_class_out_of_range_on_the_cpu(loss: Any, bad: int) -> None:
 
 
 @pytest.mark.parametrize("loss", BOTH)
-def test_unsigned_class_out_of_range(loss: Any) -> None:
+def test_unsigned_class_out_of_range(loss: Any, path: str) -> None:
     for dtype, bad in ((torch.uint8, 255), (torch.uint64, 2**64 - 100)):
         with pytest.raises(IndexError, match=words("target", bad, "(1,)")):
             loss(y(2, 5), torch.tensor([0, bad], dtype=dtype))
