@@ -242,3 +242,48 @@ def test_a_linear_layer_waits_for_nothing_and_holds_no_logits(
     for ours, expected in zip(found, exact, strict=True):
         scale = float(expected.detach().abs().max())
         torch.testing.assert_close(ours.double(), expected, rtol=near, atol=near * scale)
+
+
+@pytest.mark.parametrize("form", ["classes", "soft", "learned weight", "autocast"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_graph_captures_a_linear_layer(form: str, reduction: Any) -> None:
+    n, d, v = 2 * linear.CHUNK_OF_OTHERS // 4 + 3, 64, 1003
+    x, w = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((n, d), (v, d)))
+    t = torch.randint(v, (n,), device=DEVICE)
+    t[::3] = -100
+    leaves: tuple[Tensor, ...] = (x, w)
+    options: dict[str, Any] = {"reduction": reduction}
+    if form == "soft":
+        t = torch.randn(n, v, device=DEVICE).softmax(1).requires_grad_()
+        leaves += (t,)
+    if form == "learned weight":
+        options["weight"] = torch.rand(v, device=DEVICE, requires_grad=True)
+        leaves += (options["weight"],)
+
+    def step() -> tuple[Tensor, ...]:
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=form == "autocast"):
+            loss = linear_cross_entropy_error(x, w, t, **options)
+        return loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    exact: dict[Tensor, Tensor] = {leaf: leaf.detach().double().requires_grad_() for leaf in leaves}
+    if "weight" in options:
+        options["weight"] = exact[options["weight"]]
+    logits = exact[x] @ exact[w].T
+    losses = cross_entropy_error(logits, exact.get(t, t), from_logits=True, **options)
+    expected = (losses.detach(), *torch.autograd.grad(losses.sum(), tuple(exact.values())))
+    near = 4 * torch.finfo(torch.bfloat16 if form == "autocast" else torch.float32).eps
+    for ours, theirs in zip(captured, expected, strict=True):
+        scale = float(theirs.abs().max())
+        torch.testing.assert_close(ours.double(), theirs, rtol=8 * near, atol=8 * near * scale)
+    assert not fused._failed

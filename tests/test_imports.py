@@ -24,6 +24,9 @@ import torch
 from torchlosses import CrossEntropyError, SumSquaredError
 y = torch.rand(4, 5, requires_grad=True)
 (SumSquaredError()(y, torch.arange(4)) + CrossEntropyError()(y, torch.arange(4))).backward()
+from torchlosses.functional import linear_cross_entropy_error
+loss = torch.compile(linear_cross_entropy_error, fullgraph=True, backend="eager")
+loss(y, torch.rand(3, 5), torch.zeros(4, dtype=torch.int64)).backward()
 """)
 
 

@@ -154,11 +154,13 @@ def test_promotes_to_a_target_of_float64(device: str) -> None:
 @pytest.mark.parametrize("kind", ["int8", "uint8", "int32", "uint16", "uint64", "onehot", "bool"])
 def test_targets_of_any_dtype(kind: str, device: str) -> None:
     x = torch.randn(5, 4, device=device, requires_grad=True)
-    w = torch.randn(3, 4, device=device)
+    w = torch.randn(3, 4, device=device, requires_grad=True)
     t = torch.randint(3, (5,), device=device)
     other = t.to(getattr(torch, kind)) if "int" in kind else F.one_hot(t, 3)
     other = other.bool() if kind == "bool" else other
-    close(linear_cross_entropy_error(x, w, other), linear_cross_entropy_error(x, w, t))
+    losses = [linear_cross_entropy_error(x, w, target) for target in (other, t)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, (x, w)) for loss in losses))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -275,6 +277,13 @@ def test_sums_of_half_precision_are_of_float32(device: str) -> None:
                 loss = linear_cross_entropy_error(x, w, t, weight=weight)
                 (ours,) = torch.autograd.grad(loss, w)
             assert (ours - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_a_sum_beyond_float16(device: str) -> None:
+    x = torch.zeros(50, 4, dtype=torch.float16, device=device, requires_grad=True)
+    w, t = torch.zeros_like(x[:3]), torch.zeros(50, dtype=torch.int64, device=device)
+    loss = linear_cross_entropy_error(x, w, t, delta=0, sample_weight=torch.full_like(t, 2000))
+    torch.testing.assert_close(loss, torch.full_like(loss, 1e5 * np.log(3)))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -758,7 +767,7 @@ BAD: list[tuple[type[Exception], str, Any, tuple[object, ...]]] = [
     (TypeError, "linear_bias", 1.0, ("got float", "torch.Tensor")),
     (ValueError, "target", ONES(5, 4).long(), ((5, 4), *LOGITS, (5,))),
     (ValueError, "target", ONES(4).long(), ((4,), *LOGITS, (5,))),
-    (TypeError, "target", ONES(5), ("float32", (5,), *LOGITS, "integer", "that shape")),
+    (TypeError, "target", ONES(5), ("float32", (5,), *LOGITS, "integer", "the same shape")),
     (IndexError, "target", torch.tensor([0, 1, 2, 3, -5]), ("class 3 at position (3,)", "0 to 2")),
     (IndexError, "target", torch.tensor([0, -100, 2, 2, -5]), ("class -5 at position (4,)", -100)),
     (ValueError, "weight", ONES(4), ((4,), *LOGITS, (3,))),
@@ -931,10 +940,11 @@ def check_at_random(seed: int) -> None:
         return calls.laid_out(tensor, layout, rng)
 
     dtype = one_of(torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    wide = torch.promote_types(dtype, torch.float32)
     rows = [int(size) for size in rng.integers(0 if one_in(8) else 1, 6, rng.integers(0, 4))]
-    width, classes = int(rng.integers(1, 9)), int(one_of(1, 2, 5, 17, 70))
+    width, classes = int(rng.integers(not one_in(8), 9)), int(one_of(1, 2, 5, 17, 70))
+    x = torch.randn(*rows, width).to(dtype)
     named: dict[str, Any] = {
-        "input": laid_out(torch.randn(*rows, width).to(dtype)),
         "linear_weight": laid_out(torch.randn(classes, width).to(dtype)),
         "reduction": one_of(*REDUCTIONS),
         "delta": one_of(1e-7, 0, 0.1, 3.0),
@@ -946,12 +956,20 @@ def check_at_random(seed: int) -> None:
         target = torch.randint(classes, tuple(rows))
         target = target.where(torch.rand(tuple(rows)) < 0.7, named["ignore_index"])
         named["target"] = laid_out(target.to(one_of(torch.int64, torch.int16)))
+    has_nan = x.numel() > 0 and classes > 2 and one_in(8)  # Their last is not ignored.
+    if has_nan:
+        x.view(-1)[-1] = torch.nan
+        if not named["target"].is_floating_point():
+            named["target"] = named["target"].clone()
+            named["target"][(-1,) * len(rows)] = classes - 1
+    named["input"] = laid_out(x)
     if one_in(2):
         named["linear_bias"] = laid_out(torch.randn(classes).to(dtype))
     if one_in(2):
-        named["weight"] = laid_out(torch.rand(classes).to(dtype))
+        named["weight"] = laid_out(torch.rand(classes).to(one_of(dtype, wide)))
     if one_in(2):
-        named["sample_weight"] = torch.rand(rows[int(rng.integers(len(rows) + 1)) :]).to(dtype)
+        named["sample_weight"] = torch.rand(rows[int(rng.integers(len(rows) + 1)) :])
+        named["sample_weight"] = named["sample_weight"].to(one_of(dtype, wide))
     names = [
         name
         for name in NAMES
@@ -965,13 +983,30 @@ def check_at_random(seed: int) -> None:
         if isinstance(value, Tensor)
     }
     exact_leaves = {name: exact[name].requires_grad_() for name in names}
+    if not named["target"].is_floating_point() and x.shape[:-1].numel() and one_in(8):
+        bad = named["target"].clone()
+        bad[(0,) * len(rows)] = one_of(-5, classes + 1)
+        with pytest.raises(IndexError, match="target: got class"):
+            linear_cross_entropy_error(**named | leaves | {"target": bad})
     loss = linear_cross_entropy_error(**named | leaves)
     expected = apart(**named | exact)
     eps = 2e-15 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
     size = max(int(np.prod(rows)) * classes * width, 1) ** 0.5
-    expected_scale = 1 + float(expected.detach().abs().max()) if expected.numel() else 1
-    near: dict[str, Any] = {"rtol": 40 * eps, "atol": 8 * eps * size * expected_scale}
-    torch.testing.assert_close(loss.double(), expected, **near)
+
+    def assert_near(found: Tensor, expected: Tensor, eps: float, name: str) -> None:
+        largest = expected.detach().nan_to_num().abs().max() if expected.numel() else 0
+        torch.testing.assert_close(
+            found.double(), expected, rtol=40 * eps, atol=8 * eps * size * (1 + float(largest)),
+            equal_nan=True, msg=lambda message: f"{name}: {message}",
+        )  # fmt: skip
+
+    assert_near(loss, expected, eps, "loss")
+    with torch.no_grad():
+        assert_near(linear_cross_entropy_error(**named | leaves), expected, eps, "no_grad")
+    if dtype == torch.float32:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = linear_cross_entropy_error(**named)
+        assert_near(rounded, expected, 2 * torch.finfo(torch.bfloat16).eps, "autocast")
     upstream = torch.rand(loss.shape, dtype=loss.dtype)
     expected_grads = torch.autograd.grad(
         expected, tuple(exact_leaves.values()), upstream.double(), retain_graph=True
@@ -979,11 +1014,8 @@ def check_at_random(seed: int) -> None:
     for _ in range(2):
         grads = torch.autograd.grad(loss, tuple(leaves.values()), upstream, retain_graph=True)
         for name, found, wanted in zip(names, grads, expected_grads, strict=True):
-            scale = 1 + float(wanted.abs().max()) if wanted.numel() else 1
-            torch.testing.assert_close(
-                found.double(), wanted, rtol=40 * eps, atol=8 * eps * size * scale, msg=name
-            )
-    if dtype != torch.float64:
+            assert_near(found, wanted, eps, name)
+    if dtype != torch.float64 or has_nan:
         return
     doubles = [
         torch.autograd.grad(

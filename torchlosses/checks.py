@@ -143,33 +143,31 @@ def _is_cast(device: str, *tensors: Tensor) -> bool:
 
 
 def is_class_index(
-    input: Tensor, target: Tensor, dim: int, logits: torch.Size | None = None
+    input: Tensor, shape: torch.Size, target: Tensor, dim: int, name: str = "an input"
 ) -> bool:
-    """Whether `target` holds class indices; otherwise it has one value per element of `input`.
+    """Whether `target` holds class indices; otherwise it has one value per element of that shape.
 
-    Or per element of the input's `logits`, which have that shape.
+    It is the shape of `input`, or of what that name says of it.
     """
     _check_real("target", target, input)
-    shape = input.shape if logits is None else logits
     if target.shape == shape:
         return False
     samples = shape[:dim] + shape[dim + 1 :]
-    owner = "an input" if logits is None else "logits"
     if target.shape != samples:
         hint = ""
-        if logits is None:
+        if name == "an input":  # Only for it is there an argument `dim`.
             fits = [d for d in range(input.dim()) if samples_shape(input, d) == target.shape]
             hint = f"; classes in dimension {fits[0]} need dim={fits[0]}" if fits else ""
         raise ValueError(
-            f"target: got shape {tuple(target.shape)} for {owner} of shape {tuple(shape)} "
+            f"target: got shape {tuple(target.shape)} for {name} of shape {tuple(shape)} "
             f"with classes in dimension {dim}; expected the same shape, or {tuple(samples)} of an "
             f"integer dtype for class indices{hint}"
         )
     if target.is_floating_point() or target.dtype == torch.bool:
         raise TypeError(
-            f"target: got dtype {target.dtype} and shape {tuple(target.shape)} for {owner} of shape "
-            f"{tuple(shape)}, where only class indices fit; expected an integer dtype, "
-            f"or that shape (a forgotten unsqueeze?)"
+            f"target: got dtype {target.dtype} and shape {tuple(target.shape)} for {name} of shape "
+            f"{tuple(shape)}, where only class indices fit; expected an integer dtype, or the same "
+            f"shape (a forgotten unsqueeze?)"
         )
     return True
 
@@ -193,37 +191,32 @@ def check_weight(weight: Tensor | None, num_classes: int | None = None) -> None:
 
 def check_weights(
     input: Tensor,
+    shape: torch.Size,
     weight: Tensor | None,
     dim: int,
     sample_weight: Tensor | None,
-    shape: tuple[int, ...],
-    logits: torch.Size | None = None,
+    samples: tuple[int, ...],
+    name: str = "an input",
 ) -> None:
-    """Class weights against the input, sample weights against the `shape` they broadcast to.
-
-    Or class weights against the input's `logits`, which have that shape.
-    """
+    """Class weights against a shape as in `is_class_index`, sample weights against `samples`."""
     if weight is not None:
         _check_real("weight", weight, input)
-        classes = (input.shape if logits is None else logits)[dim : dim + 1]
+        classes = shape[dim : dim + 1]
         if weight.shape != classes:
-            of = f"an input of shape {tuple(input.shape)}"
-            if logits is not None:
-                of = f"logits of shape {tuple(logits)}"
             raise ValueError(
-                f"weight: got shape {tuple(weight.shape)} for {of} "
+                f"weight: got shape {tuple(weight.shape)} for {name} of shape {tuple(shape)} "
                 f"with classes in dimension {dim}; expected {tuple(classes)}"
             )
     if sample_weight is not None:
         _check_real("sample_weight", sample_weight, input)
-        missing = len(shape) - sample_weight.dim()
+        missing = len(samples) - sample_weight.dim()
         if missing < 0 or any(
             size not in (full, 1)
-            for size, full in zip(sample_weight.shape, shape[missing:], strict=True)
+            for size, full in zip(sample_weight.shape, samples[missing:], strict=True)
         ):
             raise ValueError(
                 f"sample_weight: got shape {tuple(sample_weight.shape)}; "
-                f"expected one that broadcasts to {tuple(shape)}"
+                f"expected one that broadcasts to {tuple(samples)}"
             )
 
 

@@ -111,8 +111,8 @@ def linear_cross_entropy_error(
     )
     shape = checks.check_linear(input, linear_weight, linear_bias)
     dim = len(shape) - 1
-    is_index = checks.is_class_index(input, target, dim, shape)
-    checks.check_weights(input, weight, dim, sample_weight, shape[:-1], shape)
+    is_index = checks.is_class_index(input, shape, target, dim, "logits")
+    checks.check_weights(input, shape, weight, dim, sample_weight, shape[:-1], "logits")
     double = input.dtype == torch.float64 or target.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
     call = Call("logits", is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing)
@@ -154,11 +154,11 @@ def _compute(
     dim = checks.check_dim(input, dim)
     if kind != "squares" and input.dim() == 0 and target.shape == input.shape:
         input, target = input.unsqueeze(0), target.unsqueeze(0)  # One class, and no dimension.
-    is_index = checks.is_class_index(input, target, dim)
+    is_index = checks.is_class_index(input, input.shape, target, dim)
     if weight is not None or sample_weight is not None:
         is_like_target = is_index or kind == "squares"
         samples = target.shape if is_like_target else checks.samples_shape(input, dim)
-        checks.check_weights(input, weight, dim, sample_weight, samples)
+        checks.check_weights(input, input.shape, weight, dim, sample_weight, samples)
     double = input.dtype == torch.float64 or target.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
     call = Call(kind, is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing)

@@ -233,7 +233,9 @@ class LinearCrossEntropyError(nn.Module):
     Where autograd asks for more than one first derivative (create_graph, forward mode,
     :mod:`torch.func`), and in an exported graph, all logits are there. Class weights or sample
     weights that require a gradient, and a machine without kernels, take more time and not the
-    memory.
+    memory; but in a compiled graph all logits are there for them too. Soft targets of shape
+    (..., V) are copied where their rows do not lie at one distance from each other, as in a
+    transpose of (batch, V, time).
 
     Args:
         in_features: D, the size of a sample.
