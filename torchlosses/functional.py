@@ -176,6 +176,7 @@ def _compute(
     dim = checks.check_dim(input, dim)
     if kind != "squares" and input.dim() == 0 and target.shape == input.shape:
         input, target = input.unsqueeze(0), target.unsqueeze(0)  # One class, and no dimension.
+        key = None
     is_index = checks.is_class_index(input, input.shape, target, dim)
     if weight is not None or sample_weight is not None:
         is_like_target = is_index or kind == "squares"
@@ -184,7 +185,7 @@ def _compute(
     double = input.dtype == torch.float64 or target.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
     call = Call(kind, is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing)
-    if key is not None and input.dim() > 0:
+    if key is not None:
         if len(_known) >= MOST_KNOWN:
             _known.clear()
         _known[key] = call
