@@ -336,15 +336,19 @@ def test_compiles_without_spills(
     capability: int, binaries: Callable[[int], list[Any]], tmp_path: Path
 ) -> None:
     made = binaries(capability)
-    # Rows of one tile and of several; few classes; and samples, not classes, side by side.
-    for shape, dtype, has_all_options in (
-        ((4096, 4096), torch.float32, True),
-        ((4096, 32768), torch.float32, False),
+    # Rows of several tiles; and samples, not classes, side by side.
+    forms = [
         ((4096, 32768), torch.bfloat16, True),
-        ((65536, 10), torch.float64, True),
         ((16, 21, 512 * 512), torch.bfloat16, False),
         ((2, 100, 2**25), torch.bfloat16, True),
-    ):
+    ]
+    if capability == 90:  # Rows of one tile, and few classes: far from the limit of registers.
+        forms += [
+            ((4096, 4096), torch.float32, True),
+            ((4096, 32768), torch.float32, False),
+            ((65536, 10), torch.float64, True),
+        ]
+    for shape, dtype, has_all_options in forms:
         launch_all(shape, dtype, has_all_options=has_all_options)
     assert {name for name, _ in made} == {"_loss_kernel", "_count_kernel", "_rescale_kernel"}
     path = tmp_path / "kernel.cubin"
