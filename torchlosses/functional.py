@@ -118,7 +118,7 @@ def linear_cross_entropy_error(
     call = Call("logits", is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing)
     arguments = (input, linear_weight, linear_bias, target, weight, sample_weight)
     if sharded.is_sharded(*arguments):
-        return sharded.compute(call, *arguments)
+        return sharded.compute_linear(call, *arguments)
     if torch.compiler.is_compiling():
         from torchlosses import operators
 

@@ -86,18 +86,19 @@ class Kernels(NamedTuple):
     module: Any
 
     def compute(self, *arguments: Any, **options: Any) -> Any:
-        try:
-            return self.module.compute(*arguments, **options)
-        except OF_THE_CALLER:
-            raise
-        except Exception as error:
-            raise KernelError(error) from error
+        return _run(self.module.compute, *arguments, **options)
 
-    def rescale(self, gradient: Tensor, grad_loss: Tensor) -> Any:
-        try:
-            return self.module.rescale(gradient, grad_loss)
-        except Exception as error:
-            raise KernelError(error) from error
+    def rescale(self, *arguments: Any) -> Any:
+        return _run(self.module.rescale, *arguments)
+
+
+def _run(kernel: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    try:
+        return kernel(*arguments, **options)
+    except OF_THE_CALLER:
+        raise
+    except Exception as error:
+        raise KernelError(error) from error
 
 
 def give_up(device: torch.device, error: KernelError) -> None:
@@ -115,7 +116,7 @@ def give_up(device: torch.device, error: KernelError) -> None:
 def kernels_of(device: torch.device) -> Kernels | None:
     """The kernels of a device, if there are any and none has failed."""
     find = KERNELS.get(device.type)
-    module = None if find is None or (_failed and device in _failed) else find(device)
+    module = None if find is None or device in _failed else find(device)
     return None if module is None else Kernels(module)
 
 

@@ -54,8 +54,8 @@ def compute(
     if kernels is not None and linear_weight.dtype in fused.DTYPES and linear_weight.numel() > 0:
         learns = torch.is_grad_enabled() and any(argument.requires_grad for argument in present)
         waits = waits_for_upstream(call, dtype, present)
-        exact = functools.partial(formula, dtype)
-        loss = fused.attempt(Chunks(kernels, dtype), exact, waits, learns, call, *arguments)
+        whole = functools.partial(formula, dtype)
+        loss = fused.attempt(Chunks(kernels, dtype), whole, waits, learns, call, *arguments)
         if loss is not None:
             return loss
     if not fused.is_eager():

@@ -97,24 +97,12 @@ def _operator(
 
 
 @_operator.register_fake
-def _(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    upstream: Tensor | None,
-    needs: list[bool],
-    waits: bool,
-    product_dtype: torch.dtype,
-    *options: Any,
-) -> list[Tensor]:
-    call = Call("logits", *options)
+def _(*arguments: Any) -> list[Tensor]:
+    layer, (_, _, upstream, needs, waits, _, *options) = arguments[:4], arguments[4:]
+    call, input = Call("logits", *options), layer[0]
     loss = input.new_empty(input.shape[:-1] if call.reduction == "none" else (), dtype=call.dtype)
     if waits and upstream is None:
         return [loss]
-    layer: Any = (input, linear_weight, linear_bias, target)
     return [loss, *(t.new_empty(t.shape) for t, needed in zip(layer, needs, strict=True) if needed)]
 
 
@@ -138,7 +126,7 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
             gradients = [gradient * grads[0] for gradient in gradients]
         remaining = iter(gradients)
         layer = [next(remaining) if needed else None for needed in needs]
-    return (*layer, *[None] * 13)
+    return (*layer, *[None] * (6 + len(ctx.options)))
 
 
 _operator.register_autograd(_backward, setup_context=_save)

@@ -34,9 +34,10 @@ def is_sharded(*tensors: Tensor | None) -> bool:
 
 
 class _Saved(Function):
-    """A loss whose arguments are saved, as they are: what is written to a DTensor its shard hides.
+    """A loss that saves its arguments themselves.
 
-    Autograd then complains of it, whichever of the shards it has saved.
+    What is written to a DTensor does not show in the shard that the loss was computed from, so
+    without this autograd would not notice it.
     """
 
     @staticmethod
@@ -46,15 +47,24 @@ class _Saved(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, *(None for _ in ctx.saved_tensors)
+        arguments = ctx.saved_tensors  # Raises if one of them has changed.
+        return grad, *(None for _ in arguments)
 
 
-def compute(call: Call, *arguments: Any) -> Tensor:
-    """The reduced loss, or that of a linear layer's logits, which has two arguments more."""
-    loss = (_compute_linear if len(arguments) > 4 else _compute)(call, *arguments)
+def _saving(loss: Tensor, *arguments: Tensor | None) -> Tensor:
     if loss.requires_grad and fused.is_eager():
         loss = _Saved.apply(loss, *arguments)
     return loss
+
+
+def compute(call: Call, *arguments: Any) -> Tensor:
+    """The loss."""
+    return _saving(_compute(call, *arguments), *arguments)
+
+
+def compute_linear(call: Call, *arguments: Any) -> Tensor:
+    """The loss of a linear layer's logits, cut by class as its weight is, or by row."""
+    return _saving(_compute_linear(call, *arguments), *arguments)
 
 
 def _compute(
@@ -65,7 +75,7 @@ def _compute(
     sample_weight: Tensor | None,
     layer: "Layer | None" = None,
 ) -> Tensor:
-    """The reduced loss. `input` has no numbers where it stands for the logits of a `layer`."""
+    """`input` has no numbers where it stands for the logits of a `layer`."""
     dim, dtype = call.dim, call.dtype
     shards = Shards(input, dim)
     every = tuple(range(input.dim()))
@@ -149,7 +159,6 @@ def _compute_linear(
     weight: Tensor | None,
     sample_weight: Tensor | None,
 ) -> Tensor:
-    """The reduced loss of a linear layer's logits, cut by class as its weight is, or by row."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     if not (isinstance(input, DTensor) and isinstance(linear_weight, DTensor)):

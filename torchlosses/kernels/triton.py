@@ -9,10 +9,11 @@ A small loss is bound by launches. Forward and backward are two of them, whateve
 `_loss_kernel` again. `_count_kernel` is a third, ahead of a gradient of `'mean'` that is divided by
 what more than COUNT_ALONE samples, kept or weighted, add up to.
 
-The input is seen as (outer, classes, inner), and a tile has BLOCK_SAMPLES × BLOCK_CLASSES elements.
-With inner = 1 samples are rows, and with classes = 1 too it is a flat vector; otherwise samples lie
-side by side, and a block of them lies in one place of outer. So a place within a block has 32 bits,
-counted from the block's first element, and nothing is divided but the number of the block.
+The input is seen as (outer, classes, inner). A tile has SAMPLES × CLASSES elements, in the shape
+(PER_THREAD, SAMPLES, THREADS, VECTOR): what a thread holds of a sample is in the first and the last
+dimension. With inner = 1 samples are rows, and with classes = 1 too it is a flat vector; otherwise
+samples lie side by side, and a block of them lies in one place of outer. So a place within a block
+has 32 bits, counted from the block's first element, and nothing is divided but the block's number.
 
 Programs take blocks of samples in turns. Each adds up its own in a fixed order, and whichever comes
 last adds up the partial sums in a fixed order too, so the same input gives the same bits.
@@ -78,7 +79,7 @@ Given = collections.namedtuple(
 # What is known of a call when its kernel is compiled. INDEX is the type of what counts within a
 # block. IS_EXACT: δ is 0. IS_COUNTED: divided by what samples and weights add up to. IS_EAGER:
 # samples are loaded without a wait for their labels. IS_FAST: less exact instructions will do.
-# IS_EVEN: classes fill every tile.
+# IS_EVEN: classes fill every tile. NUM_CLASSES: how many there are if they are FEW, else 0.
 Plan = collections.namedtuple(
     "Plan",
     "FORM DTYPE LOWEST INDEX ALIGNMENT SAMPLES CLASSES VECTOR PER_THREAD THREADS IS_SQUARE "
