@@ -162,7 +162,8 @@ def draw_breaks() -> Figure:
     mark(accuracies, later, runs[GUARD][0][later].accuracy, "the guard goes on", (80, 1.04), BLUE)
     losses.set(xlabel="step", ylabel="loss of the batch (nats)", yscale="log", ylim=(0.2, 400))
     losses.legend(fontsize=8, loc="upper right")
-    accuracies.set(xlabel="step", ylabel="test accuracy", ylim=(0, 1.32))
+    ticks = [number / 5 for number in range(6)]  # The words stand above them.
+    accuracies.set(xlabel="step", ylabel="test accuracy", ylim=(0, 1.32), yticks=ticks)
     ends.set(ylabel="test accuracy at the end, ten seeds", ylim=(0, 1))
     ends.set_xticks(range(len(FORMS)), [form.replace(", ", ",\n") for form in FORMS], fontsize=8)
     for axes, title in zip(plots, ("seed 0", "seed 0", "seeds 0 to 9"), strict=True):
