@@ -59,13 +59,12 @@ def test_passes_in_the_interpreter() -> None:
          # NumPy computes there, and warns where a kernel makes ∞ or NaN.
          "-W", "ignore::RuntimeWarning",
          # A launch takes some ms, and the check of a gradient by differences a thousand launches.
-         "-k", "not formula and not gradcheck and not gradgradcheck and not torch.float16"
-         " and not any_upstream and not what_changes",  # Which the fuzz has, too.
+         "-k", "not formula and not gradcheck and not gradgradcheck and not torch.float16",
          *(here / f"test_{name}.py" for name in ("triton", "parity", "gradients", "fuzz"))],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stdout[-4000:]
-    assert int(re.search(r"(\d+) passed", child.stdout)[1]) > 2 * len(SAMPLES)  # type: ignore[index]
+    assert int(re.search(r"(\d+) passed", child.stdout)[1]) > 3 * len(SAMPLES)  # type: ignore[index]
 
 
 @pytest.fixture
@@ -336,19 +335,15 @@ def test_compiles_without_spills(
     capability: int, binaries: Callable[[int], list[Any]], tmp_path: Path
 ) -> None:
     made = binaries(capability)
-    # Rows of several tiles; and samples, not classes, side by side.
-    forms = [
+    # Rows of one tile and of several; few classes; and samples, not classes, side by side.
+    for shape, dtype, has_all_options in (
+        ((4096, 4096), torch.float32, True),
+        ((4096, 32768), torch.float32, False),
         ((4096, 32768), torch.bfloat16, True),
+        ((65536, 10), torch.float64, True),
         ((16, 21, 512 * 512), torch.bfloat16, False),
         ((2, 100, 2**25), torch.bfloat16, True),
-    ]
-    if capability == 90:  # Rows of one tile, and few classes: far from the limit of registers.
-        forms += [
-            ((4096, 4096), torch.float32, True),
-            ((4096, 32768), torch.float32, False),
-            ((65536, 10), torch.float64, True),
-        ]
-    for shape, dtype, has_all_options in forms:
+    ):
         launch_all(shape, dtype, has_all_options=has_all_options)
     assert {name for name, _ in made} == {"_loss_kernel", "_count_kernel", "_rescale_kernel"}
     path = tmp_path / "kernel.cubin"
