@@ -1,6 +1,7 @@
 """Every test that takes a `device` runs on each one that is there, by formula and by kernels."""
 
 import functools
+import gc
 import inspect
 import os
 from types import SimpleNamespace
@@ -67,6 +68,11 @@ LONGEST = ("triton", "distributed", "mnist", "export", "transforms", "benchmark"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # What is loaded stays, and is not looked through again with every collection.
 
 
 @pytest.fixture(params=["formula", "kernels"])

@@ -212,7 +212,7 @@ def test_tensors_of_a_gpu_that_is_not_the_current_one() -> None:
 def test_a_linear_layer_waits_for_nothing_and_holds_no_logits(
     dtype: torch.dtype, reduction: Any
 ) -> None:
-    n, d, v = 4 * linear.CHUNK_OF_OTHERS // dtype.itemsize + 3, 64, 3001
+    n, d, v = 4 * linear.CHUNK // dtype.itemsize + 3, 64, 3001
     x, w = (
         torch.randn(*shape, device=DEVICE).to(dtype).requires_grad_() for shape in ((n, d), (v, d))
     )
@@ -233,7 +233,7 @@ def test_a_linear_layer_waits_for_nothing_and_holds_no_logits(
     finally:
         torch.cuda.set_sync_debug_mode("default")
     # One chunk, the weight's gradient, in float32 too, and rows.
-    most = linear.CHUNK_OF_OTHERS * v + 3 * w.nbytes + 4 * x.nbytes
+    most = linear.CHUNK * v + 3 * w.nbytes + 4 * x.nbytes
     assert torch.cuda.max_memory_allocated() - before < most + 2**22
     leaves = [tensor.detach().double().requires_grad_() for tensor in (x, w)]
     losses = cross_entropy_error(leaves[0] @ leaves[1].T, t, from_logits=True, reduction=reduction)
@@ -247,7 +247,7 @@ def test_a_linear_layer_waits_for_nothing_and_holds_no_logits(
 @pytest.mark.parametrize("form", ["classes", "soft", "learned weight", "autocast"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_graph_captures_a_linear_layer(form: str, reduction: Any) -> None:
-    n, d, v = 2 * linear.CHUNK_OF_OTHERS // 4 + 3, 64, 1003
+    n, d, v = 2 * linear.CHUNK // 4 + 3, 64, 1003
     x, w = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((n, d), (v, d)))
     t = torch.randint(v, (n,), device=DEVICE)
     t[::3] = -100

@@ -631,7 +631,7 @@ def a_mean_of_means_is_another() -> None:
 @contextlib.contextmanager
 def chunks_of(rows: int) -> Iterator[None]:
     """Chunks of at most so many rows of float64."""
-    with mock.patch.dict(linear.CHUNK, {"cpu": 8 * rows}):
+    with mock.patch.object(linear, "CHUNK", 8 * rows):
         yield
 
 

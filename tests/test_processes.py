@@ -6,7 +6,7 @@ import os
 import pickle
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,17 @@ def dropped(y: Tensor, t: Tensor, loss: Tensor) -> None:
     """A loss that no one goes backward from."""
 
 
+@pytest.fixture
+def _objects_of_this_test() -> Iterator[None]:
+    """Those that other tests left are not counted, which takes seconds after a compilation."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.skipif(not RESIDENT.exists(), reason="the file is Linux's")
+@pytest.mark.usefixtures("_objects_of_this_test")
 @pytest.mark.parametrize("use", [once_more, penalty, dropped], ids=lambda use: use.__name__)
 @pytest.mark.parametrize(
     "criterion",

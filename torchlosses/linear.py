@@ -19,14 +19,15 @@ from torch.utils.checkpoint import checkpoint
 from torchlosses import checks, formulas, fused
 from torchlosses.formulas import Call, Classes, Place, Rows
 
-# Bytes that each class has in the logits of a chunk: on a CPU 512 rows in float32 and 1024 in half
-# precision, whatever the sizes: fewer read the weight too often (128 take 10 to 15 % longer), and
-# more leave the cache. On a GPU 1024 and 2048: the products of 1024 rows by 32000 classes are 2000
-# tiles of 128 by 128, for some 130 processors. The weight's gradient is read and written in float32
-# for each chunk, 8 bytes of it for 2 operations a row: those of 2048 rows are 512 for each byte,
-# where a GPU does some 300 in half precision in the time that a byte takes.
-CHUNK = {"cpu": 2**11}
-CHUNK_OF_OTHERS = 2**12
+# Bytes that each class has in the logits of a chunk, of 1024 rows in float32 and 2048 in half
+# precision. On a GPU the products of 1024 rows by 32000 classes are 2000 tiles of 128 by 128, for
+# some 130 processors. The weight's gradient is read and written in float32 for each chunk, 8 bytes
+# of it for 2 operations a row: those of 2048 rows are 512 for each byte, where a GPU does some 300
+# in half precision in the time that a byte takes.
+CHUNK = 2**12
+# On a CPU fewer rows serve where all their logits are more bytes than this, down to a quarter: that
+# costs a few percent of the time. Fewer read the weight too often (128 take 10 to 15 % longer).
+CHUNK_ON_CPU = 48 * 10**6
 # Classes at a time in the weight's gradient, where products in half precision are added to float32:
 # a product of so many is still in the cache when it is added.
 BLOCK = 4096
@@ -130,7 +131,7 @@ class Chunks(NamedTuple):
         w = linear_weight.to(dtype)
         b = None if linear_bias is None else linear_bias.to(dtype)
         count = len(x) if places is None else len(places)
-        step = find_step(count, dtype, x.device, is_wider=dtype != self.dtype)
+        step = find_step(count, num_classes, dtype, x.device, is_wider=dtype != self.dtype)
         logits = x.new_empty((step, num_classes), dtype=dtype)
         losses: Any = like.new_zeros(samples) if is_none else []
         grad_x = grad_w = grad_b = grad_t = None
@@ -201,13 +202,22 @@ def _has_products(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def find_step(
-    rows: int, dtype: torch.dtype, device: torch.device, *, is_wider: bool = False
+    rows: int,
+    num_classes: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    is_wider: bool = False,
 ) -> int:
     """The rows of a chunk: all chunks but the last have as many, and that not many fewer.
 
     They are half as many where the weight takes memory in that dtype, a wider one than its own.
     """
-    most = max(CHUNK.get(device.type, CHUNK_OF_OTHERS) // dtype.itemsize // (1 + is_wider), 1)
+    most = CHUNK // dtype.itemsize
+    if device.type == "cpu":
+        fitting = CHUNK_ON_CPU // dtype.itemsize // max(num_classes, 1)
+        most = max(min(most, fitting), most // 4)
+    most = max(most // (1 + is_wider), 1)
     return max(-(-rows // -(-rows // most)), 1) if rows else 1
 
 
@@ -297,7 +307,7 @@ def losses_of(
     count = samples.numel()
     x = input.reshape(count, input.shape[-1])
     t = target.reshape(count, *target.shape[len(samples) :])
-    step = find_step(count, dtype, x.device)
+    step = find_step(count, linear_weight.shape[0], dtype, x.device)
 
     def part(chunk: slice) -> Tensor:
         of, at = classes, place
