@@ -81,11 +81,9 @@ def test_sizes_from_nothing(form: str, is_index: bool, device: str) -> None:
             tangent = torch.func.jvp(
                 lambda y, a=arguments: loss(**a | {"input": y}).sum(), (y,), (torch.ones_like(y),)
             )[1]
-            for actual, number in (
-                (value, expected),
-                (grad, expected_grad),
-                (tangent, expected_grad.sum()),
-            ):
-                torch.testing.assert_close(
-                    actual.detach().cpu(), torch.as_tensor(number), rtol=1e-10, atol=1e-12
-                )
+            torch.testing.assert_close(
+                [actual.detach().cpu() for actual in (value, grad, tangent)],
+                [torch.as_tensor(x) for x in (expected, expected_grad, expected_grad.sum())],
+                rtol=1e-10,
+                atol=1e-12,
+            )
