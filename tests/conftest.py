@@ -1,8 +1,6 @@
 """Every test that takes a `device` runs on each one that is there, by formula and by kernels."""
 
-import functools
 import gc
-import inspect
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -32,27 +30,20 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py has such a proce
     interpreted: Any = SimpleNamespace(compute=compute, rescale=triton.rescale)
     fused.KERNELS["cpu"] = lambda device: interpreted
 
-    # With every call within a kernel the interpreter looks through Triton's whole language for what
-    # it has replaced already, and spends four fifths of its time there.
-    is_builtin = interpreter.tl.core.is_builtin
+    # With every call within a kernel the interpreter replaces Triton's whole language again, and
+    # spends most of its time there. Other versions than those with such a scope are as slow as
+    # they are.
+    if hasattr(interpreter, "_LangPatchScope"):
+        replace_all = interpreter._patch_lang
+        tl = interpreter.tl
+        language = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
-    @functools.cache
-    def builtins_of(package: Any) -> list[str]:
-        return [name for name, _ in inspect.getmembers(package, is_builtin)]
+        def replace_once(kernel: Any) -> Any:
+            if tl.core.is_builtin(tl.core.load):
+                return replace_all(language)
+            return interpreter._LangPatchScope()  # Nothing to put back.
 
-    def replace(package: Any, builder: Any, scope: Any) -> None:
-        for name in builtins_of(package):
-            member = getattr(package, name)
-            if not is_builtin(member):
-                break
-            interpreter._patch_attr(package, name, member, builder, scope)
-
-    private = (
-        getattr(interpreter, "_patch_builtin", None),
-        getattr(interpreter, "_patch_attr", None),
-    )
-    if all(private) and "scope" in inspect.signature(interpreter._patch_builtin).parameters:
-        interpreter._patch_builtin = replace  # Other versions are as slow as they are.
+        interpreter._patch_lang = replace_once
 elif torch.cuda.is_available():
     DEVICES.append("cuda")
 

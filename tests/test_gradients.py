@@ -154,6 +154,56 @@ def test_gradient_penalty(criterion: torch.nn.Module, device: str) -> None:
         torch.testing.assert_close(penalty, y - t)
 
 
+FORMS: list[tuple[Any, dict[str, Any]]] = [
+    (sum_squared_error, {}),
+    (cross_entropy_error, {}),
+    (cross_entropy_error, {"from_logits": True}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_upstream_gradients_that_are_views_of_what_is_negative(
+    reduction: Any, dtype: torch.dtype, device: str
+) -> None:
+    """As the imaginary part of a conjugate is."""
+    t = torch.tensor([3], device=device)
+    for loss, options in FORMS:
+        y = torch.rand(1, 5, device=device).to(dtype).requires_grad_()
+        value = loss(y, t, reduction=reduction, **options)
+        ones = torch.ones_like(value)
+        negative = torch.complex(ones, ones).conj().imag
+        assert negative.is_neg()
+        (expected,) = torch.autograd.grad(value, y, -ones, retain_graph=True)
+        assert torch.equal(torch.autograd.grad(value, y, negative)[0], expected)
+
+
+def test_upstream_gradients_that_are_zeros_without_memory(device: str) -> None:
+    y = torch.rand(2, 5, device=device, requires_grad=True)
+    for loss, options in FORMS:
+        value = loss(y, torch.tensor([3, 0], device=device), **options)
+        zero = torch._efficientzerotensor((), device=device)
+        assert torch.autograd.grad(value, y, zero)[0].count_nonzero() == 0
+
+
+def test_by_a_soft_target_of_0_where_the_logit_is_minus_infinity(device: str) -> None:
+    """0·log 0 is 0, and so is its slope, whoever computes it."""
+    x = torch.tensor([[-torch.inf, 0.0, 1.0, 2.0]], device=device)
+    t = torch.tensor([[0.0, 0.0, 1.0, 0.0]], device=device, requires_grad=True)
+    loss = cross_entropy_error(x, t, from_logits=True, delta=0)
+    expected = -x.log_softmax(1).where(x.isfinite(), 0)
+    torch.testing.assert_close(torch.autograd.grad(loss, t)[0], expected)
+
+
+def test_a_slope_that_only_the_divisor_brings_back(device: str) -> None:
+    y = torch.full((1000, 2), 0.5, device=device)
+    y[0, 0] = 1e-39
+    t = torch.full_like(y, 0.5)
+    y.requires_grad_()
+    (grad,) = torch.autograd.grad(cross_entropy_error(y, t, delta=0, reduction="mean"), y)
+    torch.testing.assert_close(grad, (-0.5 / y.double() / 1000).float().detach())
+
+
 def test_learned_weights_move(device: str) -> None:
     weight = torch.nn.Parameter(torch.ones(5, device=device))
     criterion = CrossEntropyError(weight=weight, reduction="mean")

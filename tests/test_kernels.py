@@ -29,6 +29,7 @@ from torch import Tensor
 
 from torchlosses import formulas
 from torchlosses.formulas import Call
+from torchlosses.functional import sum_squared_error
 
 if importlib.util.find_spec("torchlosses.kernels._cpu") is None:
     pytest.skip("there was no compiler", allow_module_level=True)
@@ -231,6 +232,12 @@ def test_the_extension_needs_python_and_the_c_library_only() -> None:
     libraries = [ctypes.CDLL("libc.so.6"), ctypes.CDLL("libm.so.6")]
     others = {name for name in names if not name.startswith(("Py", "_Py"))}
     assert {n for n in others if not any(hasattr(library, n) for library in libraries)} == set()
+
+
+def test_more_elements_than_the_least_stretches_hold() -> None:
+    size = 2**25 + 2**15
+    y, t = torch.ones(size, dtype=torch.float16), torch.zeros(size, dtype=torch.bool)
+    assert sum_squared_error(y, t) == size / 2
 
 
 TRAINING = """

@@ -149,3 +149,11 @@ def test_squares_near_the_end_of_the_dtype(device: str) -> None:
     y = torch.tensor([2.4e19, -2.5e19], device=device)
     loss = functional.sum_squared_error(y, torch.zeros_like(y), reduction="none")
     torch.testing.assert_close(loss, torch.tensor([2.88e38, 3.125e38], device=device))
+
+
+def test_a_mean_by_weights_that_cancel_is_no_mean_over_nothing(device: str) -> None:
+    y, t = torch.full((2, 3), 0.5, device=device), torch.tensor([0, 1], device=device)
+    for weights in ((1.0, -1.0), (0.0, 0.0)):
+        sample_weight = torch.tensor(weights, device=device)
+        loss = functional.cross_entropy_error(y, t, reduction="mean", sample_weight=sample_weight)
+        assert loss.isfinite() == (weights[0] == 0)

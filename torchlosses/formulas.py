@@ -248,8 +248,8 @@ def cross_entropy(
         if smoothing:
             target = (1 - smoothing) * target + uniform
         if call.delta == 0:  # 0·log 0 is 0.
-            log_zero = 0 if log_normalizer is None else -torch.inf
-            input = input.masked_fill((target == 0) & (input == log_zero), 1)
+            zero, one = (0, 1) if log_normalizer is None else (-torch.inf, log_normalizer)
+            input = torch.where((target == 0) & (input == zero), one, input)
         losses = -target * guarded_log(input, log_normalizer, call.delta)
         if weight is not None:
             losses = losses * along(weight, losses, dim)

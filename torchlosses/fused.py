@@ -260,6 +260,7 @@ class OnePass(Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         call, needs, saved = ctx.call, ctx.needs, ctx.saved_tensors
+        grad_loss = grad_loss.resolve_neg()  # As that of the imaginary part of a conjugate.
         arguments, gradients = saved[: len(needs) + 2], saved[len(needs) + 2 :]
         if (
             torch.is_grad_enabled()  # To be differentiated again.
@@ -299,10 +300,9 @@ def _is_dense(tensor: Tensor) -> bool:
 def _has_memory(tensor: Tensor) -> bool:
     """Whether there are numbers to read: not in a batch of upstream gradients, nor in a trace."""
     try:
-        tensor.data_ptr()
+        return tensor.data_ptr() != 0
     except RuntimeError:
         return False
-    return True
 
 
 def by_formula(

@@ -25,9 +25,10 @@ from torchlosses.formulas import Call, Classes, Place, Rows
 # of it for 2 operations a row: those of 2048 rows are 512 for each byte, where a GPU does some 300
 # in half precision in the time that a byte takes.
 CHUNK = 2**12
-# On a CPU fewer rows serve where all their logits are more bytes than this, down to a quarter: that
-# costs a few percent of the time. Fewer read the weight too often (128 take 10 to 15 % longer).
+# On a CPU a chunk's logits should fit in so many bytes: with more classes it has fewer rows, which
+# take a few percent longer, but at least LEAST_ROWS, for half as many take 10 to 15 % longer.
 CHUNK_ON_CPU = 48 * 10**6
+LEAST_ROWS = 256
 # Classes at a time in the weight's gradient, where products in half precision are added to float32:
 # a product of so many is still in the cache when it is added.
 BLOCK = 4096
@@ -54,7 +55,8 @@ def compute(
     kernels = fused.find_kernels(call, input, target, weight, sample_weight)
     if kernels is not None and linear_weight.dtype in fused.DTYPES and linear_weight.numel() > 0:
         learns = torch.is_grad_enabled() and any(argument.requires_grad for argument in present)
-        waits = waits_for_upstream(call, dtype, present)
+        layer = [argument for argument in arguments[:4] if argument is not None]
+        waits = waits_for_upstream(call, dtype, layer)
         whole = functools.partial(formula, dtype)
         loss = fused.attempt(Chunks(kernels, dtype), whole, waits, learns, call, *arguments)
         if loss is not None:
@@ -131,7 +133,7 @@ class Chunks(NamedTuple):
         w = linear_weight.to(dtype)
         b = None if linear_bias is None else linear_bias.to(dtype)
         count = len(x) if places is None else len(places)
-        step = find_step(count, num_classes, dtype, x.device, is_wider=dtype != self.dtype)
+        step = find_step(count, num_classes, dtype, x.device)
         logits = x.new_empty((step, num_classes), dtype=dtype)
         losses: Any = like.new_zeros(samples) if is_none else []
         grad_x = grad_w = grad_b = grad_t = None
@@ -201,23 +203,13 @@ def _has_products(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and is_supported is not None and is_supported()
 
 
-def find_step(
-    rows: int,
-    num_classes: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    is_wider: bool = False,
-) -> int:
-    """The rows of a chunk: all chunks but the last have as many, and that not many fewer.
-
-    They are half as many where the weight takes memory in that dtype, a wider one than its own.
-    """
+def find_step(rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> int:
+    """The rows of a chunk: all chunks but the last have as many, and that not many fewer."""
     most = CHUNK // dtype.itemsize
     if device.type == "cpu":
         fitting = CHUNK_ON_CPU // dtype.itemsize // max(num_classes, 1)
-        most = max(min(most, fitting), most // 4)
-    most = max(most // (1 + is_wider), 1)
+        most = min(most, max(fitting, LEAST_ROWS))
+    most = max(most, 1)
     return max(-(-rows // -(-rows // most)), 1) if rows else 1
 
 

@@ -102,24 +102,33 @@ void load_labels(const Job &job, int64_t start, int64_t n, int64_t *to) {
 
 // ---- The kernels, for each instruction set
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define HAS_TARGETS 1
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4")
+#ifdef __x86_64__
+#define AVX2 "avx2,fma,f16c,bmi,bmi2,lzcnt,movbe"
+#define AVX512 AVX2 ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
+#define DO(pragma) _Pragma(#pragma)
+#ifdef __clang__
+#define BEGIN_TARGET(features) \
+    DO(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define END_TARGET DO(clang attribute pop)
+#else
+#define BEGIN_TARGET(features) DO(GCC push_options) DO(GCC target(features))
+#define END_TARGET DO(GCC pop_options)
+#endif
+
+BEGIN_TARGET(AVX512)
 #define NAMESPACE avx512
 #define BYTES 64
 #include "cpu.h"
 #undef NAMESPACE
 #undef BYTES
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
+END_TARGET
+BEGIN_TARGET(AVX2)
 #define NAMESPACE avx2
 #define BYTES 32
 #include "cpu.h"
 #undef NAMESPACE
 #undef BYTES
-#pragma GCC pop_options
+END_TARGET
 #endif
 #define NAMESPACE baseline
 #define BYTES 16
@@ -131,7 +140,7 @@ struct Target {
     void (*plan)(Job &);
     void (*apply)(bool, bool, const void *, void *, int64_t);
 };
-#ifdef HAS_TARGETS
+#ifdef __x86_64__
 constexpr Target TARGETS[] = {{baseline::plan, baseline::apply},
                               {avx2::plan, avx2::apply},
                               {avx512::plan, avx512::apply}};
@@ -141,11 +150,17 @@ constexpr Target TARGETS[] = {{baseline::plan, baseline::apply}};
 
 // The best of TARGETS that the processor has.
 int find_target() {
-#ifdef HAS_TARGETS
-    if (__builtin_cpu_supports("x86-64-v4")) return 2;
-    if (__builtin_cpu_supports("x86-64-v3")) return 1;
-#endif
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    // No processor has these without the others of AVX2 and AVX512.
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    const bool has_512 =
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return has_512 ? 2 : 1;
+#else
     return 0;
+#endif
 }
 int target = find_target();
 
@@ -234,7 +249,7 @@ void compute(Job &job, int64_t outer) {
     if (job.is_side_by_side) job.stretch = divided_up(job.stretch, job.group) * job.group;
     const int64_t stretches = divided_up(job.samples, job.stretch);
     run(stretches, divided_up(GRAIN, job.stretch * work), job.run, job);
-    if (job.reduction == NONE) return;
+    if (job.reduction == NONE || job.bad != INT64_MAX) return;
     double total = 0;
     for (int64_t k = 0; k < stretches; k++) total += job.sums[k];
     total /= job.divisor;

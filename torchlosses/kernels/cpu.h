@@ -489,7 +489,7 @@ template <class F, bool SIDE, bool INDEX> void squares(const Job &job, Tile<F, S
     const bool has_losses = job.reduction == NONE;
     void *each_loss = has_losses ? job.losses : nullptr;
     const V one = S::splat(1), zero = {};
-    V losses[tile.VECTORS] = {};
+    V losses[Tile<F, SIDE>::VECTORS] = {};
     while (tile.next()) {
         const auto y = tile.load(job.input, job.input_storage, room.input);
         Block<F> t{}, w{}, u{};
@@ -559,7 +559,7 @@ template <class F, bool SIDE, bool INDEX> void probabilities(const Job &job, Til
     const Room<F> &room = tile.room;
     const V delta = V{} + F(job.delta), one = V{} + F(1);
     const bool is_guarded = job.is_guarded;
-    V losses[tile.VECTORS] = {};
+    V losses[Tile<F, SIDE>::VECTORS] = {};
     while (tile.next()) {
         const auto y = tile.load(job.input, job.input_storage, room.input);
         const Soft<F, SIDE, INDEX> soft(job, tile);
@@ -573,7 +573,7 @@ template <class F, bool SIDE, bool INDEX> void probabilities(const Job &job, Til
             total -= at.unseen(wt * log);
             if (slope) {
                 V factor = tile.of_sample(tile.group.factor, at);
-                slope.set(at, tile.kept(-wt / guarded * factor, at));
+                slope.set(at, tile.kept(-wt * factor / guarded, at));
             }
             if (slope_t) slope_t.set(at, soft.slope(log, at));
         });
@@ -640,8 +640,8 @@ template <class F, bool SIDE, bool INDEX> void logits(const Job &job, Tile<F, SI
     const bool is_guarded = job.is_guarded, is_learning = job.grad_input != nullptr;
     const Softmax<F, SIDE> softmax(job, tile, true);
     const bool keeps = softmax.keeps && is_learning;
-    V inverse[tile.VECTORS], log_sum[tile.VECTORS];
-    Sums sums[tile.VECTORS];
+    V inverse[Tile<F, SIDE>::VECTORS], log_sum[Tile<F, SIDE>::VECTORS];
+    Sums sums[Tile<F, SIDE>::VECTORS];
     tile.each_sample([&](int64_t v, auto) INLINED {
         inverse[v] = F(1) / softmax.sum[v];
         log_sum[v] = logarithm<F>(softmax.sum[v]);
@@ -706,7 +706,7 @@ template <class F, bool SIDE> void logits_of_class(const Job &job, Tile<F, SIDE>
     const Group<F> &group = tile.group;
     const Softmax<F, SIDE> softmax(job, tile, SIDE || job.grad_input);
     const bool is_kept = softmax.keeps && job.is_guarded;
-    V gates[tile.VECTORS], factors[tile.VECTORS];
+    V gates[Tile<F, SIDE>::VECTORS], factors[Tile<F, SIDE>::VECTORS];
     tile.each_sample([&](int64_t v, auto at) INLINED {
         F z[S::W] = {};  // Of the class, or its exponential.
         for (int k = 0; k < (SIDE ? S::W : 1); k++) {

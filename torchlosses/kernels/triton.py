@@ -642,15 +642,17 @@ def _elements(g, b, P: tl.constexpr):
                 upstream_ptr = _column(b.upstream_ptr) + k * g.upstream_strides[1]
                 mask = _column(b.is_there) & in_row
                 weight *= tl.load(upstream_ptr, mask=mask, other=0).to(P.DTYPE)
+            slope *= weight
         else:
             guarded = y + b.delta
             if P.IS_EXACT:  # 0·log 0 is 0.
                 guarded = tl.where(is_0 & (guarded == 0), 1, guarded)
             log = _log2(guarded, P) * LN_2
-            slope = -t * _reciprocal(guarded, P)
+            slope = -t * weight  # First: their quotient by y + δ overflows where this does not.
+            slope = slope * _reciprocal(guarded, P) if P.IS_FAST else slope / guarded
             target_slope = -log * by_target
             term = -t * log
-        _store(g.grad_input_ptr, b, offsets, in_row, slope * weight)
+        _store(g.grad_input_ptr, b, offsets, in_row, slope)
         _store(g.grad_target_ptr, b, offsets, in_row, target_slope * weight)
         term *= _column(b.weight)
         if P.IS_SQUARE and not P.IS_REDUCED:
