@@ -275,6 +275,20 @@ def test_sums_of_half_precision_are_of_float32(device: str) -> None:
             assert (ours - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_loss_scaler_in_half_precision(reduction: Any, device: str) -> None:
+    """Whose factor comes with the upstream gradient, and the divisor of a mean beside it."""
+    x, w = torch.rand(5, 4, device=device).half(), torch.randn(3, 4, device=device).half()
+    t = torch.tensor([0, 2, -100, 1, 2], device=device)
+    leaves = [tensor.requires_grad_() for tensor in (x, w)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    ours = linear_cross_entropy_error(leaves[0], leaves[1], t, reduction=reduction).sum()
+    theirs = apart(exact[0], exact[1], t, reduction=reduction).sum()
+    grads = torch.autograd.grad(ours * 64, leaves)
+    for actual, expected in zip(grads, torch.autograd.grad(theirs * 64, exact), strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=2**-6)
+
+
 def test_a_sum_beyond_float16(device: str) -> None:
     x = torch.zeros(50, 4, dtype=torch.float16, device=device, requires_grad=True)
     w, t = torch.zeros_like(x[:3]), torch.zeros(50, dtype=torch.int64, device=device)
