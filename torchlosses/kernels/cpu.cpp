@@ -103,7 +103,7 @@ void load_labels(const Job &job, int64_t start, int64_t n, int64_t *to) {
 // ---- The kernels, for each instruction set
 
 #ifdef __x86_64__
-#define AVX2 "avx2,fma,f16c,bmi,bmi2,lzcnt,movbe"
+#define AVX2 "avx2,fma,bmi,bmi2"
 #define AVX512 AVX2 ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
 #define DO(pragma) _Pragma(#pragma)
 #ifdef __clang__
@@ -152,12 +152,14 @@ constexpr Target TARGETS[] = {{baseline::plan, baseline::apply}};
 int find_target() {
 #ifdef __x86_64__
     __builtin_cpu_init();
-    // No processor has these without the others of AVX2 and AVX512.
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-    const bool has_512 =
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return has_512 ? 2 : 1;
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+    const bool has_avx512 = __builtin_cpu_supports("avx512f") &&
+                            __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512cd") &&
+                            __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512vl");
+    return has_avx2 ? 1 + has_avx512 : 0;
 #else
     return 0;
 #endif
