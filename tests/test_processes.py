@@ -159,10 +159,7 @@ class Losses(Dataset[tuple[Tensor, Tensor]]):
         return value_and_grad(self.criterion, index)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_worker_processes(method: str) -> None:
-    if method not in torch.multiprocessing.get_all_start_methods():
-        pytest.skip(f"no {method} on this system")
+def use_workers(rank: int, method: str) -> None:
     for criterion in criteria():
         here = Losses(criterion)
         expected = [here[index] for index in range(len(here))]
@@ -174,6 +171,14 @@ def test_worker_processes(method: str) -> None:
             warnings.filterwarnings("ignore", "This process .* is multi-threaded")
             results = list(there)
         assert same(results, expected)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_worker_processes(method: str) -> None:
+    """From a new process: one that has gone backward on another device cannot do so in a fork."""
+    if method not in torch.multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} on this system")
+    torch.multiprocessing.spawn(use_workers, (method,))  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("file", PICKLES, ids=lambda file: file.stem)
