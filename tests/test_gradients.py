@@ -182,6 +182,7 @@ def test_upstream_gradients_that_are_zeros_without_memory(device: str) -> None:
     y = torch.rand(2, 5, device=device, requires_grad=True)
     for loss, options in FORMS:
         value = loss(y, torch.tensor([3, 0], device=device), **options)
+        # Private: what torch makes of a gradient that is 0 by itself has no public name.
         zero = torch._efficientzerotensor((), device=device)
         assert torch.autograd.grad(value, y, zero)[0].count_nonzero() == 0
 

@@ -6,7 +6,7 @@ import os
 import pickle
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -70,17 +70,7 @@ def dropped(y: Tensor, t: Tensor, loss: Tensor) -> None:
     """A loss that no one goes backward from."""
 
 
-@pytest.fixture
-def _objects_of_this_test() -> Iterator[None]:
-    """Those that other tests left are not counted, which takes seconds after a compilation."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.mark.skipif(not RESIDENT.exists(), reason="the file is Linux's")
-@pytest.mark.usefixtures("_objects_of_this_test")
 @pytest.mark.parametrize("use", [once_more, penalty, dropped], ids=lambda use: use.__name__)
 @pytest.mark.parametrize(
     "criterion",
@@ -90,6 +80,8 @@ def _objects_of_this_test() -> Iterator[None]:
 def test_memory_is_flat(
     criterion: nn.Module, use: Callable[[Tensor, Tensor, Tensor], None], path: str
 ) -> None:
+    gc.collect()
+    gc.freeze()  # To count what other tests left takes seconds after a compilation.
     y = torch.rand(256, 64, requires_grad=True)
     targets = torch.rand(256, 64), torch.arange(256) % 64
 

@@ -114,7 +114,7 @@ def grows(sample: Sample) -> bool:
     return sample.options.get("dim") in (None, -1) and "sample_weight" not in sample.options
 
 
-GRAPHS = [  # One of four losses takes half of the time of four graphs.
+GRAPHS = [  # One of four losses takes less time than four graphs.
     (backend, samples[start : start + 4])
     for backend, those in (("inductor", WHOLE), ("aot_eager", FRONT))
     for samples in ([s for s in those if grows(s)], [s for s in those if not grows(s)])

@@ -298,7 +298,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Whether there are numbers to read: not in a batch of upstream gradients, nor in a trace."""
+    """Whether there are numbers to read: not in a batch of gradients, a trace, or mere zeros."""
     try:
         return tensor.data_ptr() != 0
     except RuntimeError:

@@ -25,8 +25,8 @@ from torchlosses.formulas import Call, Classes, Place, Rows
 # of it for 2 operations a row: those of 2048 rows are 512 for each byte, where a GPU does some 300
 # in half precision in the time that a byte takes.
 CHUNK = 2**12
-# On a CPU a chunk's logits should fit in so many bytes: with more classes it has fewer rows, which
-# take a few percent longer, but at least LEAST_ROWS, for half as many take 10 to 15 % longer.
+# On a CPU a chunk's logits should fit in so many bytes. With more classes it has fewer rows, which
+# takes a few percent longer, but no fewer than LEAST_ROWS: half as many take 10 to 15 % longer.
 CHUNK_ON_CPU = 48 * 10**6
 LEAST_ROWS = 256
 # Classes at a time in the weight's gradient, where products in half precision are added to float32:
@@ -209,8 +209,7 @@ def find_step(rows: int, num_classes: int, dtype: torch.dtype, device: torch.dev
     if device.type == "cpu":
         fitting = CHUNK_ON_CPU // dtype.itemsize // max(num_classes, 1)
         most = min(most, max(fitting, LEAST_ROWS))
-    most = max(most, 1)
-    return max(-(-rows // -(-rows // most)), 1) if rows else 1
+    return -(-rows // -(-rows // most)) if rows else 1
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
