@@ -627,12 +627,12 @@ def test_compiled_second_derivatives(reduction: Any, device: str) -> None:
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
 def test_a_graph_says_so_when_its_kernels_have_failed(path: str) -> None:
     torch._dynamo.reset()
-    kernels = fused.KERNELS["cpu"](torch.device("cpu"))
+    kernels: Any = fused.kernels_of(torch.device("cpu"))
     x, w, t = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4), torch.zeros(5).long()
     compiled = torch.compile(linear_cross_entropy_error, fullgraph=True, backend="aot_eager")
     compiled(x, w, t)
     with (
-        mock.patch.object(kernels, "compute", side_effect=RuntimeError("no")),
+        mock.patch.object(kernels.module, "compute", side_effect=RuntimeError("no")),
         pytest.warns(UserWarning, match="a kernel failed"),
         pytest.raises(RuntimeError, match="compile it again"),
     ):
@@ -818,7 +818,7 @@ def test_soft_targets_are_looked_at_on_request(path: str) -> None:
 
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
 def test_goes_on_by_the_formula_where_a_kernel_fails(path: str) -> None:
-    kernels = fused.KERNELS["cpu"](torch.device("cpu"))
+    kernels: Any = fused.kernels_of(torch.device("cpu"))
     x, w, t = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4), torch.zeros(5).long()
     for value in (None, linear_cross_entropy_error(x, w, t, reduction="none").sum()):
 
@@ -827,7 +827,7 @@ def test_goes_on_by_the_formula_where_a_kernel_fails(path: str) -> None:
             return torch.autograd.grad(loss, x)[0]
 
         with (
-            mock.patch.object(kernels, "compute", side_effect=RuntimeError("no")),
+            mock.patch.object(kernels.module, "compute", side_effect=RuntimeError("no")),
             mock.patch.object(fused, "_failed", set()),
             pytest.warns(UserWarning, match="a kernel failed"),
         ):

@@ -135,7 +135,8 @@ torch.fx.wrap("cross_entropy_error")
 torch.fx.wrap("linear_cross_entropy_error")
 
 
-# Calls that were right, by all that makes them so: a training loop asks the same of each batch.
+# Calls that are right and that kernels serve, by all that makes them so: a training loop asks the
+# same of each batch.
 _known: dict[tuple[object, ...], Call] = {}
 MOST_KNOWN = 1024
 
@@ -171,7 +172,7 @@ def _compute(
         )  # fmt: skip
         call = _known.get(key)
         if call is not None and not torch.is_anomaly_enabled():
-            return fused.compute(call, input, target, None, None)
+            return fused.compute(call, input, target, None, None, is_known=True)
     dim, ignore_index, delta, label_smoothing = options
     dim = checks.check_dim(input, dim)
     if kind != "squares" and input.dim() == 0 and target.shape == input.shape:
@@ -185,7 +186,7 @@ def _compute(
     double = input.dtype == torch.float64 or target.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
     call = Call(kind, is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing)
-    if key is not None:
+    if key is not None and input.numel() > 0 and fused.fits(call, input, target, None, None):
         if len(_known) >= MOST_KNOWN:
             _known.clear()
         _known[key] = call

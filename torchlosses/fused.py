@@ -6,7 +6,6 @@ The formula stays the truth: whatever autograd asks beyond one first derivative 
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -30,50 +29,6 @@ def _unknown() -> bool:
 _is_transformed: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", _unknown
 )
-
-
-@functools.cache
-def _find_cpu() -> ModuleType | None:
-    try:
-        from torchlosses.kernels import cpu
-    except (ImportError, OSError, AttributeError) as error:
-        warnings.warn(
-            "torchlosses is slower on the CPU than it could be, for its extension is not there "
-            f"({error}); install a C++ compiler, and the package again",
-            stacklevel=2,
-        )
-        return None
-    return cpu
-
-
-@functools.cache
-def _find_triton(device: torch.device) -> ModuleType | None:
-    """Imported for the first CUDA tensor: that takes a second, and not every build has Triton."""
-    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
-        return None  # Nothing is compiled for either in the tests.
-    try:
-        from torchlosses.kernels import triton
-    except ImportError:
-        return None
-    try:  # Triton builds its launcher with the C compiler of the machine, if there is one.
-        triton.rescale(torch.ones(1, device=device), torch.ones((), device=device))
-    except Exception as error:
-        warnings.warn(
-            f"torchlosses is slower on {device} than it could be, for Triton does not work there: "
-            f"{type(error).__name__}: {error}",
-            stacklevel=2,
-        )
-        return None
-    return triton
-
-
-# What finds the kernels of each kind of device; the formulas serve all others, and the devices
-# whose kernels have failed.
-KERNELS: dict[str, Callable[[torch.device], ModuleType | None]] = {
-    "cpu": lambda device: _find_cpu(),
-    "cuda": _find_triton,
-}
-_failed: set[torch.device] = set()
 
 
 class KernelError(Exception):
@@ -101,6 +56,50 @@ def _run(kernel: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         raise KernelError(error) from error
 
 
+@functools.cache
+def _find_cpu(device: torch.device) -> Kernels | None:
+    try:
+        from torchlosses.kernels import cpu
+    except (ImportError, OSError, AttributeError) as error:
+        warnings.warn(
+            "torchlosses is slower on the CPU than it could be, for its extension is not there "
+            f"({error}); install a C++ compiler, and the package again",
+            stacklevel=2,
+        )
+        return None
+    return Kernels(cpu)
+
+
+@functools.cache
+def _find_triton(device: torch.device) -> Kernels | None:
+    """Imported for the first CUDA tensor: that takes a second, and not every build has Triton."""
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return None  # Nothing is compiled for either in the tests.
+    try:
+        from torchlosses.kernels import triton
+    except ImportError:
+        return None
+    try:  # Triton builds its launcher with the C compiler of the machine, if there is one.
+        triton.rescale(torch.ones(1, device=device), torch.ones((), device=device))
+    except Exception as error:
+        warnings.warn(
+            f"torchlosses is slower on {device} than it could be, for Triton does not work there: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        return None
+    return Kernels(triton)
+
+
+# What finds the kernels of each kind of device; the formulas serve all others, and the devices
+# whose kernels have failed.
+KERNELS: dict[str, Callable[[torch.device], Kernels | None]] = {
+    "cpu": _find_cpu,
+    "cuda": _find_triton,
+}
+_failed: set[torch.device] = set()
+
+
 def give_up(device: torch.device, error: KernelError) -> None:
     """Leaves a device to the formulas: a driver, a compiler or a GPU may refuse any kernel."""
     if device not in _failed:
@@ -116,8 +115,7 @@ def give_up(device: torch.device, error: KernelError) -> None:
 def kernels_of(device: torch.device) -> Kernels | None:
     """The kernels of a device, if there are any and none has failed."""
     find = KERNELS.get(device.type)
-    module = None if find is None or device in _failed else find(device)
-    return None if module is None else Kernels(module)
+    return None if find is None or device in _failed else find(device)
 
 
 def is_transformed() -> bool:
@@ -138,17 +136,15 @@ def fits(
     weight: Tensor | None,
     sample_weight: Tensor | None,
 ) -> bool:
-    """Whether kernels serve such a call, in whatever shape its tensors are.
+    """Whether kernels serve such a call, in whatever shape its tensors are, but for transforms.
 
-    They serve plain tensors, with gradients for `input` and `target` alone: no transform, no
-    tangent.
+    They serve plain tensors, with gradients for `input` and `target` alone.
     """
     if (
         type(input) not in checks.PLAIN
         or type(target) not in checks.PLAIN
         or input.dtype not in DTYPES
         or (target.is_floating_point() and target.dtype not in DTYPES)
-        or is_transformed()
         or not call.is_plain_delta
     ):
         return False
@@ -166,12 +162,21 @@ def find_kernels(
     target: Tensor,
     weight: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    *,
+    is_known: bool = False,
 ) -> Kernels | None:
-    """The kernels that serve a call in eager autograd, of tensors with numbers in them, if any."""
-    if (
+    """The kernels that serve a call in eager autograd, of tensors with numbers in them, if any.
+
+    Of a known call all is, but what can change between two calls.
+    """
+    if not is_known and (
         checks.is_traced()  # First: a size is a guard of the compiled graph.
-        or not fits(call, input, target, weight, sample_weight)
         or input.numel() == 0
+        or not fits(call, input, target, weight, sample_weight)
+    ):
+        return None
+    if (
+        is_transformed()
         or not (_is_dense(input) and _is_dense(target))
         or (weight is not None and weight.is_neg())
         or (sample_weight is not None and sample_weight.is_neg())
@@ -208,10 +213,12 @@ def compute(
     target: Tensor,
     weight: Tensor | None,
     sample_weight: Tensor | None,
+    *,
+    is_known: bool = False,
 ) -> Tensor:
     """The loss, by a kernel where one serves."""
     arguments = (input, target, weight, sample_weight)
-    kernels = find_kernels(call, *arguments)
+    kernels = find_kernels(call, *arguments, is_known=is_known)
     if kernels is not None:
         learns = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
         half = torch.float16 in (input.dtype, target.dtype)
