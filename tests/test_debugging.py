@@ -72,6 +72,7 @@ def batches(form: str) -> Iterator[tuple[Any, dict[str, Tensor], dict[str, Any]]
             yield target, {}, {} if form == "squares" else {"label_smoothing": 0.1}
 
 
+@pytest.mark.parametrize("path", ["kernels"], indirect=True)
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, "mixed bfloat16", "mixed float16"]
 )

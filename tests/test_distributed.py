@@ -186,16 +186,16 @@ FAMILIES = sorted({family(sample) for sample in SAMPLES})
 def samples(name: str) -> None:
     """Value, gradient and their placements, with other arguments as DTensors and as they are.
 
-    Two processes take every layout of every sample; four take one of each in turn.
+    Two processes take every layout of every sample; four take one of every other sample in turn.
     """
     failed = []
     for number, sample in enumerate(s for s in SAMPLES if family(s) == name and s.input.ndim):
         ways = [(m, w) for m in meshes() for w in layouts(m, sample.input.ndim, sample.axis)]
         if dist.get_world_size() > 2:
-            ways = [ways[number % len(ways)]]
+            ways = [ways[number // 2 % len(ways)]] if number % 2 else []
         for mesh, placements in ways:
             try:
-                check_sample(sample, mesh, placements, is_plain=number % 2 == 1)
+                check_sample(sample, mesh, placements, is_plain=number % 3 == 1)
             except AssertionError as error:
                 failed.append(f"{sample.name} as {placements}: {error}")
     assert not failed, "\n".join(failed)
@@ -701,6 +701,8 @@ def only_numbers_per_row_and_the_gradient_of_the_input_travel() -> None:
 
 @case()
 def a_linear_layer_in_half_precision_sums_in_float32() -> None:
+    if dist.get_world_size() > 2:
+        return  # The sums are the same.
     mesh = meshes()[0]
     x, w = torch.rand(4096, 16).bfloat16(), torch.randn(8, 16).bfloat16()
     t = torch.zeros(4096, dtype=torch.int64)

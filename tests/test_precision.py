@@ -58,6 +58,7 @@ def accuracy(
     return float(right.double().mean())
 
 
+@pytest.mark.parametrize("path", ["kernels"], indirect=True)
 @pytest.mark.parametrize("name", CRITERIA)
 @pytest.mark.parametrize("is_index", [True, False])
 def test_training_reaches_the_accuracy_of_float32(name: str, is_index: bool, device: str) -> None:

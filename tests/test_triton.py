@@ -6,6 +6,7 @@ The interpreter must be on before Triton is imported, so its tests run in a proc
 
 import contextlib
 import functools
+import itertools
 import os
 import re
 import subprocess
@@ -55,16 +56,20 @@ def test_passes_in_the_interpreter() -> None:
         pytest.skip("this NumPy makes no loop bounds for the interpreter of this Triton")
     here = Path(__file__).parent
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider",
          # NumPy computes there, and warns where a kernel makes ∞ or NaN.
          "-W", "ignore::RuntimeWarning",
          # A launch takes some ms, and the check of a gradient by differences a thousand launches.
-         "-k", "not formula and not gradcheck and not gradgradcheck and not torch.float16",
+         # What autograd does with a gradient that is made is the same for all kernels, and in
+         # float64 they meet the samples in small tiles.
+         "-k", "not formula and not gradcheck and not gradgradcheck and not torch.float16 "
+         "and not changes_before_backward and not (upstream_gradient and not none) "
+         "and not (matches_reference and torch.float64)",
          *(here / f"test_{name}.py" for name in ("triton", "parity", "gradients", "fuzz"))],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stdout[-4000:]
-    assert int(re.search(r"(\d+) passed", child.stdout)[1]) > 3 * len(SAMPLES)  # type: ignore[index]
+    assert int(re.search(r"(\d+) passed", child.stdout)[1]) > 2 * len(SAMPLES)  # type: ignore[index]
 
 
 @pytest.fixture
@@ -180,7 +185,7 @@ def test_gradients_that_wait_are_taken_with_those_of_the_losses(
         torch.testing.assert_close(grad, expected, rtol=2**-10, atol=2**-24)
 
 
-SHAPES: list[tuple[int, ...]] = [(2, 1023), (3, 1025), (2, 17_001), (1030, 10), (2, 257, 67)]
+SHAPES: list[tuple[int, ...]] = [(2, 1023), (3, 1025), (2, 17_001), (1030, 10), (1, 257, 67)]
 
 
 @interpreted
@@ -276,16 +281,25 @@ def test_rescale_reads_the_factor() -> None:
         assert torch.equal(gradient, expected.bfloat16())
 
 
+CAPABILITIES = (80, 90, 100)
+# To compile all for each takes minutes, so each has its third; with SHARE=1 it has all.
+SHARE = int(os.environ.get("SHARE", "3"))
+
+
 @pytest.fixture
 def binaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[Any]]]:
-    """Compiles what is launched from now on for a GPU of the given capability, and no more."""
+    """Compiles its share of what is launched from now on for a GPU of the given capability."""
     made: list[Any] = []
     launch = JITFunction.run
+    numbers = itertools.count()
 
     def run(kernel: Any, *arguments: Any, **options: Any) -> None:
-        made.append((kernel.__name__, launch(kernel, *arguments, **options | {"warmup": True})))
+        if next(numbers) % SHARE == 0:
+            made.append((kernel.__name__, launch(kernel, *arguments, **options | {"warmup": True})))
 
     def start(capability: int) -> list[Any]:
+        nonlocal numbers
+        numbers = itertools.count(CAPABILITIES.index(capability))
         # Triton keeps what it compiled by device, so each capability is one.
         triton.runtime.driver.set_active(
             types.SimpleNamespace(
@@ -330,7 +344,7 @@ def launch_all(shape: tuple[int, ...], dtype: torch.dtype, *, has_all_options: b
 
 
 @compiled
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_compiles_without_spills(
     capability: int, binaries: Callable[[int], list[Any]], tmp_path: Path
 ) -> None:
@@ -421,7 +435,7 @@ def test_where_triton_cannot_build_the_formula_serves(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     find = fused._find_triton.__wrapped__
     monkeypatch.setattr(kernels, "rescale", lambda gradient, grad_loss: gradient)
-    assert find(torch.device("cpu")) is kernels
+    assert find(torch.device("cpu")) == (kernels,)
     monkeypatch.setattr(kernels, "rescale", rescale)
     with pytest.warns(UserWarning, match="RuntimeError: Failed to find C compiler"):
         assert find(torch.device("cpu")) is None
