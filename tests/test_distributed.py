@@ -1,6 +1,7 @@
 """Several processes get the loss, the gradient and the parameters of one.
 
-To start processes takes seconds, so those of one number run all cases in a row, as one test.
+To start processes takes seconds, so those of one number run all cases in a row, as one test, and
+are forks of a process that has imported this module and done no more.
 """
 
 import contextlib
@@ -89,8 +90,9 @@ def work(rank: int, world: int, directory: str) -> None:
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_processes(world: int, tmp_path: Path) -> None:
-    context: Any = mp.spawn(  # type: ignore[attr-defined]
-        work, (world, str(tmp_path)), nprocs=world, join=False
+    mp.set_forkserver_preload([__name__])  # type: ignore[attr-defined]
+    context: Any = mp.start_processes(  # type: ignore[attr-defined]
+        work, (world, str(tmp_path)), nprocs=world, join=False, start_method="forkserver"
     )
     deadline = time.monotonic() + LIMIT
     while not context.join(timeout=1):

@@ -246,3 +246,36 @@ def test_arguments_are_never_written_to(sample: Sample, device: str) -> None:
     assert [tensor._version for tensor in tensors] == versions
     for tensor, copy in zip(tensors, before, strict=True):
         assert torch.equal(tensor.detach().nan_to_num(), copy.nan_to_num())
+
+
+def test_what_is_known_of_one_call_is_not_taken_for_another() -> None:
+    """By kernels the same call is not checked twice; one that differs in anything is."""
+    input, index = torch.rand(4, 4), torch.tensor([1, 2, 3, 0])
+    fitting = cross_entropy_error(input, index)
+    for target, error in (
+        (index.float(), TypeError),
+        (index[:3], ValueError),
+        (index.to("meta"), ValueError),
+        (index.to_sparse(), TypeError),
+    ):
+        with pytest.raises(error, match="target: got"):
+            cross_entropy_error(input, target)
+    for changed, error in (
+        (input.to_sparse(), TypeError),
+        (input.cfloat(), TypeError),
+        (input[:, :, None], ValueError),
+        (input.to("meta"), ValueError),
+    ):
+        with pytest.raises(error):
+            cross_entropy_error(changed, index)
+    assert sum_squared_error(input, index) != fitting
+    assert cross_entropy_error(input.double(), index).dtype == torch.float64
+    assert cross_entropy_error(input, input).dtype == torch.float32
+    assert cross_entropy_error(input, input.double()).dtype == torch.float64
+    for options in (
+        {"reduction": "mean"}, {"delta": 1.0}, {"from_logits": True}, {"dim": 0},
+        {"ignore_index": 1}, {"label_smoothing": 0.5},
+    ):  # fmt: skip
+        assert not torch.equal(cross_entropy_error(input, index, **options), fitting)
+    with pytest.raises(TypeError, match="dim: got True"):
+        cross_entropy_error(input, index, dim=True)

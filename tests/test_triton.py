@@ -63,7 +63,7 @@ def test_passes_in_the_interpreter() -> None:
          # What autograd does with a gradient that is made is the same for all kernels, and in
          # float64 they meet the samples in small tiles.
          "-k", "not formula and not gradcheck and not gradgradcheck and not torch.float16 "
-         "and not changes_before_backward and not (upstream_gradient and not none) "
+         "and not changes_before_backward and not upstream_gradient_any_number "
          "and not (matches_reference and torch.float64)",
          *(here / f"test_{name}.py" for name in ("triton", "parity", "gradients", "fuzz"))],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
@@ -185,7 +185,7 @@ def test_gradients_that_wait_are_taken_with_those_of_the_losses(
         torch.testing.assert_close(grad, expected, rtol=2**-10, atol=2**-24)
 
 
-SHAPES: list[tuple[int, ...]] = [(2, 1023), (3, 1025), (2, 17_001), (1030, 10), (1, 257, 67)]
+SHAPES: list[tuple[int, ...]] = [(2, 1023), (3, 1025), (2, 17_001), (130, 10), (1, 130, 67)]
 
 
 @interpreted
