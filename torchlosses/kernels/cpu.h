@@ -449,10 +449,15 @@ template <class F, bool SIDE> struct Tile {
         fold(none, [&](char, auto at) INLINED { body(at); });
     }
 
-    // What each sample has, as a vector.
-    template <class At> INLINE V of_sample(const F *values, At at) const {
-        return SIDE ? S::load(values + at.v * W) : S::splat(values[index]);
-    }
+    // What each sample has, as a vector; that of a row is loaded once.
+    struct OfSample {
+        const F *values;
+        V own;
+        template <class At> INLINE V operator()(At at) const {
+            return SIDE ? S::load(values + at.v * W) : own;
+        }
+    };
+    INLINE OfSample of_sample(const F *values) const { return {values, S::splat(values[index])}; }
     // What each class has.
     template <class At> INLINE V of_class(const F *values, At at) const {
         return SIDE ? S::splat(values[begin + at.k]) : S::load(values + begin + at.k);
@@ -473,7 +478,7 @@ template <class F, bool SIDE> struct Tile {
         for (int64_t v = 0; v < vectors; v++) body(v, At<F, false>{0, v, 0});
     }
     template <class At> INLINE void set_loss(V loss, At at) const {
-        loss = kept(loss * of_sample(group.scale, at), at);
+        loss = kept(loss * of_sample(group.scale)(at), at);
         if constexpr (SIDE) S::store(group.loss + at.v * W, loss);
         else group.loss[index] = loss[0];
     }
@@ -488,6 +493,7 @@ template <class F, bool SIDE, bool INDEX> void squares(const Job &job, Tile<F, S
     Group<F> &group = tile.group;
     const bool has_losses = job.reduction == NONE;
     void *each_loss = has_losses ? job.losses : nullptr;
+    const auto scale = tile.of_sample(group.scale), factor = tile.of_sample(group.factor);
     const V one = S::splat(1), zero = {};
     V losses[Tile<F, SIDE>::VECTORS] = {};
     while (tile.next()) {
@@ -499,23 +505,32 @@ template <class F, bool SIDE, bool INDEX> void squares(const Job &job, Tile<F, S
         const auto slope = tile.place(job.grad_input, job.input_storage, room.grad_input);
         const auto slope_t = tile.place(job.grad_target, job.target_storage, room.grad_target);
         const auto loss = tile.place(each_loss, OWN<F>, room.exponentials);
-        const bool is_plain = !w && !u && !loss && !slope_t;
-        tile.add(losses, [&](V &total, auto at) INLINED {
-            V d = y.get(at) - (INDEX ? tile.one_hot(at, one, zero) : t.get(at));
-            V s = tile.of_sample(group.scale, at), f = tile.of_sample(group.factor, at);
-            V term = d * F(0.5) * d;
-            if (is_plain) {
+        const auto difference = [&](auto at) INLINED {
+            return y.get(at) - (INDEX ? tile.one_hot(at, one, zero) : t.get(at));
+        };
+        // Apart, so that nothing is decided for each vector in the loops that training runs.
+        if (w || u || loss || slope_t) {
+            tile.add(losses, [&](V &total, auto at) INLINED {
+                V d = difference(at), f = factor(at), term = d * F(0.5) * d;
+                if (w) term = w.get(at) * d * (d * F(0.5)), f *= w.get(at);
+                if (u) f *= u.get(at);
+                if (loss) loss.set(at, tile.kept(scale(at) * term, at));
                 total += at.unseen(term);
                 if (slope) slope.set(at, tile.kept(d * f, at));
-                return;
-            }
-            if (w) term = w.get(at) * d * (d * F(0.5)), f *= w.get(at);
-            if (u) f *= u.get(at);
-            if (loss) loss.set(at, tile.kept(s * term, at));
-            total += at.unseen(term);
-            if (slope) slope.set(at, tile.kept(d * f, at));
-            if (slope_t) slope_t.set(at, -d * f);
-        });
+                if (slope_t) slope_t.set(at, -d * f);
+            });
+        } else if (slope) {
+            tile.add(losses, [&](V &total, auto at) INLINED {
+                V d = difference(at);
+                total += at.unseen(d * F(0.5) * d);
+                slope.set(at, tile.kept(d * factor(at), at));
+            });
+        } else {
+            tile.add(losses, [&](V &total, auto at) INLINED {
+                V d = difference(at);
+                total += at.unseen(d * F(0.5) * d);
+            });
+        }
         tile.store(job.grad_input, job.input_storage, room.grad_input);
         tile.store(job.grad_target, job.target_storage, room.grad_target);
         tile.store(each_loss, OWN<F>, room.exponentials);
@@ -531,13 +546,15 @@ template <class F, bool SIDE, bool INDEX> struct Soft {
     using V = typename S::V;
     const Tile<F, SIDE> &tile;
     const F *weight;
+    const typename Tile<F, SIDE>::OfSample factor;
     V rest, uniform, on;
     bool is_smooth;
     Block<F> target{};
 
     Soft(const Job &job, const Tile<F, SIDE> &tile)
-        : tile(tile), weight((const F *)job.weight), rest(S::splat(F(1 - job.smoothing))),
-          uniform(S::splat(F(job.uniform))), on(rest + uniform), is_smooth(job.is_smooth) {
+        : tile(tile), weight((const F *)job.weight), factor(tile.of_sample(tile.group.factor)),
+          rest(S::splat(F(1 - job.smoothing))), uniform(S::splat(F(job.uniform))),
+          on(rest + uniform), is_smooth(job.is_smooth) {
         if (!INDEX) target = tile.load(job.target, job.target_storage, tile.room.target);
     }
     template <class At> INLINE V value(At at) const {
@@ -550,7 +567,7 @@ template <class F, bool SIDE, bool INDEX> struct Soft {
     }
     // The gradient by a target.
     template <class At> INLINE V slope(V log, At at) const {
-        return weighted(log, at) * -rest * tile.of_sample(tile.group.factor, at);
+        return weighted(log, at) * -rest * factor(at);
     }
 };
 
@@ -558,6 +575,7 @@ template <class F, bool SIDE, bool INDEX> void probabilities(const Job &job, Til
     using V = typename Vectors<F>::V;
     const Room<F> &room = tile.room;
     const V delta = V{} + F(job.delta), one = V{} + F(1);
+    const auto factor = tile.of_sample(tile.group.factor);
     const bool is_guarded = job.is_guarded;
     V losses[Tile<F, SIDE>::VECTORS] = {};
     while (tile.next()) {
@@ -571,10 +589,7 @@ template <class F, bool SIDE, bool INDEX> void probabilities(const Job &job, Til
             if (!is_guarded) guarded = ((t == F(0)) & (guarded == F(0))) ? one : guarded;
             V log = logarithm<F>(guarded);
             total -= at.unseen(wt * log);
-            if (slope) {
-                V factor = tile.of_sample(tile.group.factor, at);
-                slope.set(at, tile.kept(-wt * factor / guarded, at));
-            }
+            if (slope) slope.set(at, tile.kept(-wt * factor(at) / guarded, at));
             if (slope_t) slope_t.set(at, soft.slope(log, at));
         });
         tile.store(job.grad_input, job.input_storage, room.grad_input);
@@ -638,6 +653,7 @@ template <class F, bool SIDE, bool INDEX> void logits(const Job &job, Tile<F, SI
     const Room<F> &room = tile.room;
     const V delta = V{} + F(job.delta), least = V{} - F(INFINITY);
     const bool is_guarded = job.is_guarded, is_learning = job.grad_input != nullptr;
+    const auto factor = tile.of_sample(tile.group.factor);
     const Softmax<F, SIDE> softmax(job, tile, true);
     const bool keeps = softmax.keeps && is_learning;
     V inverse[Tile<F, SIDE>::VECTORS], log_sum[Tile<F, SIDE>::VECTORS];
@@ -680,7 +696,7 @@ template <class F, bool SIDE, bool INDEX> void logits(const Job &job, Tile<F, SI
         const auto write = [&](auto gated) INLINED {
             tile.each([&](auto at) INLINED {
                 V p = softmax.exponent(x, at) * inverse[at.v];
-                V g = (p * sums[at.v].gated - gated(p, at)) * tile.of_sample(tile.group.factor, at);
+                V g = (p * sums[at.v].gated - gated(p, at)) * factor(at);
                 slope.set(at, tile.kept(g, at));
             });
         };
@@ -727,7 +743,7 @@ template <class F, bool SIDE> void logits_of_class(const Job &job, Tile<F, SIDE>
             log = value - logarithm<F>(softmax.sum[v]);
         }
         tile.set_loss(-log, at);
-        gates[v] = gate * tile.of_sample(group.factor, at);
+        gates[v] = gate * tile.of_sample(group.factor)(at);
         factors[v] = gates[v] / softmax.sum[v];
     });
     if (!job.grad_input) return;
