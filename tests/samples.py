@@ -169,7 +169,7 @@ EXTRAS = ("plain", "exact", "weight", "smooth", "sample_weight", "all")
 def _extras_and_reductions(layout: int) -> Iterator[tuple[str, str]]:
     """All for the usual layout, and two in five for others: each extra and each reduction is there.
 
-    What happens where all three meet in a certain way is left to the fuzz.
+    The fuzz covers the other combinations.
     """
     for (e, extra), (r, reduction) in itertools.product(enumerate(EXTRAS), enumerate(REDUCTIONS)):
         if layout == USUAL or (layout - e - r) % len(LAYOUTS) in (0, 2):

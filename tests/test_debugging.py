@@ -72,9 +72,16 @@ def batches(form: str) -> Iterator[tuple[Any, dict[str, Tensor], dict[str, Any]]
             yield target, {}, {} if form == "squares" else {"label_smoothing": 0.1}
 
 
-@pytest.mark.parametrize("path", ["kernels"], indirect=True)
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, "mixed bfloat16", "mixed float16"]
+    ("path", "dtype"),
+    [
+        ("kernels", torch.float32),
+        ("kernels", torch.bfloat16),
+        ("kernels", "mixed bfloat16"),
+        ("kernels", "mixed float16"),
+        ("formula", "mixed float16"),
+    ],
+    indirect=["path"],
 )
 @pytest.mark.parametrize("form", ["squares", "probabilities", "logits"])
 def test_training_that_is_right_is_silent(form: str, dtype: Any, device: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from samples import SAMPLES, Sample
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from torchlosses import CrossEntropyError, SumSquaredError
 from torchlosses.functional import cross_entropy_error, sum_squared_error
@@ -262,7 +263,7 @@ def test_what_is_known_of_one_call_is_not_taken_for_another() -> None:
             cross_entropy_error(input, target)
     for changed, error in (
         (input.to_sparse(), TypeError),
-        (input.cfloat(), TypeError),
+        (input.to(torch.complex64), TypeError),
         (input[:, :, None], ValueError),
         (input.to("meta"), ValueError),
     ):
@@ -279,3 +280,28 @@ def test_what_is_known_of_one_call_is_not_taken_for_another() -> None:
         assert not torch.equal(cross_entropy_error(input, index, **options), fitting)
     with pytest.raises(TypeError, match="dim: got True"):
         cross_entropy_error(input, index, dim=True)
+
+
+def test_a_known_call_is_no_business_of_kernels_where_others_look_on() -> None:
+    input, index = torch.rand(4, 4), torch.tensor([1, 2, 3, 0])
+    fitting = cross_entropy_error(input, index)
+    torch.testing.assert_close(cross_entropy_error(torch._neg_view(-input), index), fitting)
+    zeros = torch._efficientzerotensor(4, 4)
+    torch.testing.assert_close(
+        cross_entropy_error(zeros, index), cross_entropy_error(torch.zeros(4, 4), index)
+    )
+    weight = torch._efficientzerotensor(4)
+    weighted: list[dict[str, Any]] = [{"weight": weight}, {"sample_weight": weight}]
+    for options in weighted:
+        assert cross_entropy_error(input, index, **options) == 0
+    losses = torch.vmap(cross_entropy_error)(input[None], index[None])
+    torch.testing.assert_close(losses, fitting[None])
+    tangent = torch.func.jvp(lambda y: cross_entropy_error(y, index), (input,), (input,))[1]
+    torch.testing.assert_close(tangent, torch.tensor(-4.0))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(cross_entropy_error(input, index), FakeTensor)
+    with (
+        torch.autograd.set_detect_anomaly(True, check_nan=False),
+        pytest.raises(ValueError, match="no probability"),
+    ):
+        cross_entropy_error(input + 1, index)

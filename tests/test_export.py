@@ -60,7 +60,7 @@ class Every(nn.Module):
 
 
 ALL = (REDUCTIONS, REDUCTIONS)
-FEW = (("none",), ("mean",))  # Where every loss more takes seconds, or another dtype has had all.
+FEW = (("mean", "none"), ("mean",))  # For slow compilers, and for dtypes other than float32.
 
 
 def batch(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -135,7 +135,7 @@ def test_compiled_ahead_of_time(tmp_path: Path) -> None:
 def test_onnx(dtype: torch.dtype) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = Every(*((("none", "batchmean"), ("mean",)) if dtype == torch.float32 else FEW)).eval()
+    model = Every(*((("mean", "batchmean"), ("none",)) if dtype == torch.float32 else FEW)).eval()
     with warnings.catch_warnings():
         # It says that all four arguments have the same number of rows.
         warnings.filterwarnings("ignore", "# The axis name: rows")

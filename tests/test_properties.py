@@ -57,9 +57,10 @@ def test_sizes_from_nothing(form: str, is_index: bool, device: str) -> None:
     name = "sum_squared_error" if form == "sse" else "cross_entropy_error"
     loss: Any = getattr(functional, name)
     shapes = [s for rank in (1, 2, 3) for s in itertools.product((0, 1, 3), repeat=rank)]
-    for shape, (number, reduction) in itertools.product(shapes, enumerate(REDUCTIONS)):
+    for shape, reduction, weighs in itertools.product(shapes, REDUCTIONS, (False, True)):
+        if len(shape) == 3 and 0 not in shape and weighs == (reduction in ("sum", "mean")):
+            continue  # Half of the combinations, where nothing is empty.
         for dim in range(len(shape)):
-            weighs = (sum(shape) + number + dim) % 2 == 1  # By turns.
             samples = shape[:dim] + shape[dim + 1 :]
             options: dict[str, Any] = {"reduction": reduction, "dim": dim}
             y = torch.rand(shape, dtype=torch.float64, device=device, requires_grad=True)

@@ -103,19 +103,21 @@ def test_vmap_over_a_bad_class_is_nan(device: str) -> None:
 
 # The compiler gets the formula whatever the path, and the plain call beside it the kernels.
 once = pytest.mark.parametrize("path", ["kernels"], indirect=True)
-# The whole compiler takes ten seconds for some losses with all options; autograd ahead of time has
-# plain ones, and what Python does as it is traced meets the rest, and the hard values. A sum shows
-# less of those than what is not reduced.
+# The whole compiler takes ten seconds for some losses with all options, so it has each form with
+# all and the plain ones of classes; autograd ahead of time has the other plain ones, and those
+# without a guard; Dynamo alone traces the rest. A sum shows less of hard values than what is not
+# reduced.
 WHOLE = re.compile(
     "sse-dense.*-mean|sse-index.*-none-ignored|ce-probabilities-soft.*-all-mean|"
-    "ce-probabilities-index.*-all-none|ce-logits-soft.*-all-none|ce-logits-index.*-all-mean"
+    "ce-probabilities-index.*-(all-none|plain-none)|ce-logits-soft.*-all-none|"
+    "ce-logits-index.*-(all-mean|plain-mean)"
 )
+AHEAD = re.compile("sse-index.*=None-(mean|none)$|ce-.*-plain-(mean|none)$|ce-.*-delta=0-")
 TRACED: dict[str, list[Sample]] = {"inductor": [], "aot_eager": [], "eager": []}
-for sample in FORMS:
-    is_plain = sample.name.endswith(("-plain-mean", "-plain-none", "e=None-mean", "e=None-none"))
-    backend = "inductor" if WHOLE.match(sample.name) else "aot_eager" if is_plain else "eager"
+for sample in FORMS + [s for s in HARD if not s.name.endswith(("-sum", "-batchmean"))]:
+    is_ahead = AHEAD.match(sample.name)
+    backend = "inductor" if WHOLE.match(sample.name) else "aot_eager" if is_ahead else "eager"
     TRACED[backend].append(sample)
-TRACED["eager"] += [s for s in HARD if not s.name.endswith(("-sum", "-batchmean"))]
 
 
 def grows(sample: Sample) -> bool:

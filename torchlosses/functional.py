@@ -135,8 +135,8 @@ torch.fx.wrap("cross_entropy_error")
 torch.fx.wrap("linear_cross_entropy_error")
 
 
-# Calls that are right and that kernels serve, by all that makes them so: a training loop asks the
-# same of each batch.
+# Calls that are right and that kernels could serve, keyed by everything that decides it: a training
+# loop asks the same of each batch.
 _known: dict[tuple[object, ...], Call] = {}
 MOST_KNOWN = 1024
 

@@ -57,7 +57,7 @@ def _run(kernel: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 
 
 @functools.cache
-def _find_cpu(device: torch.device) -> Kernels | None:
+def _find_cpu(_: torch.device) -> Kernels | None:
     try:
         from torchlosses.kernels import cpu
     except (ImportError, OSError, AttributeError) as error:
@@ -136,9 +136,10 @@ def fits(
     weight: Tensor | None,
     sample_weight: Tensor | None,
 ) -> bool:
-    """Whether kernels serve such a call, in whatever shape its tensors are, but for transforms.
+    """Whether kernels serve such a call, in whatever shape its tensors are.
 
-    They serve plain tensors, with gradients for `input` and `target` alone.
+    They serve plain tensors, with gradients for `input` and `target` alone. Whether a transform is
+    on is the caller's to ask.
     """
     if (
         type(input) not in checks.PLAIN
@@ -167,7 +168,7 @@ def find_kernels(
 ) -> Kernels | None:
     """The kernels that serve a call in eager autograd, of tensors with numbers in them, if any.
 
-    Of a known call all is, but what can change between two calls.
+    Of a known call, only what can differ between two calls with the same key is looked at.
     """
     if not is_known and (
         checks.is_traced()  # First: a size is a guard of the compiled graph.
@@ -178,8 +179,8 @@ def find_kernels(
     if (
         is_transformed()
         or not (_is_dense(input) and _is_dense(target))
-        or (weight is not None and weight.is_neg())
-        or (sample_weight is not None and sample_weight.is_neg())
+        or not (weight is None or _has_numbers(weight))
+        or not (sample_weight is None or _has_numbers(sample_weight))
     ):
         return None
     return kernels_of(input.device)
@@ -301,7 +302,12 @@ def _by_kernel(
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether it is as large as it looks, so that a copy of other strides costs no more memory."""
-    return not tensor.is_neg() and (tensor.is_contiguous() or 0 not in tensor.stride())
+    return _has_numbers(tensor) and (tensor.is_contiguous() or 0 not in tensor.stride())
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    """Whether its numbers are in memory: not their opposites, and not zeros without memory."""
+    return not tensor.is_neg() and tensor.data_ptr() != 0
 
 
 def _has_memory(tensor: Tensor) -> bool:

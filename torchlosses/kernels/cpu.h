@@ -508,10 +508,11 @@ template <class F, bool SIDE, bool INDEX> void squares(const Job &job, Tile<F, S
         const auto difference = [&](auto at) INLINED {
             return y.get(at) - (INDEX ? tile.one_hot(at, one, zero) : t.get(at));
         };
+        const auto half_square = [](V d) INLINED { return d * F(0.5) * d; };
         // Apart, so that nothing is decided for each vector in the loops that training runs.
         if (w || u || loss || slope_t) {
             tile.add(losses, [&](V &total, auto at) INLINED {
-                V d = difference(at), f = factor(at), term = d * F(0.5) * d;
+                V d = difference(at), f = factor(at), term = half_square(d);
                 if (w) term = w.get(at) * d * (d * F(0.5)), f *= w.get(at);
                 if (u) f *= u.get(at);
                 if (loss) loss.set(at, tile.kept(scale(at) * term, at));
@@ -522,13 +523,12 @@ template <class F, bool SIDE, bool INDEX> void squares(const Job &job, Tile<F, S
         } else if (slope) {
             tile.add(losses, [&](V &total, auto at) INLINED {
                 V d = difference(at);
-                total += at.unseen(d * F(0.5) * d);
+                total += at.unseen(half_square(d));
                 slope.set(at, tile.kept(d * factor(at), at));
             });
         } else {
             tile.add(losses, [&](V &total, auto at) INLINED {
-                V d = difference(at);
-                total += at.unseen(d * F(0.5) * d);
+                total += at.unseen(half_square(difference(at)));
             });
         }
         tile.store(job.grad_input, job.input_storage, room.grad_input);
@@ -575,7 +575,6 @@ template <class F, bool SIDE, bool INDEX> void probabilities(const Job &job, Til
     using V = typename Vectors<F>::V;
     const Room<F> &room = tile.room;
     const V delta = V{} + F(job.delta), one = V{} + F(1);
-    const auto factor = tile.of_sample(tile.group.factor);
     const bool is_guarded = job.is_guarded;
     V losses[Tile<F, SIDE>::VECTORS] = {};
     while (tile.next()) {
@@ -589,7 +588,7 @@ template <class F, bool SIDE, bool INDEX> void probabilities(const Job &job, Til
             if (!is_guarded) guarded = ((t == F(0)) & (guarded == F(0))) ? one : guarded;
             V log = logarithm<F>(guarded);
             total -= at.unseen(wt * log);
-            if (slope) slope.set(at, tile.kept(-wt * factor(at) / guarded, at));
+            if (slope) slope.set(at, tile.kept(-wt * soft.factor(at) / guarded, at));
             if (slope_t) slope_t.set(at, soft.slope(log, at));
         });
         tile.store(job.grad_input, job.input_storage, room.grad_input);
