@@ -306,8 +306,8 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _has_numbers(tensor: Tensor) -> bool:
-    """Whether its numbers are in memory: not their opposites, and not zeros without memory."""
-    return not tensor.is_neg() and tensor.data_ptr() != 0
+    """Whether memory holds its numbers, and not their opposites."""
+    return not tensor.is_neg() and _has_memory(tensor)
 
 
 def _has_memory(tensor: Tensor) -> bool:
