@@ -1,7 +1,7 @@
 """Several processes get the loss, the gradient and the parameters of one.
 
-To start processes takes seconds, so those of one number run all cases in a row, as one test, and
-are forks of a process that has imported what this module imports and done no more.
+To start processes takes seconds, so those of one number run all cases in a row, as one test. Where
+the system can fork, they are forked from a process that has imported torch and done no more.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 WORLDS = (2, 4)
-# What takes long to import. Python 3.11 does not look for a module of the tests there.
+# What takes long to import. The process that is forked does not find this module in Python 3.11.
 PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor.debug", "torch.testing", "pytest"]
 PATIENCE = 60  # Seconds that one process waits for another.
 LIMIT = 240  # Seconds for all cases of one number of processes.
@@ -94,8 +94,9 @@ def work(rank: int, world: int, directory: str) -> None:
 @pytest.mark.parametrize("world", WORLDS)
 def test_processes(world: int, tmp_path: Path) -> None:
     mp.set_forkserver_preload(PRELOADED)
+    method = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
     context: Any = mp.start_processes(  # type: ignore[attr-defined]
-        work, (world, str(tmp_path)), nprocs=world, join=False, start_method="forkserver"
+        work, (world, str(tmp_path)), nprocs=world, join=False, start_method=method
     )
     deadline = time.monotonic() + LIMIT
     while not context.join(timeout=1):

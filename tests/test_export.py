@@ -30,7 +30,7 @@ class Every(nn.Module):
     """Both losses in all forms, plain and with all options, on soft targets and on classes."""
 
     def __init__(self, plain: Sequence[Any], weighted: Sequence[Any]) -> None:
-        """Of these reductions each."""
+        """Each loss once for every reduction."""
         super().__init__()
         options: dict[str, Any] = {"label_smoothing": 0.1, "delta": 1e-3}
         options["weight"] = torch.linspace(0.5, 2, 5)

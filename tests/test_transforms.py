@@ -104,20 +104,22 @@ def test_vmap_over_a_bad_class_is_nan(device: str) -> None:
 # The compiler gets the formula whatever the path, and the plain call beside it the kernels.
 once = pytest.mark.parametrize("path", ["kernels"], indirect=True)
 # The whole compiler takes ten seconds for some losses with all options, so it has each form with
-# all and the plain ones of classes; autograd ahead of time has the other plain ones, and those
-# without a guard; Dynamo alone traces the rest. A sum shows less of hard values than what is not
-# reduced.
+# all options, and plain losses of class indices. Autograd ahead of time has the other plain losses,
+# and those without a guard; Dynamo alone traces the rest. A sum shows less of hard values than what
+# is not reduced.
 WHOLE = re.compile(
     "sse-dense.*-mean|sse-index.*-none-ignored|ce-probabilities-soft.*-all-mean|"
     "ce-probabilities-index.*-(all-none|plain-none)|ce-logits-soft.*-all-none|"
     "ce-logits-index.*-(all-mean|plain-mean)"
 )
 AHEAD = re.compile("sse-index.*=None-(mean|none)$|ce-.*-plain-(mean|none)$|ce-.*-delta=0-")
-TRACED: dict[str, list[Sample]] = {"inductor": [], "aot_eager": [], "eager": []}
-for sample in FORMS + [s for s in HARD if not s.name.endswith(("-sum", "-batchmean"))]:
-    is_ahead = AHEAD.match(sample.name)
-    backend = "inductor" if WHOLE.match(sample.name) else "aot_eager" if is_ahead else "eager"
-    TRACED[backend].append(sample)
+TRACED = FORMS + [s for s in HARD if not s.name.endswith(("-sum", "-batchmean"))]
+
+
+def backend_of(sample: Sample) -> str:
+    if WHOLE.match(sample.name):
+        return "inductor"
+    return "aot_eager" if AHEAD.match(sample.name) else "eager"
 
 
 def grows(sample: Sample) -> bool:
@@ -127,8 +129,9 @@ def grows(sample: Sample) -> bool:
 
 GRAPHS = [  # One of four losses takes less time than four graphs.
     (backend, samples[start : start + 4])
-    for backend, those in TRACED.items()
-    for samples in ([s for s in those if grows(s)], [s for s in those if not grows(s)])
+    for backend in ("inductor", "aot_eager", "eager")
+    for is_growing in (True, False)
+    for samples in [[s for s in TRACED if (backend_of(s), grows(s)) == (backend, is_growing)]]
     for start in range(0, len(samples), 4)
 ]
 

@@ -281,7 +281,8 @@ def test_rescale_reads_the_factor() -> None:
         assert torch.equal(gradient, expected.bfloat16())
 
 
-# To compile all for each takes minutes, so but for 90 each has its half; with SHARE=1 it has all.
+# To compile all kernels for all capabilities takes minutes, so 80 and 100 take turns; with SHARE=1
+# each has all.
 SHARE = int(os.environ.get("SHARE", "2"))
 
 

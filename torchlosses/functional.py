@@ -186,7 +186,7 @@ def _compute(
     double = input.dtype == torch.float64 or target.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
     call = Call(kind, is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing)
-    if key is not None and input.numel() > 0 and fused.fits(call, input, target, None, None):
+    if key is not None and fused.fits(call, input, target, None, None):
         if len(_known) >= MOST_KNOWN:
             _known.clear()
         _known[key] = call

@@ -172,12 +172,12 @@ def find_kernels(
     """
     if not is_known and (
         checks.is_traced()  # First: a size is a guard of the compiled graph.
-        or input.numel() == 0
         or not fits(call, input, target, weight, sample_weight)
     ):
         return None
     if (
         is_transformed()
+        or input.numel() == 0
         or not (_is_dense(input) and _is_dense(target))
         or not (weight is None or _has_numbers(weight))
         or not (sample_weight is None or _has_numbers(sample_weight))
