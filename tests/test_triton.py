@@ -7,7 +7,9 @@ The interpreter must be on before Triton is imported, so its tests run in a proc
 import contextlib
 import functools
 import itertools
+import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -86,6 +88,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     def wide(**known: Any) -> Any:
         return plan(**known | {"INDEX": triton.language.int64})
 
+    monkeypatch.setattr(kernels, "_prepare", kernels._prepare.__wrapped__)
     monkeypatch.setattr(kernels, "_configure", small)
     monkeypatch.setattr(kernels, "Plan", wide)
     for name, value in {"MAX_PROGRAMS": 2, "COUNT_PROGRAMS": 2, "COUNT_ALONE": 0,
@@ -284,31 +287,35 @@ def test_rescale_reads_the_factor() -> None:
 # To compile all kernels for all capabilities takes minutes, so 80 and 100 take turns; with SHARE=1
 # each has all.
 SHARE = int(os.environ.get("SHARE", "2"))
+LAUNCH = JITFunction.run
+
+
+def use_target(device: int, capability: int) -> None:
+    """Makes Triton compile for a GPU that need not be there."""
+    triton.runtime.driver.set_active(
+        types.SimpleNamespace(
+            get_current_device=lambda: device,
+            get_current_stream=lambda device=None: 0,
+            get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        )
+    )
 
 
 @pytest.fixture
 def binaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[Any]]]:
     """Compiles its share of what is launched from now on for a GPU of the given capability."""
     made: list[Any] = []
-    launch = JITFunction.run
     numbers, share = itertools.count(), SHARE
 
     def run(kernel: Any, *arguments: Any, **options: Any) -> None:
         if next(numbers) % share == 0:
-            made.append((kernel.__name__, launch(kernel, *arguments, **options | {"warmup": True})))
+            made.append((kernel.__name__, LAUNCH(kernel, *arguments, **options | {"warmup": True})))
 
     def start(capability: int) -> list[Any]:
         nonlocal numbers, share
         numbers = itertools.count(capability == 100)
         share = 1 if capability == 90 else SHARE
-        # Triton keeps what it compiled by device, so each capability is one.
-        triton.runtime.driver.set_active(
-            types.SimpleNamespace(
-                get_current_device=lambda: capability,
-                get_current_stream=lambda device=None: 0,
-                get_current_target=lambda: GPUTarget("cuda", capability, 32),
-            )
-        )
+        use_target(capability, capability)  # Triton keeps what it compiled by device.
         return made
 
     monkeypatch.setattr(JITFunction, "run", run)
@@ -370,6 +377,77 @@ def test_compiles_without_spills(
         ).stdout  # fmt: skip
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
         assert stack == 0, f"{name} spills at {registers} registers"
+
+
+class Binary:
+    """Stands for what Triton has compiled, and looks whether Triton itself would launch it."""
+
+    function = packed_metadata = None
+    kept = 0
+
+    def __init__(self, kernel: Any, options: dict[str, Any]) -> None:
+        self.kernel, self.options = kernel, options
+
+    def launch_metadata(self, *_: Any) -> None: ...
+
+    def run(self, *_: Any) -> None: ...
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, *arguments: Any) -> None:
+        assert LAUNCH(self.kernel, *arguments, **self.options | {"warmup": True}) is self
+        Binary.kept += 1
+
+
+@compiled
+@pytest.mark.usefixtures("binaries")
+def test_what_is_kept_is_what_triton_would_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By types and places of tensors, and by sizes and strides."""
+    draw = random.Random(0).choice  # noqa: S311
+
+    given: dict[str, Any] = {}
+
+    def run(kernel: Any, *arguments: Any, **options: Any) -> Any:
+        given.clear()
+        given.update(options)
+        return LAUNCH(kernel, *arguments, **options)
+
+    def build(kernel: Any, key: str, signature: Any, device: int, *_: Any) -> Binary:
+        binary = kernel.device_caches[device][0][key] = Binary(kernel, dict(given))
+        return binary
+
+    def place(shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
+        """At one of several places, and at one of two distances."""
+        step = draw([1, 1, 2])
+        start = draw([0, 0, 1, 4])
+        numbers = torch.zeros(2**10, dtype=draw(dtypes))[start : start + step * math.prod(shape)]
+        return numbers[::step].view(shape)
+
+    use_target(-90, 90)  # A device for which nothing is compiled.
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(JITFunction, "_do_compile", build)
+    monkeypatch.setattr(kernels, "_rescalers", {})
+    monkeypatch.setattr(Binary, "kept", 0)
+    kernels._prepare.cache_clear()
+    shapes = [(1, 1), (16, 1), (1, 16), (3, 5), (16, 4), (2, 5, 3), (1, 4, 16)]
+    dtypes = (torch.float32, torch.float16)
+    for _ in range(2000):
+        shape = draw(shapes)
+        samples = (shape[0], *shape[2:])
+        call = Call("logits", draw([True, False]), 1, draw(["none", "sum"]), -100, torch.float32)
+        target = (
+            place(samples, torch.int64, torch.uint8) if call.is_index else place(shape, *dtypes)
+        )
+        upstream = place(samples, *dtypes) if call.reduction == "none" else None
+        weight, sample_weight = place(shape[1:2], *dtypes), place(samples, *dtypes)
+        input = place(shape, *dtypes)
+        kernels.compute(
+            call, input, target, draw([None, weight]), draw([None, sample_weight]), (True, False),
+            draw([None, upstream]),
+        )  # fmt: skip
+        kernels.rescale(input.view(-1), sample_weight.view(-1)[:1])
+    assert 1000 < Binary.kept < 3000
 
 
 class Operations(TorchDispatchMode):

@@ -7,7 +7,9 @@ dense target. Nothing here waits for the device: what the host does not know is 
 A small loss is bound by launches. Forward and backward are two of them, whatever the reduction:
 `_loss_kernel`, and `_rescale_kernel` or, where the gradient waited for the upstream one,
 `_loss_kernel` again. `_count_kernel` is a third, ahead of a gradient of `'mean'` that is divided by
-what more than COUNT_ALONE samples, kept or weighted, add up to.
+what more than COUNT_ALONE samples, kept or weighted, add up to. To look at the arguments takes
+Triton longer than a small loss takes, so a kernel that was compiled for a kind of call is launched
+by itself from then on.
 
 The input is seen as (outer, classes, inner). A tile has SAMPLES × CLASSES elements, in the shape
 (PER_THREAD, SAMPLES, THREADS, VECTOR): what a thread holds of a sample is in the first and the last
@@ -23,7 +25,7 @@ import collections
 import functools
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -54,6 +56,7 @@ IS_INTERPRETED = triton.knobs.runtime.interpret
 
 _counter = itertools.cycle(range(COUNTERS))
 _counters: dict[torch.device, Tensor] = {}
+_rescalers: dict[tuple[Any, ...], Any] = {}
 
 
 class Tile(NamedTuple):
@@ -96,6 +99,22 @@ Block = collections.namedtuple(
 )
 
 
+class Launch(NamedTuple):
+    """What is known of a call without its tensors."""
+
+    plan: Plan
+    warps: int
+    registers: int
+    programs: int
+    counting: int  # Programs of `_count_kernel`, or 0 where it is not needed.
+    sizes: tuple[int, int, int]  # outer, classes, inner, for the kernel and for strides.
+    layout: tuple[int, int, int]
+    samples_shape: tuple[int, ...]
+    losses_shape: tuple[int, ...]
+    by_divisor: float
+    compiled: dict[tuple[Any, ...], Any]  # By what else Triton compiles for.
+
+
 def compute(
     call: Call,
     input: Tensor,
@@ -113,10 +132,59 @@ def compute(
     stores its slopes.
     """
     input, target = input.contiguous(), target.contiguous()
-    shape, dim, dtype, is_index = input.shape, call.dim, call.dtype, call.is_index
+    weights_shape = None if sample_weight is None else sample_weight.shape
+    launch = _prepare(call, input.shape, input.dtype, weight is not None, weights_shape, needs)
+    plan, dtype = launch.plan, call.dtype
+    outer, classes, inner = launch.layout
+    weights, weight_strides = _factor(sample_weight, launch.samples_shape, (outer, 1, inner))
+    slopes, slope_strides = _factor(
+        upstream, launch.losses_shape, (outer, classes if plan.IS_SQUARE else 1, inner)
+    )
+    loss = input.new_empty(() if plan.IS_REDUCED else launch.losses_shape, dtype=dtype)
+    grad_input = None
+    if needs[0]:
+        grad_input = input if over_input else torch.empty_like(input)
+    given = Given(
+        input, _readable(target), None if weight is None else weight.contiguous(), weights, slopes,
+        torch.empty_like(loss) if launch.counting else None, loss, grad_input,
+        torch.empty_like(target) if needs[1] else None, *launch.sizes, weight_strides,
+        slope_strides, call.ignore_index,
+    )  # fmt: skip
+    partials = counters = None
+    if plan.IS_REDUCED:
+        partials, counters = loss.new_empty((3, launch.programs)), _find_counters(input.device)
+    with torch.cuda.device_of(input):
+        if launch.counting:
+            _count_kernel[(launch.counting,)](
+                given, loss.new_empty((2, launch.counting)), counters, next(_counter), plan,
+                **FUSION,
+            )  # fmt: skip
+        arguments = (
+            given, partials, counters, next(_counter), launch.by_divisor, call.delta,
+            1.0 - call.label_smoothing, call.label_smoothing / classes, plan,
+        )  # fmt: skip
+        kind = (input.device, weight_strides, slope_strides, *map(_kind, given[:9]))
+        _run(
+            _loss_kernel, launch.programs, arguments, launch.compiled, kind,
+            num_warps=launch.warps, maxnreg=launch.registers,
+        )  # fmt: skip
+    return Result(loss, given.grad_input_ptr, given.grad_target_ptr)
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepare(
+    call: Call,
+    shape: torch.Size,
+    input_dtype: torch.dtype,
+    has_weight: bool,
+    weights_shape: torch.Size | None,
+    needs: tuple[bool, bool],
+) -> Launch:
+    """Kept, for a training loop asks the same of each batch. `weights_shape`: of sample weights."""
+    dim, dtype, is_index = call.dim, call.dtype, call.is_index
     is_square, is_smooth = call.kind == "squares", call.label_smoothing != 0
     is_reduced = call.reduction != "none"
-    is_counted = call.reduction == "mean" and (is_index or sample_weight is not None)
+    is_counted = call.reduction == "mean" and (is_index or weights_shape is not None)
     samples_shape: tuple[int, ...] = shape[:dim] + shape[dim + 1 :]
     losses_shape = shape if is_square else torch.Size(samples_shape)
     divisor = 1
@@ -126,27 +194,29 @@ def compute(
         divisor = losses_shape.numel()
 
     # Elements of which each is a sample, or all have one factor, need no classes.
-    is_flat = not (is_index or call.kind == "logits" or is_smooth) and weight is None
+    is_flat = not (is_index or call.kind == "logits" or is_smooth or has_weight)
     if is_square and is_flat:
-        is_flat = not _is_per_sample(sample_weight, shape, dim)
+        is_flat = not _is_per_sample(weights_shape, shape, dim)
         samples_shape = shape if is_flat else (*shape[:dim], 1, *shape[dim + 1 :])
     elif is_flat:
-        is_flat = is_reduced and sample_weight is None
-    outer, classes, inner = input.numel(), 1, 1
+        is_flat = is_reduced and weights_shape is None
+    outer, classes, inner = shape.numel(), 1, 1
     if not is_flat:
         outer, classes, inner = shape[:dim].numel(), shape[dim], shape[dim + 1 :].numel()
     form = call.kind + "_of_class" * (is_index and not is_square and not is_smooth)
     is_exact = call.delta == 0
-    is_light = not (needs[1] or is_smooth or weight is not None)
+    is_light = not (needs[1] or is_smooth or has_weight)
     tile = _configure(
-        form, classes, inner, dtype, input.element_size(), is_index, is_exact, is_light
+        form, classes, inner, dtype, input_dtype.itemsize, is_index, is_exact, is_light
     )
     is_spatial = inner > 1
     alignment = math.gcd(tile.alignment, inner if is_spatial else classes)
     blocks = triton.cdiv(outer, tile.samples)
     if is_spatial:
         blocks = outer * triton.cdiv(inner, tile.samples)
-    programs = min(blocks, MAX_PROGRAMS)
+    counting = 0
+    if is_counted and any(needs) and outer * inner > COUNT_ALONE:
+        counting = min(triton.cdiv(outer * inner, COUNT_BLOCK.value), COUNT_PROGRAMS)
 
     is_fast = not (IS_INTERPRETED or dtype == torch.float64)
     plan = Plan(
@@ -175,59 +245,53 @@ def compute(
         NUM_CLASSES=classes if tile.is_whole and inner == 1 and classes <= FEW else 0,
         HAS_GRADIENT=any(needs),
     )
-    loss = input.new_empty(() if is_reduced else losses_shape, dtype=dtype)
-    total = None
-    if is_counted and any(needs) and outer * inner > COUNT_ALONE:
-        total = torch.empty_like(loss)
-    weights, weight_strides = _factor(sample_weight, samples_shape, (outer, 1, inner))
-    slopes, slope_strides = _factor(
-        upstream, losses_shape, (outer, classes if is_square else 1, inner)
-    )
-    grad_input = None
-    if needs[0]:
-        grad_input = input if over_input else torch.empty_like(input)
-    given = Given(
-        input, _readable(target), None if weight is None else weight.contiguous(), weights, slopes,
-        total, loss, grad_input,
-        torch.empty_like(target) if needs[1] else None, outer,
-        # One of them in units, so that it is seen which loads and stores can be wide.
-        classes if is_spatial else classes // alignment,
-        inner // alignment if is_spatial else inner,
-        weight_strides, slope_strides, call.ignore_index,
+    # One of them in units, so that it is seen which loads and stores can be wide.
+    sizes = (outer, classes, inner // alignment) if is_spatial else (
+        outer, classes // alignment, inner
     )  # fmt: skip
-    partials = counters = None
-    if is_reduced:
-        partials, counters = loss.new_empty((3, programs)), _find_counters(input.device)
-    with torch.cuda.device_of(input):
-        if total is not None:
-            counting = min(triton.cdiv(outer * inner, COUNT_BLOCK.value), COUNT_PROGRAMS)
-            _count_kernel[(counting,)](
-                given, loss.new_empty((2, counting)), counters, next(_counter), plan, **FUSION
-            )
-        _loss_kernel[(programs,)](
-            given, partials, counters, next(_counter), 1.0 / divisor, call.delta,
-            1.0 - call.label_smoothing, call.label_smoothing / classes, plan,
-            num_warps=tile.warps, maxnreg=tile.registers, **FUSION,
-        )  # fmt: skip
-    return Result(loss, given.grad_input_ptr, given.grad_target_ptr)
+    return Launch(
+        plan, tile.warps, tile.registers, min(blocks, MAX_PROGRAMS), counting, sizes,
+        (outer, classes, inner), samples_shape, losses_shape, 1.0 / divisor, {},
+    )  # fmt: skip
 
 
 def rescale(gradient: Tensor, grad_loss: Tensor) -> Tensor:
     """Multiplies a gradient by that of its loss, in place."""
-    programs = min(triton.cdiv(gradient.numel(), RESCALED), MAX_PROGRAMS)
+    numel = gradient.numel()
+    programs = min(triton.cdiv(numel, RESCALED), MAX_PROGRAMS)
+    kind = (
+        gradient.device, _kind(gradient), _kind(grad_loss),
+        numel == 1, numel % 16 == 0, numel < 2**31,
+    )  # fmt: skip
     with torch.cuda.device_of(gradient):
-        _rescale_kernel[(programs,)](
-            gradient, grad_loss, gradient.numel(), BLOCK=RESCALED, **FUSION
-        )
+        _run(_rescale_kernel, programs, (gradient, grad_loss, numel, RESCALED), _rescalers, kind)
     return gradient
 
 
-def _is_per_sample(sample_weight: Tensor | None, shape: torch.Size, dim: int) -> bool:
+def _run(
+    kernel: Any,
+    programs: int,
+    arguments: tuple[Any, ...],
+    compiled: dict[tuple[Any, ...], Any],
+    kind: tuple[Any, ...],
+    **options: int,
+) -> None:
+    """Launches a kernel, and keeps what Triton has compiled for arguments of this kind."""
+    binary = compiled.get(kind)
+    if binary is not None:
+        binary[(programs, 1, 1)](*arguments)
+        return
+    binary = kernel[(programs,)](*arguments, **options, **FUSION)
+    if binary is not None:  # As in the interpreter.
+        compiled[kind] = binary
+
+
+def _is_per_sample(weights_shape: torch.Size | None, shape: torch.Size, dim: int) -> bool:
     """Whether weights that broadcast to elements are the same for all classes, and not for all."""
-    if sample_weight is None or sample_weight.numel() == 1:
+    if weights_shape is None or weights_shape.numel() == 1:
         return False
     dim -= len(shape)
-    return -dim > sample_weight.dim() or sample_weight.shape[dim] == 1
+    return -dim > len(weights_shape) or weights_shape[dim] == 1
 
 
 def _factor(
@@ -238,6 +302,11 @@ def _factor(
         return None if factor is None else _readable(factor), (0, 0, 0)
     factor = factor.expand(shape).reshape(layout)
     return _readable(factor), factor.stride()
+
+
+def _kind(tensor: Tensor | None) -> tuple[torch.dtype, bool] | None:
+    """What Triton compiles for, of a tensor."""
+    return None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0)
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -261,7 +330,6 @@ def _find_counters(device: torch.device) -> Tensor:
     return counters
 
 
-@functools.cache
 def _configure(
     form: str,
     classes: int,
@@ -716,12 +784,14 @@ def _softmax_of_class(g, b, P: tl.constexpr):
     still has.
     """
     # In the order that needs the fewest registers.
-    if not (P.IS_WHOLE and P.IS_SPATIAL):
+    if not (P.NUM_CLASSES or (P.IS_WHOLE and P.IS_SPATIAL)):
         x_c = _load_of_class(g, b, P)
     if P.IS_WHOLE:
         _k, in_row, offsets, is_label = _tile(b, 0, P)
         x = _load(g, b, offsets, in_row, float("-inf"), P)
-        if P.IS_SPATIAL:
+        if P.NUM_CLASSES:  # In few registers, so no load waits for the label.
+            x_c = _sum(tl.where(is_label, x, 0))
+        elif P.IS_SPATIAL:
             x_c = _load_of_class(g, b, P)
         maximum = tl.where(b.is_used, _max(x), 0)
         exponential = _exp(x - _column(maximum))
