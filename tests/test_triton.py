@@ -284,9 +284,10 @@ def test_rescale_reads_the_factor() -> None:
         assert torch.equal(gradient, expected.bfloat16())
 
 
-# To compile all kernels for all capabilities takes minutes, so 80 and 100 take turns; with SHARE=1
+# To compile all kernels for all capabilities takes minutes, so the three take turns; with SHARE=1
 # each has all.
-SHARE = int(os.environ.get("SHARE", "2"))
+CAPABILITIES = (80, 90, 100)
+SHARE = int(os.environ.get("SHARE", "3"))
 LAUNCH = JITFunction.run
 
 
@@ -305,16 +306,15 @@ def use_target(device: int, capability: int) -> None:
 def binaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[Any]]]:
     """Compiles its share of what is launched from now on for a GPU of the given capability."""
     made: list[Any] = []
-    numbers, share = itertools.count(), SHARE
+    numbers = itertools.count()
 
     def run(kernel: Any, *arguments: Any, **options: Any) -> None:
-        if next(numbers) % share == 0:
+        if next(numbers) % SHARE == 0:
             made.append((kernel.__name__, LAUNCH(kernel, *arguments, **options | {"warmup": True})))
 
     def start(capability: int) -> list[Any]:
-        nonlocal numbers, share
-        numbers = itertools.count(capability == 100)
-        share = 1 if capability == 90 else SHARE
+        nonlocal numbers
+        numbers = itertools.count(CAPABILITIES.index(capability))
         use_target(capability, capability)  # Triton keeps what it compiled by device.
         return made
 
@@ -352,7 +352,7 @@ def launch_all(shape: tuple[int, ...], dtype: torch.dtype, *, has_all_options: b
 
 
 @compiled
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_compiles_without_spills(
     capability: int, binaries: Callable[[int], list[Any]], tmp_path: Path
 ) -> None:
