@@ -44,20 +44,30 @@ from torch.nn.parallel import DistributedDataParallel
 
 WORLDS = (2, 4)
 # What takes long to import. The process that is forked does not find this module in Python 3.11.
-PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor.debug", "torch.testing", "pytest"]
+PRELOADED = [
+    "torch.distributed.fsdp", "torch.distributed.tensor.debug", "torch.testing", "pytest",
+    "torch._dynamo",
+]  # fmt: skip
 PATIENCE = 60  # Seconds that one process waits for another.
 LIMIT = 240  # Seconds for all cases of one number of processes.
-CASES: dict[str, Callable[[], None]] = {}
+CASES: dict[int, dict[str, Callable[[], None]]] = {world: {} for world in WORLDS}
 
 
-def case(*arguments: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run by every process, once for each argument."""
+def case(
+    *arguments: Any, worlds: tuple[int, ...] = WORLDS
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run by every process, once for each argument.
+
+    Four take what two dimensions of a mesh, or shards without a sample, make another case.
+    """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
-        for argument in arguments:
-            CASES[f"{function.__name__}[{argument}]"] = functools.partial(function, argument)
-        if not arguments:
-            CASES[function.__name__] = function
+        for world in worlds:
+            for argument in arguments:
+                name = f"{function.__name__}[{argument}]"
+                CASES[world][name] = functools.partial(function, argument)
+            if not arguments:
+                CASES[world][function.__name__] = function
         return function
 
     return add
@@ -74,7 +84,7 @@ def work(rank: int, world: int, directory: str) -> None:
     )
     failures: dict[str, str] = {}
     in_step = True
-    for name, run in CASES.items():
+    for name, run in CASES[world].items():
         if not in_step:
             failures[name] = "not run: the processes are out of step"
             continue
@@ -192,7 +202,7 @@ FAMILIES = sorted({family(sample) for sample in SAMPLES})
 def samples(name: str) -> None:
     """Value, gradient and their placements, with other arguments as DTensors and as they are.
 
-    Two processes take every layout of every sample; four take one of every other sample.
+    Two processes take every other layout of every sample; four take one of every other sample.
     """
     failed = []
     for sample in (s for s in SAMPLES if family(s) == name and s.input.ndim):
@@ -200,6 +210,8 @@ def samples(name: str) -> None:
         ways = [(m, w) for m in meshes() for w in layouts(m, sample.input.ndim, sample.axis)]
         if dist.get_world_size() > 2:
             ways = [ways[number // 4 % len(ways)]] if number // 2 % 2 else []
+        else:
+            ways = ways[number // 2 % 2 :: 2]
         for mesh, placements in ways:
             try:
                 check_sample(sample, mesh, placements, is_plain=number % 2 == 1)
@@ -236,7 +248,7 @@ class Traffic(TorchDispatchMode):
 TRAVELS = {"squares": 0, "probabilities": 0, "logits": 3, "smooth": 3}
 
 
-@case(*FORMS)
+@case(*FORMS, worlds=(2,))
 def only_numbers_per_sample_travel(form: str) -> None:
     loss, options = FORMS[form]
     samples, classes = 12, 101
@@ -271,7 +283,7 @@ def only_numbers_per_sample_travel(form: str) -> None:
                 }, where
 
 
-@case(*FORMS)
+@case(*FORMS, worlds=(2,))
 def a_batch_shard_sends_its_sum_once(form: str) -> None:
     """Once in each dimension of the mesh, and beside it the divisor if the targets make it."""
     loss, options = FORMS[form]
@@ -303,7 +315,7 @@ def one_dimension(placement: Any) -> tuple[DeviceMesh, list[Any]]:
     return meshes()[0], [placement]
 
 
-@case("dtensor", "plain")
+@case("dtensor", "plain", worlds=(2,))
 def gradients_of_the_other_arguments(kind: str) -> None:
     """They come back as their tensors are, whole on every process where those are whole."""
     for loss, options in FORMS.values():
@@ -345,7 +357,7 @@ def gradients_of_the_other_arguments(kind: str) -> None:
                     torch.testing.assert_close(grad, expected[name].grad)
 
 
-@case(torch.float16, torch.bfloat16)
+@case(torch.float16, torch.bfloat16, worlds=(2,))
 def half_precision(dtype: torch.dtype) -> None:
     for loss, options in FORMS.values():
         for placement in (Shard(0), Shard(1)):
@@ -510,10 +522,8 @@ def a_second_derivative_is_an_error() -> None:
                 torch.autograd.grad(value, y, create_graph=True)
 
 
-@case("squares", "logits")
+@case("squares", "logits", worlds=(2,))
 def compiled(form: str) -> None:
-    if dist.get_world_size() > 2:
-        return  # The graphs are the same.
     loss, options = FORMS[form]
     mesh, _ = one_dimension(None)
     # Of an uneven shard, torch's own compiler lays the gradient out anew.
@@ -612,7 +622,8 @@ def parallel(kind: str) -> nn.Module:
     return model
 
 
-@case(*(f"{kind}-{reduction}" for kind in ("ddp", "fsdp") for reduction in REDUCTIONS))
+@case("ddp-mean", "ddp-none", "fsdp-mean", "fsdp-none")
+@case("ddp-sum", "ddp-batchmean", "fsdp-sum", "fsdp-batchmean", worlds=(2,))
 def data_parallel(name: str) -> None:
     kind, reduction = name.split("-")
     for criterion, is_index in criteria(reduction):
@@ -649,7 +660,8 @@ def layer_by(mesh: DeviceMesh) -> list[tuple[Any, Any]]:
     return [([Shard(0), Replicate()], [Replicate(), Shard(0)])]
 
 
-@case(*REDUCTIONS)
+@case("mean", "none")
+@case("sum", "batchmean", worlds=(2,))
 def a_linear_layer_cut_by_class_or_by_row(reduction: Any) -> None:
     x, w, b = torch.randn(8, 3, 4).double(), torch.randn(9, 4).double(), torch.randn(9).double()
     soft, index = torch.rand(8, 3, 9).double().softmax(-1), torch.randint(9, (8, 3))
@@ -706,10 +718,8 @@ def only_numbers_per_row_and_the_gradient_of_the_input_travel() -> None:
     assert {str(op).rpartition(".")[2] for op, n in counts.items() if n} == {"all_reduce"}
 
 
-@case()
+@case(worlds=(2,))
 def a_linear_layer_in_half_precision_sums_in_float32() -> None:
-    if dist.get_world_size() > 2:
-        return  # The sums are the same.
     mesh = meshes()[0]
     x, w = torch.rand(4096, 16).bfloat16(), torch.randn(8, 16).bfloat16()
     t = torch.zeros(4096, dtype=torch.int64)
@@ -723,7 +733,7 @@ def a_linear_layer_in_half_precision_sums_in_float32() -> None:
     assert error.abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
 
 
-@case(*REDUCTIONS)
+@case(*REDUCTIONS, worlds=(2,))
 def what_changes_before_backward_is_an_error(reduction: Any) -> None:
     mesh = meshes()[0]
     for by_row, by_class in (([Replicate()], [Shard(0)]), ([Shard(0)], [Replicate()])):

@@ -60,7 +60,7 @@ class Every(nn.Module):
 
 
 ALL = (REDUCTIONS, REDUCTIONS)
-FEW = (("mean", "none"), ("mean",))  # For slow compilers, and for dtypes other than float32.
+FEW = (("none",), ("mean",))  # For slow compilers, and for dtypes other than float32.
 
 
 def batch(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -98,11 +98,10 @@ def test_export_with_a_dynamic_batch(dtype: torch.dtype) -> None:
     assert_the_same(exported.module(), model, dtype)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_an_empty_batch_of_a_graph_of_more(reduction: Any) -> None:
+def test_an_empty_batch_of_a_graph_of_more() -> None:
     arguments = batch(4)
     empty = tuple(argument[:0] for argument in arguments)
-    model = Every((reduction,), (reduction,)).eval()
+    model = Every(("sum", "mean"), ("batchmean", "mean")).eval()
     exported = torch.export.export(model, arguments, dynamic_shapes=DYNAMIC).module()
     own = torch.export.export(model, empty).module()
     for graph in (exported, own):
