@@ -58,7 +58,7 @@ def case(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Run by every process, once for each argument.
 
-    Four take what two dimensions of a mesh, or shards without a sample, make another case.
+    Four processes run the cases where a mesh of two dimensions or an empty shard matters.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
@@ -202,7 +202,8 @@ FAMILIES = sorted({family(sample) for sample in SAMPLES})
 def samples(name: str) -> None:
     """Value, gradient and their placements, with other arguments as DTensors and as they are.
 
-    Two processes take every other layout of every sample; four take one of every other sample.
+    Two processes take every sample cut by class, and every other one of the other layouts; four
+    take one layout of every other sample.
     """
     failed = []
     for sample in (s for s in SAMPLES if family(s) == name and s.input.ndim):
@@ -211,7 +212,9 @@ def samples(name: str) -> None:
         if dist.get_world_size() > 2:
             ways = [ways[number // 4 % len(ways)]] if number // 2 % 2 else []
         else:
-            ways = ways[number // 2 % 2 :: 2]
+            by_class = [way for way in ways if way[1] == (Shard(sample.axis),)]
+            others = [way for way in ways if way not in by_class]
+            ways = by_class + others[number // 2 % 2 :: 2]
         for mesh, placements in ways:
             try:
                 check_sample(sample, mesh, placements, is_plain=number % 2 == 1)
@@ -248,7 +251,7 @@ class Traffic(TorchDispatchMode):
 TRAVELS = {"squares": 0, "probabilities": 0, "logits": 3, "smooth": 3}
 
 
-@case(*FORMS, worlds=(2,))
+@case(*FORMS)
 def only_numbers_per_sample_travel(form: str) -> None:
     loss, options = FORMS[form]
     samples, classes = 12, 101
@@ -283,7 +286,7 @@ def only_numbers_per_sample_travel(form: str) -> None:
                 }, where
 
 
-@case(*FORMS, worlds=(2,))
+@case(*FORMS)
 def a_batch_shard_sends_its_sum_once(form: str) -> None:
     """Once in each dimension of the mesh, and beside it the divisor if the targets make it."""
     loss, options = FORMS[form]
@@ -315,7 +318,7 @@ def one_dimension(placement: Any) -> tuple[DeviceMesh, list[Any]]:
     return meshes()[0], [placement]
 
 
-@case("dtensor", "plain", worlds=(2,))
+@case("dtensor", "plain")
 def gradients_of_the_other_arguments(kind: str) -> None:
     """They come back as their tensors are, whole on every process where those are whole."""
     for loss, options in FORMS.values():
@@ -357,7 +360,7 @@ def gradients_of_the_other_arguments(kind: str) -> None:
                     torch.testing.assert_close(grad, expected[name].grad)
 
 
-@case(torch.float16, torch.bfloat16, worlds=(2,))
+@case(torch.float16, torch.bfloat16)
 def half_precision(dtype: torch.dtype) -> None:
     for loss, options in FORMS.values():
         for placement in (Shard(0), Shard(1)):
@@ -660,8 +663,7 @@ def layer_by(mesh: DeviceMesh) -> list[tuple[Any, Any]]:
     return [([Shard(0), Replicate()], [Replicate(), Shard(0)])]
 
 
-@case("mean", "none")
-@case("sum", "batchmean", worlds=(2,))
+@case(*REDUCTIONS)
 def a_linear_layer_cut_by_class_or_by_row(reduction: Any) -> None:
     x, w, b = torch.randn(8, 3, 4).double(), torch.randn(9, 4).double(), torch.randn(9).double()
     soft, index = torch.rand(8, 3, 9).double().softmax(-1), torch.randint(9, (8, 3))

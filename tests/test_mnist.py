@@ -170,7 +170,7 @@ def test_learns_the_embedded_digits_by_the_configuration_that_it_prints(tmp_path
 def test_two_processes_learn_and_measure_as_one_does(
     tmp_path: Path, tiny_mnist: Path, alone: tuple[Path, str]
 ) -> None:
-    """Of test digits whose number is odd."""
+    """With an odd number of test digits, so the shares differ."""
     directory, expected = alone
     out = run_processes(tmp_path, 2, *options(tiny_mnist))
     assert_as_good(out, expected)
@@ -194,8 +194,8 @@ def test_two_processes_learn_and_measure_as_one_does(
     accuracy = (y.argmax(1) == test.labels).float().mean()
     assert shares["test_accuracy"] == pytest.approx(accuracy.item(), rel=1e-6)
     assert shares["test_loss"] == pytest.approx(loss.item(), rel=1e-5)
-    # In training, each process draws its own dropout.
-    assert shares["train_loss_epoch"] == pytest.approx(losses["train_loss_epoch"], rel=0.1)
+    # In training, each process draws its own dropout; a sum would be twice as large.
+    assert shares["train_loss_epoch"] == pytest.approx(losses["train_loss_epoch"], rel=0.3)
 
 
 def test_a_sum_over_several_processes_is_no_mean() -> None:

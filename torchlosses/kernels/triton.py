@@ -7,9 +7,9 @@ dense target. Nothing here waits for the device: what the host does not know is 
 A small loss is bound by launches. Forward and backward are two of them, whatever the reduction:
 `_loss_kernel`, and `_rescale_kernel` or, where the gradient waited for the upstream one,
 `_loss_kernel` again. `_count_kernel` is a third, ahead of a gradient of `'mean'` that is divided by
-what more than COUNT_ALONE samples, kept or weighted, add up to. To look at the arguments takes
-Triton longer than a small loss takes, so a kernel that was compiled for a kind of call is launched
-by itself from then on.
+what more than COUNT_ALONE samples, kept or weighted, add up to. Triton takes longer to look at the
+arguments than a small loss takes to run, so a kernel that was compiled for one kind of call is
+launched without that look from then on.
 
 The input is seen as (outer, classes, inner). A tile has SAMPLES × CLASSES elements, in the shape
 (PER_THREAD, SAMPLES, THREADS, VECTOR): what a thread holds of a sample is in the first and the last
@@ -107,12 +107,12 @@ class Launch(NamedTuple):
     registers: int
     programs: int
     counting: int  # Programs of `_count_kernel`, or 0 where it is not needed.
-    sizes: tuple[int, int, int]  # outer, classes, inner, for the kernel and for strides.
-    layout: tuple[int, int, int]
+    sizes: tuple[int, int, int]  # As the kernel gets them, one of them in units of ALIGNMENT.
+    layout: tuple[int, int, int]  # outer, classes, inner.
     samples_shape: tuple[int, ...]
     losses_shape: tuple[int, ...]
     by_divisor: float
-    compiled: dict[tuple[Any, ...], Any]  # By what else Triton compiles for.
+    compiled: dict[tuple[Any, ...], Any]  # By what else Triton specialises on.
 
 
 def compute(
@@ -154,16 +154,15 @@ def compute(
     if plan.IS_REDUCED:
         partials, counters = loss.new_empty((3, launch.programs)), _find_counters(input.device)
     with torch.cuda.device_of(input):
+        kind = (input.device, weight_strides, slope_strides, *map(_kind, given[:9]))
         if launch.counting:
-            _count_kernel[(launch.counting,)](
-                given, loss.new_empty((2, launch.counting)), counters, next(_counter), plan,
-                **FUSION,
-            )  # fmt: skip
+            counts = loss.new_empty((2, launch.counting))
+            arguments: tuple[Any, ...] = (given, counts, counters, next(_counter), plan)
+            _run(_count_kernel, launch.counting, arguments, launch.compiled, ("count", *kind))
         arguments = (
             given, partials, counters, next(_counter), launch.by_divisor, call.delta,
             1.0 - call.label_smoothing, call.label_smoothing / classes, plan,
         )  # fmt: skip
-        kind = (input.device, weight_strides, slope_strides, *map(_kind, given[:9]))
         _run(
             _loss_kernel, launch.programs, arguments, launch.compiled, kind,
             num_warps=launch.warps, maxnreg=launch.registers,
@@ -180,7 +179,7 @@ def _prepare(
     weights_shape: torch.Size | None,
     needs: tuple[bool, bool],
 ) -> Launch:
-    """Kept, for a training loop asks the same of each batch. `weights_shape`: of sample weights."""
+    """Cached: a training loop asks the same of each batch. `weights_shape`: of sample weights."""
     dim, dtype, is_index = call.dim, call.dtype, call.is_index
     is_square, is_smooth = call.kind == "squares", call.label_smoothing != 0
     is_reduced = call.reduction != "none"
@@ -282,7 +281,7 @@ def _run(
         binary[(programs, 1, 1)](*arguments)
         return
     binary = kernel[(programs,)](*arguments, **options, **FUSION)
-    if binary is not None:  # As in the interpreter.
+    if hasattr(binary, "__getitem__"):  # The interpreter returns None.
         compiled[kind] = binary
 
 
@@ -305,7 +304,7 @@ def _factor(
 
 
 def _kind(tensor: Tensor | None) -> tuple[torch.dtype, bool] | None:
-    """What Triton compiles for, of a tensor."""
+    """What Triton specialises on in a tensor."""
     return None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0)
 
 
@@ -789,7 +788,7 @@ def _softmax_of_class(g, b, P: tl.constexpr):
     if P.IS_WHOLE:
         _k, in_row, offsets, is_label = _tile(b, 0, P)
         x = _load(g, b, offsets, in_row, float("-inf"), P)
-        if P.NUM_CLASSES:  # In few registers, so no load waits for the label.
+        if P.NUM_CLASSES:  # The row is in registers: no second load waits for the label.
             x_c = _sum(tl.where(is_label, x, 0))
         elif P.IS_SPATIAL:
             x_c = _load_of_class(g, b, P)
