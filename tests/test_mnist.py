@@ -89,17 +89,11 @@ def run(directory: Path, *arguments: str) -> str:
     return out.getvalue()
 
 
-def run_processes(directory: Path, number: int, *arguments: str) -> str:
-    """What the script prints, run as a script, which starts the other processes."""
-    devices = (f"--trainer.devices={number}", "--trainer.strategy=ddp")
+def run_two_processes(directory: Path, *arguments: str) -> str:
+    """What the script prints, run as a script, which starts the other process."""
+    devices = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp")
     result = subprocess.run(
-        [
-            sys.executable,
-            str(EXAMPLES / "mnist.py"),
-            "--trainer.accelerator=cpu",
-            *devices,
-            *arguments,
-        ],
+        [sys.executable, str(EXAMPLES / "mnist.py"), *devices, *arguments],
         cwd=directory,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -134,10 +128,10 @@ def files(directory: Path) -> list[str]:
 def alone(tmp_path_factory: pytest.TempPathFactory, tiny_mnist: Path) -> tuple[Path, str]:
     """Where one process has trained in float32, and what it printed."""
     directory = tmp_path_factory.mktemp("alone")
-    return directory, run(directory, *options(tiny_mnist))
+    return directory, run(directory, *three_epochs(tiny_mnist))
 
 
-def options(data: Path) -> tuple[str, ...]:
+def three_epochs(data: Path) -> tuple[str, ...]:
     return "--data=mnist", f"--data-dir={data}", "--trainer.max_epochs=3"
 
 
@@ -172,7 +166,7 @@ def test_two_processes_learn_and_measure_as_one_does(
 ) -> None:
     """With an odd number of test digits, so the shares differ."""
     directory, expected = alone
-    out = run_processes(tmp_path, 2, *options(tiny_mnist))
+    out = run_two_processes(tmp_path, *three_epochs(tiny_mnist))
     assert_as_good(out, expected)
     # The first process alone reports.
     assert len(re.findall("^loss ", out, re.MULTILINE)) == 1
@@ -273,7 +267,7 @@ def test_lower_precision_learns_as_much(
     tmp_path: Path, precision: str, loss: str, tiny_mnist: Path, alone: tuple[Path, str]
 ) -> None:
     criterion = (f"--model.criterion=torchlosses.{loss}", "--model.criterion.reduction=batchmean")
-    out = run(tmp_path, *options(tiny_mnist), f"--trainer.precision={precision}", *criterion)
+    out = run(tmp_path, *three_epochs(tiny_mnist), f"--trainer.precision={precision}", *criterion)
     assert_as_good(out, alone[1], (loss,))
 
 
@@ -291,7 +285,7 @@ def test_lower_precision_on_cuda(
     tmp_path: Path, precision: str, tiny_mnist: Path, alone: tuple[Path, str]
 ) -> None:
     cuda = ("--trainer.accelerator=cuda", f"--trainer.precision={precision}")
-    assert_as_good(run(tmp_path, *options(tiny_mnist), *cuda), alone[1])
+    assert_as_good(run(tmp_path, *three_epochs(tiny_mnist), *cuda), alone[1])
 
 
 def test_takes_a_yaml_file(tmp_path: Path) -> None:

@@ -154,7 +154,8 @@ def compute(
     if plan.IS_REDUCED:
         partials, counters = loss.new_empty((3, launch.programs)), _find_counters(input.device)
     with torch.cuda.device_of(input):
-        kind = (input.device, weight_strides, slope_strides, *map(_kind, given[:9]))
+        tensors = given[: Given._fields.index("outer")]
+        kind = (input.device, weight_strides, slope_strides, *map(_kind, tensors))
         if launch.counting:
             counts = loss.new_empty((2, launch.counting))
             arguments: tuple[Any, ...] = (given, counts, counters, next(_counter), plan)
@@ -260,7 +261,7 @@ def rescale(gradient: Tensor, grad_loss: Tensor) -> Tensor:
     programs = min(triton.cdiv(numel, RESCALED), MAX_PROGRAMS)
     kind = (
         gradient.device, _kind(gradient), _kind(grad_loss),
-        numel == 1, numel % 16 == 0, numel < 2**31,
+        numel == 1, numel % 16 == 0, numel < 2**31,  # What Triton specialises on in a number.
     )  # fmt: skip
     with torch.cuda.device_of(gradient):
         _run(_rescale_kernel, programs, (gradient, grad_loss, numel, RESCALED), _rescalers, kind)
