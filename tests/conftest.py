@@ -27,7 +27,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py has such a proce
             checks.check_classes(target, input.shape[call.dim], call.ignore_index)
         return triton.compute(call, input, target, *rest, **more)
 
-    interpreted = fused.Kernels(SimpleNamespace(compute=compute, rescale=triton.rescale))
+    interpreted = fused.Guarded(SimpleNamespace(compute=compute, rescale=triton.rescale))
     fused.KERNELS["cpu"] = lambda device: interpreted
 
     # With every call within a kernel the interpreter replaces Triton's whole language again, and

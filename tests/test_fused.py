@@ -1,11 +1,13 @@
 """The pass over the data is taken where it serves, and is the formula in other steps."""
 
 import contextlib
-import ctypes
-import sys
+import os
+import re
 import warnings
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -68,8 +70,8 @@ def test_a_gradient_written_over_its_input(
             made = made._replace(dtype=torch.promote_types(dtype, torch.float32))
             x = torch.randn(shape).to(dtype)
             result = cpu.compute(made, x, target, None, None, (True, False))
-            over = cpu.compute(made, x, target, None, None, (True, False), over_input=True)
-            assert over.grad_input is x
+            over = cpu.compute(made, x, target, None, None, (True, False), None, True)
+            assert over[1] is x
             torch.testing.assert_close(over[:2], result[:2], rtol=0, atol=0)
 
 
@@ -79,13 +81,14 @@ def call(kind: str = "logits", *, is_index: bool = False, delta: float = 1e-7) -
 
 def test_the_formula_serves_the_rest() -> None:
     y, target = torch.rand(SHAPE), torch.rand(SHAPE)
-    assert fused.find_kernels(call(), y, target) == (cpu,)
+    kernels: Any = cpu
+    assert fused.find_kernels(call(), y, target) is kernels
     weight = torch.rand(SHAPE[1])
-    assert fused.find_kernels(call(), y, target, weight) == (cpu,)
+    assert fused.find_kernels(call(), y, target, weight) is kernels
     assert fused.find_kernels(call(), y, target, weight.requires_grad_()) is None
     assert fused.find_kernels(call(), y[:0], target[:0]) is None
     assert fused.find_kernels(call(), y.to(torch.float8_e5m2), target) is None
-    assert fused.find_kernels(call(), y.T, target.T) == (cpu,)
+    assert fused.find_kernels(call(), y.T, target.T) is kernels
     assert fused.find_kernels(call(), y[:1].expand(SHAPE), target) is None
     assert fused.find_kernels(call(), torch._neg_view(y), target) is None
     for delta in (1e-40, 1e39):
@@ -111,8 +114,8 @@ def test_the_formula_serves_the_rest() -> None:
 def test_without_the_extension_the_formula_serves_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torchlosses.kernels.cpu", None)
-    monkeypatch.delattr("torchlosses.kernels.cpu")
+    monkeypatch.setattr(fused, "cpu", None)
+    monkeypatch.setattr(fused, "_error", ImportError("no module"), raising=False)
     fused._find_cpu.cache_clear()
     y = torch.rand(4, 5)
     with pytest.warns(UserWarning, match="install a C.. compiler, and the package again"):
@@ -124,7 +127,7 @@ def test_without_the_extension_the_formula_serves_and_says_so_once(
 
 def test_detectors_are_there() -> None:
     """Private to torch; without one every call would go to the formula, and nobody would know."""
-    assert fused._is_transformed is not fused._unknown
+    assert checks._is_transformed is not checks._unknown
     assert checks.count_modes is not checks._unknown
     assert None not in checks._INFRA_MODES
     assert torch._C._get_dispatch_mode(checks._INFRA_MODES[0]) is None
@@ -295,27 +298,31 @@ def test_backward_twice_without_asking_is_an_error() -> None:
         loss.backward()
 
 
-@pytest.mark.skipif(cpu.HUGE_PAGES is None, reason="the advice is Linux's")
-def test_fresh_memory_is_advised_within_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    advised = []
-    assert cpu._advise is not None
-    libc = cpu._advise
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="the advice is Linux's")
+def test_fresh_memory_is_advised_within_its_bounds() -> None:
+    """Of a gradient all huge pages that lie in it are, and no byte beyond it."""
 
-    def advise(start: Any, length: Any, advice: int) -> int:
-        advised.append((start.value, length.value))
-        return libc(start, length, advice)
+    def is_advised(address: int) -> bool:
+        is_within = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if bounds := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+                is_within = int(bounds[1], 16) <= address < int(bounds[2], 16)
+            elif is_within and line.startswith("VmFlags:"):
+                return "hg" in line.split()
+        raise AssertionError(address)
 
-    monkeypatch.setattr(cpu, "_advise", advise)
-    for extra in (0, 1, 1000):
-        tensor = cpu.empty(torch.empty(cpu.FRESH // 4 + extra))
-        start, length = advised.pop()
-        assert start % cpu.HUGE_PAGE == length % cpu.HUGE_PAGE == 0
-        assert tensor.data_ptr() <= start < tensor.data_ptr() + cpu.HUGE_PAGE
-        assert length >= tensor.nbytes - 2 * cpu.HUGE_PAGE
-        assert start + length <= tensor.data_ptr() + tensor.nbytes
-    cpu.empty(torch.empty(cpu.FRESH // 4 - 1))
-    assert not advised
-    assert libc(ctypes.c_void_p(tensor.data_ptr() + 1), 1, cpu.HUGE_PAGES) == -1  # It is real.
+    page, fresh = 2**21, 2**25
+    for size in (fresh, fresh + 4, fresh + page // 2):
+        y = torch.zeros(size // 4, requires_grad=True)
+        (tensor,) = torch.autograd.grad(sum_squared_error(y, y.detach()), y)
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        first, last = -(-start // page) * page, end // page * page
+        assert is_advised(first)
+        assert is_advised(last - 1)
+        assert first == start or not is_advised(start)
+        assert last == end or not is_advised(end - 1)
+    small = cpu.empty(torch.empty(fresh // 4 - 1))
+    assert not is_advised(small.data_ptr() + small.nbytes // 2)
 
 
 @pytest.mark.parametrize("name", ["squares", "probabilities", "logits"])
@@ -346,7 +353,6 @@ def test_where_a_kernel_fails_the_formula_serves_and_says_so_once(
     fails_in: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loss per sample is made in forward, and its gradient in backward."""
-    kernel = cpu.compute
     y = torch.rand(SHAPE, requires_grad=True)
     index = torch.randint(SHAPE[1], SHAPE[:1])
     expected = cross_entropy_error(y, index, reduction="none")
@@ -356,10 +362,10 @@ def test_where_a_kernel_fails_the_formula_serves_and_says_so_once(
         needs = arguments[5]
         if needs[0] == (fails_in == "backward"):
             raise RuntimeError("out of resource: shared memory")
-        return kernel(*arguments)
+        return cpu.compute(*arguments)
 
-    monkeypatch.setattr(fused, "_failed", set())
-    monkeypatch.setattr(cpu, "compute", compute)
+    failing = SimpleNamespace(compute=compute)
+    monkeypatch.setattr(fused, "KERNELS", {"cpu": lambda device: fused.Guarded(failing)})
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         value = cross_entropy_error(y, index, reduction="none")
@@ -370,8 +376,8 @@ def test_where_a_kernel_fails_the_formula_serves_and_says_so_once(
     torch.testing.assert_close((value, grad), (expected, expected_grad))
     assert fused.find_kernels(call(is_index=True), y, index) is None
     monkeypatch.setattr(fused, "_failed", set())
-    monkeypatch.setattr(cpu, "compute", kernel)
-    monkeypatch.setattr(cpu, "rescale", mock.Mock(side_effect=RuntimeError("no such function")))
+    failing.compute = cpu.compute
+    failing.rescale = mock.Mock(side_effect=RuntimeError("no such function"))
     value = cross_entropy_error(y, index)
     with pytest.warns(UserWarning, match="torchlosses is slower on cpu"):
         (grad,) = torch.autograd.grad(value, y)

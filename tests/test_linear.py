@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -625,15 +626,24 @@ def test_compiled_second_derivatives(reduction: Any, device: str) -> None:
         close(*(torch.autograd.grad(f, (x, w), retain_graph=True) for f in (found, expected)))
 
 
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The kernels of the CPU, as ones that may fail."""
+    kernels = fused.kernels_of(torch.device("cpu"))
+    assert kernels is not None
+    module = SimpleNamespace(compute=kernels.compute, rescale=kernels.rescale)
+    monkeypatch.setattr(fused, "KERNELS", {"cpu": lambda device: fused.Guarded(module)})
+    return module
+
+
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
-def test_a_graph_says_so_when_its_kernels_have_failed(path: str) -> None:
+def test_a_graph_says_so_when_its_kernels_have_failed(path: str, failing: SimpleNamespace) -> None:
     torch._dynamo.reset()
-    kernels: Any = fused.kernels_of(torch.device("cpu"))
     x, w, t = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4), torch.zeros(5).long()
     compiled = torch.compile(linear_cross_entropy_error, fullgraph=True, backend="aot_eager")
     compiled(x, w, t)
     with (
-        mock.patch.object(kernels.module, "compute", side_effect=RuntimeError("no")),
+        mock.patch.object(failing, "compute", side_effect=RuntimeError("no")),
         pytest.warns(UserWarning, match="a kernel failed"),
         pytest.raises(RuntimeError, match="compile it again"),
     ):
@@ -818,8 +828,7 @@ def test_soft_targets_are_looked_at_on_request(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
-def test_goes_on_by_the_formula_where_a_kernel_fails(path: str) -> None:
-    kernels: Any = fused.kernels_of(torch.device("cpu"))
+def test_goes_on_by_the_formula_where_a_kernel_fails(path: str, failing: SimpleNamespace) -> None:
     x, w, t = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4), torch.zeros(5).long()
     for value in (None, linear_cross_entropy_error(x, w, t, reduction="none").sum()):
 
@@ -828,7 +837,7 @@ def test_goes_on_by_the_formula_where_a_kernel_fails(path: str) -> None:
             return torch.autograd.grad(loss, x)[0]
 
         with (
-            mock.patch.object(kernels.module, "compute", side_effect=RuntimeError("no")),
+            mock.patch.object(failing, "compute", side_effect=RuntimeError("no")),
             mock.patch.object(fused, "_failed", set()),
             pytest.warns(UserWarning, match="a kernel failed"),
         ):

@@ -253,7 +253,7 @@ def test_a_class_out_of_range_is_not_read(dtype: torch.dtype, far: int) -> None:
         target, ignored = torch.cat([target, target.new_tensor([-100])]), [*ignored, True]
     y = torch.rand(len(target), 3)
     for call in calls("none", is_index=True):
-        loss = kernels.compute(call, y, target, None, None, (False, False)).loss
+        loss, *_ = kernels.compute(call, y, target, None, None, (False, False))
         upstream = torch.ones_like(loss)
         _, grad, _ = kernels.compute(call, y, target, None, None, (True, False), upstream)
         assert grad is not None
@@ -281,8 +281,11 @@ def test_rescale_reads_the_factor() -> None:
     gradient = torch.rand(5000).bfloat16()
     for factor in (torch.tensor(1.0), torch.tensor(0.5)):
         expected = gradient * factor
-        assert kernels.rescale(gradient, factor) is gradient
-        assert torch.equal(gradient, expected.bfloat16())
+        none, rescaled = kernels.rescale((None, gradient), factor)
+        assert none is None
+        assert rescaled is not None
+        assert rescaled.data_ptr() == gradient.data_ptr()
+        assert torch.equal(rescaled, expected.bfloat16())
 
 
 # To compile all kernels for all capabilities takes minutes, so the three take turns; with SHARE=1
@@ -349,7 +352,7 @@ def launch_all(shape: tuple[int, ...], dtype: torch.dtype, *, has_all_options: b
                 none = call._replace(reduction="none")
                 losses = shape if call.kind == "squares" else samples
                 kernels.compute(none, y, target, None, None, needs, tensor(losses, compute))
-    kernels.rescale(y, tensor((), compute))
+    kernels.rescale([y], tensor((), compute))
 
 
 @compiled
@@ -449,10 +452,10 @@ def test_what_is_kept_is_what_triton_would_launch(monkeypatch: pytest.MonkeyPatc
         input = place(shape, *dtypes)
         kernels.compute(
             call, input, target, draw([None, weight]), draw([None, sample_weight]), (True, False),
-            draw([None, upstream]), over_input=draw([True, False]),
+            draw([None, upstream]), draw([True, False]),
         )  # fmt: skip
-        kernels.rescale(input.view(-1), sample_weight.view(-1)[:1])
-        kernels.rescale(tensor((2**31 - draw([0, 16]),), input.dtype), sample_weight.view(-1)[:1])
+        gradients = [input.view(-1), tensor((2**31 - draw([0, 16]),), input.dtype)]
+        kernels.rescale(gradients, sample_weight.view(-1)[:1])
     assert Binary.kept > 3000
 
 
@@ -500,9 +503,8 @@ def test_forward_and_backward_are_two_launches_or_three(
                             kernels.compute(call, *arguments, (False, False))
                             kernels.compute(call, *arguments, (True, False), upstream)
                         else:
-                            grad = kernels.compute(call, *arguments, (True, False)).grad_input
-                            assert grad is not None
-                            kernels.rescale(grad, upstream)
+                            _, *grads = kernels.compute(call, *arguments, (True, False))
+                            kernels.rescale(grads, upstream)
                     is_counted = reduction == "mean" and (is_index or sample_weight is not None)
                     is_counted &= samples[0] * len(index[0].view(-1)) > kernels.COUNT_ALONE
                     assert len(launched) == 2 + is_counted, (call, launched)
@@ -513,14 +515,14 @@ def test_forward_and_backward_are_two_launches_or_three(
 
 @compiled
 def test_where_triton_cannot_build_the_formula_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rescale(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+    def rescale(gradients: Any, grad_loss: Tensor) -> Any:
         raise RuntimeError("Failed to find C compiler")
 
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     find = fused._find_triton.__wrapped__
-    monkeypatch.setattr(kernels, "rescale", lambda gradient, grad_loss: gradient)
-    assert find(torch.device("cpu")) == (kernels,)
+    monkeypatch.setattr(kernels, "rescale", lambda gradients, grad_loss: gradients)
+    assert find(torch.device("cpu")) == fused.Guarded(kernels)
     monkeypatch.setattr(kernels, "rescale", rescale)
     with pytest.warns(UserWarning, match="RuntimeError: Failed to find C compiler"):
         assert find(torch.device("cpu")) is None

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from torchlosses.formulas import Call, Classes, long
 
@@ -25,6 +26,8 @@ def _unknown() -> int:
     return 1
 
 
+# Public, and left out of torch's type hints.
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 # Private, for want of a public twin: how many modes (tracers, fake tensors, users' own) see every
 # operation, and those among them that have numbers of their own, or none.
 count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _unknown)
@@ -32,16 +35,28 @@ _INFRA_MODES = [
     getattr(getattr(torch._C, "_TorchDispatchModeKey", None), key, None)
     for key in ("FAKE", "PROXY", "FUNCTIONAL")
 ]
+# Private likewise: whether a transform of torch.func is on.
+_is_transformed: Callable[[], int] = getattr(torch._C, "_are_functorch_transforms_active", _unknown)
 
 
 def is_traced() -> bool:
     """Whether what runs is recorded, or runs without numbers: no value may be looked at."""
-    # is_tracing is public, and left out of torch's type hints.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling() or is_tracing():
         return True
     if not count_modes():
         return False
     return any(torch._C._get_dispatch_mode(key) is not None for key in _INFRA_MODES)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward mode is on."""
+    # Private; the public way is to unpack every tensor.
+    return bool(_is_transformed()) or getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def is_eager() -> bool:
+    """Whether nothing but autograd's backward mode sees what runs."""
+    return not (is_traced() or is_transformed())
 
 
 def check_options(

@@ -39,12 +39,8 @@ class Call(NamedTuple):
         return self.delta == 0 or LEAST_DELTA <= self.delta <= GREATEST_DELTA
 
 
-class Result(NamedTuple):
-    """A loss, and the gradients that were asked for."""
-
-    loss: Tensor
-    grad_input: Tensor | None
-    grad_target: Tensor | None
+# A loss, and its gradients by input and target, as far as they were asked for.
+Result = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Classes(NamedTuple):

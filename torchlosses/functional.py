@@ -1,5 +1,7 @@
 """The losses as functions: check, then compute, then reduce."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -135,12 +137,6 @@ torch.fx.wrap("cross_entropy_error")
 torch.fx.wrap("linear_cross_entropy_error")
 
 
-# Calls that are right and that kernels could serve, keyed by everything that decides it: a training
-# loop asks the same of each batch.
-_known: dict[tuple[object, ...], Call] = {}
-MOST_KNOWN = 1024
-
-
 def _compute(
     kind: str,
     input: Tensor,
@@ -154,30 +150,17 @@ def _compute(
     label_smoothing: float = 0.0,
     from_logits: bool = False,
 ) -> Tensor:
-    options = checks.check_options(
+    form: Any = (kind, reduction, dim, ignore_index, delta, label_smoothing, from_logits)
+    loss = fused.compute_known(form, input, target, weight, sample_weight)
+    if loss is not None:
+        return loss
+    dim, ignore_index, delta, label_smoothing = checks.check_options(
         reduction, dim, ignore_index, delta, label_smoothing, from_logits
     )
-    key = None
-    if (
-        weight is None
-        and sample_weight is None
-        and type(input) in checks.PLAIN
-        and type(target) in checks.PLAIN
-        and not (input.is_nested or target.is_nested)  # They have no shape.
-        and not checks.is_traced()
-    ):
-        key = (
-            kind, reduction, options, input.layout, input.dtype, input.device, input.shape,
-            target.layout, target.dtype, target.device, target.shape,
-        )  # fmt: skip
-        call = _known.get(key)
-        if call is not None and not torch.is_anomaly_enabled():
-            return fused.compute(call, input, target, None, None, is_known=True)
-    dim, ignore_index, delta, label_smoothing = options
     dim = checks.check_dim(input, dim)
     if kind != "squares" and input.dim() == 0 and target.shape == input.shape:
         input, target = input.unsqueeze(0), target.unsqueeze(0)  # One class, and no dimension.
-        key = None
+        form = None
     is_index = checks.is_class_index(input, input.shape, target, dim)
     if weight is not None or sample_weight is not None:
         is_like_target = is_index or kind == "squares"
@@ -186,10 +169,6 @@ def _compute(
     double = input.dtype == torch.float64 or target.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
     call = Call(kind, is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing)
-    if key is not None and fused.fits(call, input, target, None, None):
-        if len(_known) >= MOST_KNOWN:
-            _known.clear()
-        _known[key] = call
     arguments = (input, target, weight, sample_weight)
     if sharded.is_sharded(*arguments):
         return sharded.compute(call, *arguments)
@@ -198,4 +177,4 @@ def _compute(
         if is_index:
             classes = checks.check_classes(target, input.shape[dim], ignore_index)
         checks.check_values(call, input, target, classes, sample_weight)
-    return fused.compute(call, *arguments)
+    return fused.compute(call, *arguments, form)

@@ -6,50 +6,63 @@ The formula stays the truth: whatever autograd asks beyond one first derivative 
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from torchlosses import checks, formulas
 from torchlosses.formulas import Call
+
+cpu: Any = None
+try:
+    from torchlosses.kernels import cpu
+except (ImportError, OSError, AttributeError) as error:
+    _error = error
 
 # What kernels raise that no formula would mend: a class out of range, and memory that is not there.
 OF_THE_CALLER = (IndexError, MemoryError, torch.OutOfMemoryError)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _unknown() -> bool:
-    """Stands for a detector that a version of torch does not have: the formula serves it."""
-    return True
-
-
-# Private, for want of a public twin: whether a transform of torch.func is on.
-_is_transformed: Callable[[], bool] = getattr(
-    torch._C, "_are_functorch_transforms_active", _unknown
-)
-
-
 class KernelError(Exception):
     """Has what a kernel has raised."""
 
 
-class Kernels(NamedTuple):
-    """The kernels of a device, whose errors are told from those of all that is around them."""
+class Kernels(Protocol):
+    """The kernels of a device, a module or what is like one."""
 
-    module: Any
+    def compute(self, call: Call, /, *arguments: Any) -> Any:
+        """The loss and its gradients: by arguments, needs and, if given, that from upstream.
 
-    def compute(self, *arguments: Any, **options: Any) -> Any:
-        return _run(self.module.compute, *arguments, **options)
+        Needs say which arguments have a gradient; the last two, the weights, never do.
+        """
+
+    def rescale(
+        self, gradients: Sequence[Tensor | None], grad_loss: Tensor, /
+    ) -> Sequence[Tensor | None]:
+        """Gradients times that of their loss, in place, as tensors of their own.
+
+        So what was saved counts as unchanged.
+        """
+
+
+class Guarded(NamedTuple):
+    """Kernels that may fail, and whose errors are told from those of all that is around them."""
+
+    kernels: Any
+
+    def compute(self, *arguments: Any) -> Any:
+        return _run(self.kernels.compute, *arguments)
 
     def rescale(self, *arguments: Any) -> Any:
-        return _run(self.module.rescale, *arguments)
+        return _run(self.kernels.rescale, *arguments)
 
 
-def _run(kernel: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def _run(kernel: Callable[..., Any], *arguments: Any) -> Any:
     try:
-        return kernel(*arguments, **options)
+        return kernel(*arguments)
     except OF_THE_CALLER:
         raise
     except Exception as error:
@@ -58,16 +71,14 @@ def _run(kernel: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 
 @functools.cache
 def _find_cpu(_: torch.device) -> Kernels | None:
-    try:
-        from torchlosses.kernels import cpu
-    except (ImportError, OSError, AttributeError) as error:
+    if cpu is None:
         warnings.warn(
             "torchlosses is slower on the CPU than it could be, for its extension is not there "
-            f"({error}); install a C++ compiler, and the package again",
+            f"({_error}); install a C++ compiler, and the package again",
             stacklevel=2,
         )
-        return None
-    return Kernels(cpu)
+    kernels: Kernels | None = cpu
+    return kernels
 
 
 @functools.cache
@@ -80,7 +91,7 @@ def _find_triton(device: torch.device) -> Kernels | None:
     except ImportError:
         return None
     try:  # Triton builds its launcher with the C compiler of the machine, if there is one.
-        triton.rescale(torch.ones(1, device=device), torch.ones((), device=device))
+        triton.rescale([torch.ones(1, device=device)], torch.ones((), device=device))
     except Exception as error:
         warnings.warn(
             f"torchlosses is slower on {device} than it could be, for Triton does not work there: "
@@ -88,7 +99,7 @@ def _find_triton(device: torch.device) -> Kernels | None:
             stacklevel=2,
         )
         return None
-    return Kernels(triton)
+    return Guarded(triton)
 
 
 # What finds the kernels of each kind of device; the formulas serve all others, and the devices
@@ -104,6 +115,7 @@ def give_up(device: torch.device, error: KernelError) -> None:
     """Leaves a device to the formulas: a driver, a compiler or a GPU may refuse any kernel."""
     if device not in _failed:
         _failed.add(device)
+        _known.clear()
         cause = error.args[0]
         warnings.warn(
             f"torchlosses is slower on {device} than it could be, for a kernel failed there: "
@@ -116,17 +128,6 @@ def kernels_of(device: torch.device) -> Kernels | None:
     """The kernels of a device, if there are any and none has failed."""
     find = KERNELS.get(device.type)
     return None if find is None or device in _failed else find(device)
-
-
-def is_transformed() -> bool:
-    """Whether a transform of torch.func or forward mode is on."""
-    # Private; the public way is to unpack every tensor.
-    return _is_transformed() or getattr(forward_ad, "_current_level", 0) >= 0
-
-
-def is_eager() -> bool:
-    """Whether nothing but autograd's backward mode sees what runs."""
-    return not (checks.is_traced() or is_transformed())
 
 
 def fits(
@@ -157,26 +158,23 @@ def fits(
     return True
 
 
+# How a loss is computed: by which kernels, what call it is, the formula for what they do not do,
+# and whether gradients wait for that from upstream.
+Way = tuple[Kernels, Call, Callable[..., Tensor], bool]
+
+
 def find_kernels(
     call: Call,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     sample_weight: Tensor | None = None,
-    *,
-    is_known: bool = False,
 ) -> Kernels | None:
-    """The kernels that serve a call in eager autograd, of tensors with numbers in them, if any.
-
-    Of a known call, only what can differ between two calls with the same key is looked at.
-    """
-    if not is_known and (
+    """The kernels that serve a call in eager autograd, of tensors with numbers in them, if any."""
+    if (
         checks.is_traced()  # First: a size is a guard of the compiled graph.
         or not fits(call, input, target, weight, sample_weight)
-    ):
-        return None
-    if (
-        is_transformed()
+        or checks.is_transformed()
         or input.numel() == 0
         or not (_is_dense(input) and _is_dense(target))
         or not (weight is None or _has_numbers(weight))
@@ -186,20 +184,37 @@ def find_kernels(
     return kernels_of(input.device)
 
 
-def attempt(
-    kernels: Any,
-    formula: Callable[..., Tensor],
-    waits: bool,
-    learns: bool,
-    call: Call,
-    *arguments: Tensor | None,
+# What was found of calls, by what decides it: a training loop asks the same of each batch. With the
+# way stand the mapping that its kernels are of, and whether gradients are wanted.
+_known: dict[tuple[Any, ...], tuple[Any, Way, bool]] = {}
+MOST_KNOWN = 1024
+
+
+def compute_known(
+    form: tuple[Any, ...],
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
 ) -> Tensor | None:
-    """The loss by the kernels, or None where one fails; see `OnePass`."""
+    """The loss by kernels, if such a call is known, and needs no check any more."""
+    if cpu is None or torch.compiler.is_compiling():
+        return None
+    found = cpu.find_known(_known, form, input, target, weight, sample_weight)
+    if found is None or found[0] is not KERNELS:
+        return None
+    _, way, learns = found
+    return attempt(way, learns, input, target, weight, sample_weight)
+
+
+def attempt(way: Way, learns: bool, *arguments: Tensor | None) -> Tensor | None:
+    """The loss by kernels, or None where one fails; see `OnePass`."""
     loss: Tensor
     try:
         if learns:
-            loss = OnePass.apply(kernels, formula, waits, call, *arguments)
+            loss = OnePass.apply(way, *arguments)
         else:
+            kernels, call, _, _ = way
             loss, *_ = kernels.compute(call, *arguments, (False,) * (len(arguments) - 2))
     except KernelError as error:
         input: Any = arguments[0]
@@ -214,17 +229,21 @@ def compute(
     target: Tensor,
     weight: Tensor | None,
     sample_weight: Tensor | None,
-    *,
-    is_known: bool = False,
+    form: tuple[Any, ...] | None = None,
 ) -> Tensor:
-    """The loss, by a kernel where one serves."""
+    """The loss, by a kernel where one serves, for calls of that form to come too."""
     arguments = (input, target, weight, sample_weight)
-    kernels = find_kernels(call, *arguments, is_known=is_known)
+    kernels = find_kernels(call, *arguments)
     if kernels is not None:
         learns = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
         half = torch.float16 in (input.dtype, target.dtype)
-        waits = half or call.reduction == "none"
-        loss = attempt(kernels, formulas.compute, waits, learns, call, *arguments)
+        way = (kernels, call, formulas.compute, half or call.reduction == "none")
+        key = None if cpu is None or form is None else cpu.find_key(form, *arguments)
+        if key is not None:
+            if len(_known) >= MOST_KNOWN:
+                _known.clear()
+            _known[key] = (KERNELS, way, learns)
+        loss = attempt(way, learns, *arguments)
         if loss is not None:
             return loss
     classes = None
@@ -240,23 +259,12 @@ class OnePass(Function):
     small for that dtype would be lost before a loss scaler's factor could lift it, and of losses
     that are not reduced, which are told apart by it. All that backward reads is saved, so that
     autograd sees what changes meanwhile, hooks see what is held, and nothing is held any longer.
-
-    `kernels.compute` takes the call, the arguments and which of them need gradients, where the last
-    two, the weights, never do; `formula` takes the call and the arguments; `waits` says which kind
-    of gradient they are.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        kernels: Any,
-        formula: Callable[..., Tensor],
-        waits: bool,
-        call: Call,
-        *arguments: Tensor | None,
-    ) -> Tensor:
-        ctx.kernels, ctx.formula, ctx.waits, ctx.call = kernels, formula, waits, call
-        ctx.needs = needs = ctx.needs_input_grad[4:-2]
+    def forward(ctx: Any, way: Way, *arguments: Tensor | None) -> Tensor:
+        kernels, call, _, waits = ctx.way = way
+        needs = ctx.needs_input_grad[1:-2]
         if waits:
             needs = (False,) * len(needs)
         loss: Tensor
@@ -267,37 +275,28 @@ class OnePass(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        call, needs, saved = ctx.call, ctx.needs, ctx.saved_tensors
-        grad_loss = grad_loss.resolve_neg()  # As that of the imaginary part of a conjugate.
-        arguments, gradients = saved[: len(needs) + 2], saved[len(needs) + 2 :]
-        if (
+        kernels, call, formula, waits = ctx.way
+        saved = ctx.saved_tensors
+        count = len(saved) // 2 + 1  # Of the arguments: two of them have no gradient.
+        if not (
             torch.is_grad_enabled()  # To be differentiated again.
             or torch.compiler.is_compiling()
             or not _has_memory(grad_loss)
         ):
-            gradients = by_formula(ctx.formula, call, arguments, needs, grad_loss)
-        else:
             try:
-                gradients = _by_kernel(ctx, arguments, gradients, grad_loss)
+                if ctx.is_made:
+                    ctx.is_made = False  # The caller's from here on.
+                    return None, *kernels.rescale(saved[count:], grad_loss), None, None
+                needs = ctx.needs_input_grad[1:-2]
+                upstream = (grad_loss.resolve_neg(),) if waits else ()
+                _, *gradients = kernels.compute(call, *saved[:count], needs, *upstream)
+                if not waits:
+                    gradients = kernels.rescale(gradients, grad_loss)
+                return None, *gradients, None, None
             except KernelError as error:
                 give_up(grad_loss.device, error)
-                gradients = by_formula(ctx.formula, call, arguments, needs, grad_loss)
-        return None, None, None, None, *gradients, None, None
-
-
-def _by_kernel(
-    ctx: Any, arguments: list[Any], gradients: list[Tensor | None], grad_loss: Tensor
-) -> list[Tensor | None]:
-    if ctx.waits:
-        return list(ctx.kernels.compute(ctx.call, *arguments, ctx.needs, grad_loss)[1:])
-    if ctx.is_made:
-        # Scaled in place, and the caller's from here on; neither is a change to what is saved.
-        gradients = [None if gradient is None else gradient.data for gradient in gradients]
-        ctx.is_made = False
-    else:
-        gradients = ctx.kernels.compute(ctx.call, *arguments, ctx.needs)[1:]
-    rescale = ctx.kernels.rescale
-    return [None if gradient is None else rescale(gradient, grad_loss) for gradient in gradients]
+        needs = ctx.needs_input_grad[1:-2]
+        return None, *by_formula(formula, call, saved[:count], needs, grad_loss), None, None
 
 
 def _is_dense(tensor: Tensor) -> bool:

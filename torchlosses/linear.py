@@ -58,10 +58,10 @@ def compute(
         layer = [argument for argument in arguments[:4] if argument is not None]
         waits = waits_for_upstream(call, dtype, layer)
         whole = functools.partial(formula, dtype)
-        loss = fused.attempt(Chunks(kernels, dtype), whole, waits, learns, call, *arguments)
+        loss = fused.attempt((Chunks(kernels, dtype), call, whole, waits), learns, *arguments)
         if loss is not None:
             return loss
-    if not fused.is_eager():
+    if not checks.is_eager():
         return formula(dtype, call, *arguments)
     rows = Rows(linear_weight.shape[0], call.dim)
     place = None if classes is None else rows.find(classes)
@@ -78,9 +78,10 @@ class Chunks(NamedTuple):
     kernels: fused.Kernels
     dtype: torch.dtype  # Of the products.
 
-    @property
-    def rescale(self) -> Any:
-        return self.kernels.rescale
+    def rescale(
+        self, gradients: Sequence[Tensor | None], grad_loss: Tensor
+    ) -> Sequence[Tensor | None]:
+        return self.kernels.rescale(gradients, grad_loss)
 
     def compute(self, call: Call, input: Tensor, *rest: Any) -> list[Any]:
         """The loss, and the gradients by input, weight, bias and target, times that of upstream."""
@@ -158,9 +159,10 @@ class Chunks(NamedTuple):
                 torch.mm(x_part, w.t(), out=z)
             else:
                 torch.addmm(b, x_part, w.t(), out=z)
+            over_input = True
             loss, grad_z, grad_t_part = self.kernels.compute(
                 chunk_call, z, t[chunk], weight, None if s is None else s[chunk],
-                (any(needs[:3]), needs[3]), upstream if u is None else u[chunk], over_input=True,
+                (any(needs[:3]), needs[3]), upstream if u is None else u[chunk], over_input,
             )  # fmt: skip
             if is_none:
                 losses.view(-1)[chunk] = loss

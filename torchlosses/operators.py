@@ -26,7 +26,7 @@ def serves(
     """Whether the operator stands for the call; an exported graph goes where it may be unknown."""
     return (
         not torch.compiler.is_exporting()
-        and not fused.is_transformed()
+        and not checks.is_transformed()
         and fused.fits(call, input, target, weight, sample_weight)
         and type(linear_weight) in checks.PLAIN
         and (linear_bias is None or type(linear_bias) in checks.PLAIN)

@@ -52,7 +52,7 @@ class _Saved(Function):
 
 
 def _saving(loss: Tensor, *arguments: Tensor | None) -> Tensor:
-    if loss.requires_grad and fused.is_eager():
+    if loss.requires_grad and checks.is_eager():
         loss = _Saved.apply(loss, *arguments)
     return loss
 

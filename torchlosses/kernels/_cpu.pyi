@@ -1,25 +1,55 @@
 """The extension module of `cpu.cpp`; there is none where no compiler was."""
 
-from torchlosses.formulas import Call
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from torchlosses.formulas import Call, Result
 
 def compute(
     call: Call,
-    shape: tuple[int, ...],
-    is_double: bool,
-    input: int,
-    target: int,
-    weight: int,
-    sample_weight: int,
-    weighs_elements: bool,
-    upstream: int,
-    has_upstreams: bool,
-    loss: int,
-    grad_input: int,
-    grad_target: int,
-    input_storage: int,
-    target_storage: int,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    needs: tuple[bool, bool],
+    upstream: Tensor | None = None,
+    over_input: bool = False,
     /,
-) -> int | None: ...
-def set_threads(address: int | None, /) -> None: ...
+) -> Result: ...
+def empty(like: Tensor, size: int, /) -> Tensor: ...
+def find_key(
+    form: tuple[Any, ...],
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    /,
+) -> tuple[Any, ...] | None: ...
+def find_known(
+    known: dict[tuple[Any, ...], Any],
+    form: tuple[Any, ...],
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    /,
+) -> Any: ...
+def rescale(
+    gradients: Sequence[Tensor | None], grad_loss: Tensor, /
+) -> Sequence[Tensor | None]: ...
+def set_up(
+    parallel_for: int | None,
+    dtypes: tuple[Any, ...],
+    scalars: tuple[Tensor, ...],
+    empty_like: Callable[..., Tensor],
+    expand: Callable[..., Any],
+    complain: Callable[..., None],
+    plain: tuple[type[Tensor], type[Tensor]],
+    detectors: tuple[Callable[[], Any], ...],
+    is_grad_enabled: Callable[[], bool],
+    /,
+) -> None: ...
 def set_target(number: int, /) -> int: ...
 def apply(is_log: bool, is_double: bool, input: int, output: int, number: int, /) -> None: ...

@@ -12,6 +12,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -27,9 +30,9 @@ enum Kind { SQUARES, PROBABILITIES, LOGITS };
 enum Reduction { SUM, MEAN, BATCHMEAN, NONE };
 enum Storage {
     FLOAT32, FLOAT64, BFLOAT16, FLOAT16,
-    UINT8, INT8, INT16, INT32, INT64, UINT16, UINT32, UINT64,
+    UINT8, INT8, INT16, INT32, INT64, UINT16, UINT32, UINT64, BOOL,
 };
-constexpr int64_t SIZES[] = {4, 8, 2, 2, 1, 1, 2, 4, 8, 2, 4, 8};
+constexpr int64_t SIZES[] = {4, 8, 2, 2, 1, 1, 2, 4, 8, 2, 4, 8, 1};
 constexpr const char *KINDS[] = {"squares", "probabilities", "logits"};
 constexpr const char *REDUCTIONS[] = {"sum", "mean", "batchmean", "none"};
 
@@ -261,33 +264,142 @@ void compute(Job &job, int64_t outer) {
 
 // ---- Python
 
+// What torch's tensors are asked for.
+enum Name {
+    CONTIGUOUS, DATA, DATA_PTR, DEVICE, DTYPE, IS_CONTIGUOUS, IS_NEG, MUL_, NEW_EMPTY,
+    REQUIRES_GRAD, SHAPE, STRIDE, TO,
+};
+constexpr const char *NAMES[] = {
+    "contiguous", "data", "data_ptr", "device", "dtype", "is_contiguous", "is_neg", "mul_",
+    "new_empty", "requires_grad", "shape", "stride", "to",
+};
+PyObject *names[sizeof NAMES / sizeof *NAMES];
+
+// What `set_up` was given.
+PyObject *dtypes, *scalars, *empty_like, *expand, *complain, *plain, *detectors, *is_grad_enabled;
+
+// A reference that is given back; of none where an error is set.
+class Ref {
+    PyObject *object;
+
+public:
+    Ref(PyObject *object = nullptr) : object(object) {}
+    Ref(const Ref &) = delete;
+    ~Ref() { Py_XDECREF(object); }
+    Ref &operator=(PyObject *other) {
+        Py_XDECREF(object);
+        object = other;
+        return *this;
+    }
+    operator PyObject *() const { return object; }
+};
+
 template <int N> int choice(PyObject *name, const char *const (&names)[N]) {
     int k = 0;
     while (k < N - 1 && PyUnicode_CompareWithASCIIString(name, names[k]) != 0) k++;
     return k;
 }
 
-void *address(PyObject *number) { return PyLong_AsVoidPtr(number); }
+PyObject *get(PyObject *object, Name name) { return PyObject_GetAttr(object, names[name]); }
+PyObject *call_method(PyObject *object, Name name, PyObject *argument = nullptr) {
+    return PyObject_CallMethodObjArgs(object, names[name], argument, nullptr);
+}
+PyObject *call(PyObject *function, PyObject *a, PyObject *b = nullptr, PyObject *c = nullptr,
+               PyObject *d = nullptr) {
+    return PyObject_CallFunctionObjArgs(function, a, b, c, d, nullptr);
+}
 
-// compute(call, shape, is_double, input, target, weight, sample_weight, weighs_elements, upstream,
-// has_upstreams, loss, grad_input, grad_target, storage of input, storage of target): `call` and
-// `shape` are tuples, tensors are addresses, and 0 is none. Answers the first position whose class
-// is none, or None.
+// A tensor whose elements lie in order, or none.
+struct Ordered {
+    Ref tensor;
+    void *address = nullptr;
+
+    // All are false where an error is set.
+    bool own(PyObject *made) {
+        tensor = made;
+        if (!made) return false;
+        Ref number(call_method(made, DATA_PTR));
+        if (number) address = PyLong_AsVoidPtr(number);
+        return !PyErr_Occurred();
+    }
+    bool share(PyObject *of) {
+        Ref is_contiguous(call_method(of, IS_CONTIGUOUS));
+        if (!is_contiguous) return false;
+        if (is_contiguous == Py_False) return own(call_method(of, CONTIGUOUS));
+        return own(Py_NewRef(of));
+    }
+    bool share(PyObject *of, PyObject *dtype) {
+        if (of == Py_None) return true;
+        Ref cast(call_method(of, TO, dtype));
+        return cast && share(cast);
+    }
+};
+
+// The C library maps fresh memory for every tensor of so many bytes, and the kernel enters each
+// page of it at first touch. In pages of 4 kB that takes longer than all arithmetic here, so Linux
+// is asked for huge ones. It may not grant them; no value changes. PyTorch's own allocator asks for
+// them too, for all tensors, under THP_MEM_ALLOC_ENABLE=1.
+constexpr size_t FRESH = 1 << 25, HUGE_PAGE = 1 << 21;
+
+void advise(void *address, size_t size) {
+#ifdef MADV_HUGEPAGE
+    if (size < FRESH) return;
+    const size_t first = ((size_t)address + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    const size_t last = ((size_t)address + size) / HUGE_PAGE * HUGE_PAGE;
+    madvise((void *)first, last - first, MADV_HUGEPAGE);
+#endif
+}
+
+// empty(like, bytes): memory like a contiguous tensor's, in huge pages where it is fresh.
+PyObject *py_empty(PyObject *, PyObject *const *args, Py_ssize_t) {
+    Ordered tensor;
+    if (!tensor.own(call(empty_like, args[0]))) return nullptr;
+    advise(tensor.address, PyLong_AsSize_t(args[1]));
+    return Py_NewRef(tensor.tensor);
+}
+
+int storage_of(PyObject *tensor) {
+    Ref dtype(get(tensor, DTYPE));
+    for (int k = 0; dtype && k < PyTuple_Size(dtypes); k++)
+        if (PyTuple_GetItem(dtypes, k) == dtype) return k;
+    return -1;
+}
+
+// The tensor that the losses go to.
+PyObject *empty_losses(const Job &job, PyObject *shape, int64_t dim) {
+    PyObject *scalar = PyTuple_GetItem(scalars, job.is_double);
+    if (job.reduction != NONE) return call(empty_like, scalar);
+    if (job.kind == SQUARES) return call_method(scalar, NEW_EMPTY, shape);
+    Ref before(PyTuple_GetSlice(shape, 0, dim));
+    Ref after(PyTuple_GetSlice(shape, dim + 1, PyTuple_Size(shape)));
+    Ref samples(PySequence_Concat(before, after));
+    return samples ? call_method(scalar, NEW_EMPTY, samples) : nullptr;
+}
+
+// compute(call, input, target, weight, sample_weight, needs, upstream = None, over_input = False):
+// the loss and the gradients by input and target that are needed, times `upstream`. The gradient by
+// a contiguous input may be written over it.
 PyObject *py_compute(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (count != 15) {
-        PyErr_SetString(PyExc_TypeError, "compute: expected 15 arguments");
+    if (count < 6 || count > 8) {
+        PyErr_SetString(PyExc_TypeError, "compute: expected 6 to 8 arguments");
         return nullptr;
     }
+    PyObject *what = args[0], *needs = args[5], *upstream = count > 6 ? args[6] : Py_None;
+    const bool over_input = count > 7 && PyObject_IsTrue(args[7]) == 1;
     Job job;
-    PyObject *call = args[0], *shape = args[1];
-    job.kind = Kind(choice(PyTuple_GetItem(call, 0), KINDS));
-    job.is_index = PyObject_IsTrue(PyTuple_GetItem(call, 1)) == 1;
-    const int64_t dim = PyLong_AsLongLong(PyTuple_GetItem(call, 2));
-    job.reduction = Reduction(choice(PyTuple_GetItem(call, 3), REDUCTIONS));
+    job.kind = Kind(choice(PyTuple_GetItem(what, 0), KINDS));
+    job.is_index = PyObject_IsTrue(PyTuple_GetItem(what, 1)) == 1;
+    const int64_t dim = PyLong_AsLongLong(PyTuple_GetItem(what, 2));
+    job.reduction = Reduction(choice(PyTuple_GetItem(what, 3), REDUCTIONS));
     int overflow;
-    job.ignore_index = PyLong_AsLongLongAndOverflow(PyTuple_GetItem(call, 4), &overflow);
-    job.delta = PyFloat_AsDouble(PyTuple_GetItem(call, 6));
-    job.smoothing = PyFloat_AsDouble(PyTuple_GetItem(call, 7));
+    job.ignore_index = PyLong_AsLongLongAndOverflow(PyTuple_GetItem(what, 4), &overflow);
+    PyObject *dtype = PyTuple_GetItem(what, 5);
+    job.is_double = dtype == PyTuple_GetItem(dtypes, FLOAT64);
+    job.delta = PyFloat_AsDouble(PyTuple_GetItem(what, 6));
+    job.smoothing = PyFloat_AsDouble(PyTuple_GetItem(what, 7));
+
+    Ref shape(get(args[1], SHAPE));
+    if (!shape) return nullptr;
     int64_t outer = 1;
     job.classes = job.inner = 1;
     const int64_t rank = PyTuple_Size(shape);
@@ -296,23 +408,46 @@ PyObject *py_compute(PyObject *, PyObject *const *args, Py_ssize_t count) {
         (d < dim ? outer : d == dim ? job.classes : job.inner) *= size;
     }
     const int64_t batch = rank > 1 ? PyLong_AsLongLong(PyTuple_GetItem(shape, 0)) : 1;
-    job.is_double = PyLong_AsLong(args[2]) != 0;
-    job.input = address(args[3]);
-    job.target = address(args[4]);
-    job.weight = address(args[5]);
-    job.sample_weight = address(args[6]);
-    job.weighs_elements = PyLong_AsLong(args[7]) != 0;
-    job.upstream = address(args[8]);
-    job.has_upstreams = job.upstream && PyLong_AsLong(args[9]) != 0;
-    job.losses = address(args[10]);
-    job.grad_input = address(args[11]);
-    job.grad_target = address(args[12]);
-    job.input_storage = Storage(PyLong_AsLong(args[13]));
-    job.target_storage = Storage(PyLong_AsLong(args[14]));
-    if (PyErr_Occurred()) return nullptr;
-
     job.samples = outer * job.inner;
     job.elements = job.samples * job.classes;
+
+    Ordered input, target, weight, sample_weight, upstreams, losses, grad_input, grad_target;
+    const int input_storage = storage_of(args[1]), target_storage = storage_of(args[2]);
+    if (input_storage < 0 || target_storage < 0 || !input.share(args[1]) ||
+        !target.share(args[2]) || !weight.share(args[3], dtype) ||
+        !upstreams.share(upstream, dtype) || !losses.own(empty_losses(job, shape, dim)))
+        return nullptr;
+    job.input_storage = Storage(input_storage);
+    job.target_storage = target_storage == BOOL ? UINT8 : Storage(target_storage);
+    job.weighs_elements = false;
+    if (args[4] != Py_None) {
+        Ref expanded(call(expand, what, args[4], shape));
+        if (!expanded || !sample_weight.share(PyTuple_GetItem(expanded, 0))) return nullptr;
+        job.weighs_elements = PyTuple_GetItem(expanded, 1) == Py_True;
+    }
+    const auto like = [](Ordered &gradient, const Ordered &argument, int64_t size) {
+        if (!gradient.own(call(empty_like, argument.tensor))) return false;
+        advise(gradient.address, size_t(size));
+        return true;
+    };
+    if (PyTuple_GetItem(needs, 0) == Py_True &&
+        !(over_input ? grad_input.own(Py_NewRef(input.tensor))
+                     : like(grad_input, input, job.elements * SIZES[job.input_storage])))
+        return nullptr;
+    if (PyTuple_GetItem(needs, 1) == Py_True &&
+        !like(grad_target, target, job.elements * SIZES[job.target_storage]))
+        return nullptr;
+    if (PyErr_Occurred()) return nullptr;
+
+    job.input = input.address;
+    job.target = target.address;
+    job.weight = weight.address;
+    job.sample_weight = sample_weight.address;
+    job.upstream = upstreams.address;
+    job.has_upstreams = job.upstream && job.reduction == NONE;
+    job.losses = losses.address;
+    job.grad_input = grad_input.address;
+    job.grad_target = grad_target.address;
     job.uniform = job.smoothing / double(job.classes);
     job.is_guarded = job.delta != 0;
     job.is_smooth = job.smoothing != 0;
@@ -327,14 +462,129 @@ PyObject *py_compute(PyObject *, PyObject *const *args, Py_ssize_t count) {
         compute(job, batch);
         Py_END_ALLOW_THREADS
     }
-    if (job.bad == INT64_MAX) Py_RETURN_NONE;
     if (job.bad == NO_MEMORY) return PyErr_NoMemory();
-    return PyLong_FromLongLong(job.bad);
+    if (job.bad != INT64_MAX) {
+        Ref bad(PyLong_FromLongLong(job.bad));
+        return call(complain, what, args[2], bad, shape);
+    }
+    const auto or_none = [](const Ordered &gradient) {
+        return gradient.tensor ? (PyObject *)gradient.tensor : Py_None;
+    };
+    return PyTuple_Pack(3, (PyObject *)losses.tensor, or_none(grad_input), or_none(grad_target));
 }
 
-// set_threads(address of torch_parallel_for)
-PyObject *py_set_threads(PyObject *, PyObject *number) {
-    parallel_for = (decltype(parallel_for))address(number);
+// rescale(gradients, grad_loss): gradients of a reduced loss times that of the loss, in place, as
+// tensors of their own; or None for none.
+PyObject *py_rescale(PyObject *, PyObject *const *args, Py_ssize_t) {
+    Ordered factor;
+    const int storage = storage_of(args[1]);
+    Ref is_neg(call_method(args[1], IS_NEG));
+    if (storage < 0 || !is_neg || !factor.own(Py_NewRef(args[1]))) return nullptr;
+    const bool is_one = is_neg == Py_False &&
+                        (storage == FLOAT32   ? *(float *)factor.address == 1
+                         : storage == FLOAT64 && *(double *)factor.address == 1);
+    const Py_ssize_t number = PySequence_Size(args[0]);
+    Ref results(PyTuple_New(number));
+    for (Py_ssize_t k = 0; results && k < number; k++) {
+        Ref gradient(PySequence_GetItem(args[0], k));
+        Ref own(gradient == Py_None ? Py_NewRef(Py_None) : get(gradient, DATA));
+        if (own && own != Py_None && !is_one) own = call_method(own, MUL_, args[1]);
+        if (!own) return nullptr;
+        PyTuple_SetItem(results, k, Py_NewRef(own));
+    }
+    return results ? Py_NewRef(results) : nullptr;
+}
+
+// Whether kernels can read a tensor's numbers, at no more memory than it has.
+bool is_readable(PyObject *tensor) {
+    PyObject *type = (PyObject *)Py_TYPE(tensor);
+    if (type != PyTuple_GetItem(plain, 0) && type != PyTuple_GetItem(plain, 1)) return false;
+    Ref number(call_method(tensor, DATA_PTR));
+    if (!number || !PyLong_AsVoidPtr(number)) return false;
+    Ref is_neg(call_method(tensor, IS_NEG));
+    if (is_neg != Py_False) return false;
+    Ref is_contiguous(call_method(tensor, IS_CONTIGUOUS));
+    if (is_contiguous == Py_True) return true;
+    Ref strides(call_method(tensor, STRIDE));
+    for (Py_ssize_t d = 0; strides && d < PyTuple_Size(strides); d++)
+        if (PyLong_AsLongLong(PyTuple_GetItem(strides, d)) == 0) return false;
+    return strides;
+}
+
+// All that decides whether a call is right and how it is served, where kernels may serve it. None
+// else, or where an error is set.
+PyObject *make_key(PyObject *const *args) {
+    for (Py_ssize_t k = 0; k < PyTuple_Size(detectors); k++) {
+        Ref found(PyObject_CallNoArgs(PyTuple_GetItem(detectors, k)));
+        if (!found || PyObject_IsTrue(found)) return nullptr;
+    }
+    // A number that equals another may be of a type that is refused.
+    PyObject *form = args[0];
+    const Py_ssize_t last = PyTuple_Size(form) - 1;
+    if (!PyBool_Check(PyTuple_GetItem(form, last))) return nullptr;
+    for (Py_ssize_t k = 0; k < last; k++) {
+        PyObject *option = PyTuple_GetItem(form, k);
+        if (option != Py_None && !PyLong_CheckExact(option) && !PyFloat_CheckExact(option) &&
+            !PyUnicode_CheckExact(option))
+            return nullptr;
+    }
+    Ref key(PyTuple_New(14));
+    Ref learns(PyObject_CallNoArgs(is_grad_enabled));
+    if (!key || !learns) return nullptr;
+    bool has_leaf = false;
+    for (int k = 0; k < 4; k++) {
+        PyObject *tensor = args[1 + k];
+        for (int part = 0; tensor == Py_None && part < 3; part++)
+            PyTuple_SetItem(key, 2 + 3 * k + part, Py_NewRef(Py_None));
+        if (tensor == Py_None) continue;
+        if (!is_readable(tensor)) return nullptr;
+        Ref requires_grad(get(tensor, REQUIRES_GRAD));
+        if (!requires_grad || (k > 1 && requires_grad == Py_True)) return nullptr;
+        has_leaf |= requires_grad == Py_True;
+        const Name parts[] = {DTYPE, DEVICE, SHAPE};
+        for (int part = 0; part < 3; part++) {
+            PyObject *value = get(tensor, parts[part]);
+            if (!value) return nullptr;
+            PyTuple_SetItem(key, 2 + 3 * k + part, value);
+        }
+    }
+    PyTuple_SetItem(key, 0, Py_NewRef(form));
+    PyTuple_SetItem(key, 1, has_leaf ? Py_NewRef(learns) : Py_NewRef(Py_False));
+    return Py_NewRef(key);
+}
+
+// find_key(form, input, target, weight, sample_weight): the key that a call is known by, or None
+// where kernels may not serve it. `form` is the call beside its tensors, with a bool at its end.
+PyObject *py_find_key(PyObject *, PyObject *const *args, Py_ssize_t) {
+    PyObject *key = make_key(args);
+    if (key) return key;
+    PyErr_Clear();
+    Py_RETURN_NONE;
+}
+
+// find_known(known, form, input, target, weight, sample_weight): what a dictionary has of its key.
+PyObject *py_find_known(PyObject *, PyObject *const *args, Py_ssize_t) {
+    Ref key(make_key(args + 1));
+    PyObject *known = key ? PyDict_GetItemWithError(args[0], key) : nullptr;
+    PyErr_Clear();
+    return Py_NewRef(known ? known : Py_None);
+}
+
+// set_up(address of torch_parallel_for or None, dtypes in the order of Storage, 0-D tensors of
+// float32 and float64, torch.empty_like, functions of `cpu.py`, types of tensors, functions that say
+// whether more than autograd's backward mode sees a call, torch.is_grad_enabled)
+PyObject *py_set_up(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    PyObject **const given[] = {&dtypes, &scalars, &empty_like, &expand,
+                                 &complain, &plain, &detectors, &is_grad_enabled};
+    if (count != 9) {
+        PyErr_SetString(PyExc_TypeError, "set_up: expected 9 arguments");
+        return nullptr;
+    }
+    parallel_for = args[0] == Py_None ? nullptr
+                                      : (decltype(parallel_for))PyLong_AsVoidPtr(args[0]);
+    for (int k = 0; k < 8; k++) *given[k] = Py_NewRef(args[k + 1]);
+    for (int k = 0; k < int(sizeof NAMES / sizeof *NAMES); k++)
+        if (!(names[k] = PyUnicode_InternFromString(NAMES[k]))) return nullptr;
     if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;
 }
@@ -355,8 +605,8 @@ PyObject *py_apply(PyObject *, PyObject *const *args, Py_ssize_t count) {
         return nullptr;
     }
     const long operation = PyLong_AsLong(args[0]), is_double = PyLong_AsLong(args[1]);
-    const void *from = address(args[2]);
-    void *to = address(args[3]);
+    const void *from = PyLong_AsVoidPtr(args[2]);
+    void *to = PyLong_AsVoidPtr(args[3]);
     const int64_t n = PyLong_AsLongLong(args[4]);
     if (PyErr_Occurred()) return nullptr;
     TARGETS[target].apply(operation != 0, is_double != 0, from, to, n);
@@ -365,7 +615,11 @@ PyObject *py_apply(PyObject *, PyObject *const *args, Py_ssize_t count) {
 
 PyMethodDef methods[] = {
     {"compute", (PyCFunction)(void *)py_compute, METH_FASTCALL, nullptr},
-    {"set_threads", py_set_threads, METH_O, nullptr},
+    {"empty", (PyCFunction)(void *)py_empty, METH_FASTCALL, nullptr},
+    {"find_key", (PyCFunction)(void *)py_find_key, METH_FASTCALL, nullptr},
+    {"find_known", (PyCFunction)(void *)py_find_known, METH_FASTCALL, nullptr},
+    {"rescale", (PyCFunction)(void *)py_rescale, METH_FASTCALL, nullptr},
+    {"set_up", (PyCFunction)(void *)py_set_up, METH_FASTCALL, nullptr},
     {"set_target", py_set_target, METH_O, nullptr},
     {"apply", (PyCFunction)(void *)py_apply, METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},

@@ -25,6 +25,7 @@ import collections
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -123,7 +124,6 @@ def compute(
     sample_weight: Tensor | None,
     needs: tuple[bool, bool],
     upstream: Tensor | None = None,
-    *,
     over_input: bool = False,
 ) -> Result:
     """The loss, and the gradients that `needs` asks for, times `upstream` if that is given.
@@ -168,7 +168,7 @@ def compute(
             _loss_kernel, launch.programs, arguments, launch.compiled, kind,
             num_warps=launch.warps, maxnreg=launch.registers,
         )  # fmt: skip
-    return Result(loss, given.grad_input_ptr, given.grad_target_ptr)
+    return loss, given.grad_input_ptr, given.grad_target_ptr
 
 
 @functools.lru_cache(maxsize=1024)
@@ -255,8 +255,13 @@ def _prepare(
     )  # fmt: skip
 
 
-def rescale(gradient: Tensor, grad_loss: Tensor) -> Tensor:
-    """Multiplies a gradient by that of its loss, in place."""
+def rescale(gradients: Sequence[Tensor | None], grad_loss: Tensor) -> list[Tensor | None]:
+    """Gradients times that of their loss, in place, as tensors of their own; None for none."""
+    grad_loss = grad_loss.resolve_neg()
+    return [None if g is None else _rescale(g.data, grad_loss) for g in gradients]
+
+
+def _rescale(gradient: Tensor, grad_loss: Tensor) -> Tensor:
     numel = gradient.numel()
     programs = min(triton.cdiv(numel, RESCALED), MAX_PROGRAMS)
     kind = (
