@@ -200,11 +200,13 @@ def compute_known(
     """The loss by kernels, if such a call is known, and needs no check any more."""
     if cpu is None or torch.compiler.is_compiling():
         return None
-    found = cpu.find_known(_known, form, input, target, weight, sample_weight)
-    if found is None or found[0] is not KERNELS:
+    loss: Tensor | None
+    try:
+        loss = cpu.serve(_known, KERNELS, OnePass.apply, form, input, target, weight, sample_weight)
+    except KernelError as error:
+        give_up(input.device, error)
         return None
-    _, way, learns = found
-    return attempt(way, learns, input, target, weight, sample_weight)
+    return loss
 
 
 def attempt(way: Way, learns: bool, *arguments: Tensor | None) -> Tensor | None:

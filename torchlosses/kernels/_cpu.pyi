@@ -27,18 +27,20 @@ def find_key(
     sample_weight: Tensor | None,
     /,
 ) -> tuple[Any, ...] | None: ...
-def find_known(
+def rescale(
+    gradients: Sequence[Tensor | None], grad_loss: Tensor, /
+) -> Sequence[Tensor | None]: ...
+def serve(
     known: dict[tuple[Any, ...], Any],
+    kernels: Any,
+    apply: Callable[..., Tensor],
     form: tuple[Any, ...],
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     sample_weight: Tensor | None,
     /,
-) -> Any: ...
-def rescale(
-    gradients: Sequence[Tensor | None], grad_loss: Tensor, /
-) -> Sequence[Tensor | None]: ...
+) -> Tensor | None: ...
 def set_up(
     parallel_for: int | None,
     dtypes: tuple[Any, ...],

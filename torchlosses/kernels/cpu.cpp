@@ -264,14 +264,14 @@ void compute(Job &job, int64_t outer) {
 
 // ---- Python
 
-// What torch's tensors are asked for.
+// What tensors and kernels are asked for.
 enum Name {
-    CONTIGUOUS, DATA, DATA_PTR, DEVICE, DTYPE, IS_CONTIGUOUS, IS_NEG, MUL_, NEW_EMPTY,
+    COMPUTE, CONTIGUOUS, DATA, DATA_PTR, DEVICE, DTYPE, IS_CONTIGUOUS, IS_NEG, MUL_, NEW_EMPTY,
     REQUIRES_GRAD, SHAPE, STRIDE, TO,
 };
 constexpr const char *NAMES[] = {
-    "contiguous", "data", "data_ptr", "device", "dtype", "is_contiguous", "is_neg", "mul_",
-    "new_empty", "requires_grad", "shape", "stride", "to",
+    "compute", "contiguous", "data", "data_ptr", "device", "dtype", "is_contiguous", "is_neg",
+    "mul_", "new_empty", "requires_grad", "shape", "stride", "to",
 };
 PyObject *names[sizeof NAMES / sizeof *NAMES];
 
@@ -562,12 +562,26 @@ PyObject *py_find_key(PyObject *, PyObject *const *args, Py_ssize_t) {
     Py_RETURN_NONE;
 }
 
-// find_known(known, form, input, target, weight, sample_weight): what a dictionary has of its key.
-PyObject *py_find_known(PyObject *, PyObject *const *args, Py_ssize_t) {
-    Ref key(make_key(args + 1));
+// serve(known, kernels, apply, form, input, target, weight, sample_weight): the loss of a call for
+// whose key `known` has (kernels, way, whether it learns), by `apply` if it does, and by the way's
+// own kernels if not. None where it has none.
+PyObject *py_serve(PyObject *, PyObject *const *args, Py_ssize_t) {
+    PyObject *const *tensors = args + 4;
+    Ref key(make_key(args + 3));
     PyObject *known = key ? PyDict_GetItemWithError(args[0], key) : nullptr;
     PyErr_Clear();
-    return Py_NewRef(known ? known : Py_None);
+    if (!known || PyTuple_GetItem(known, 0) != args[1]) Py_RETURN_NONE;
+    Ref way(Py_NewRef(PyTuple_GetItem(known, 1)));
+    if (PyTuple_GetItem(known, 2) == Py_True)
+        return PyObject_CallFunctionObjArgs(args[2], (PyObject *)way, tensors[0], tensors[1],
+                                            tensors[2], tensors[3], nullptr);
+    Ref needs(PyTuple_Pack(2, Py_False, Py_False));
+    Ref results(needs ? PyObject_CallMethodObjArgs(PyTuple_GetItem(way, 0), names[COMPUTE],
+                                                   PyTuple_GetItem(way, 1), tensors[0], tensors[1],
+                                                   tensors[2], tensors[3], (PyObject *)needs,
+                                                   nullptr)
+                      : nullptr);
+    return results ? PySequence_GetItem(results, 0) : nullptr;
 }
 
 // set_up(address of torch_parallel_for or None, dtypes in the order of Storage, 0-D tensors of
@@ -617,8 +631,8 @@ PyMethodDef methods[] = {
     {"compute", (PyCFunction)(void *)py_compute, METH_FASTCALL, nullptr},
     {"empty", (PyCFunction)(void *)py_empty, METH_FASTCALL, nullptr},
     {"find_key", (PyCFunction)(void *)py_find_key, METH_FASTCALL, nullptr},
-    {"find_known", (PyCFunction)(void *)py_find_known, METH_FASTCALL, nullptr},
     {"rescale", (PyCFunction)(void *)py_rescale, METH_FASTCALL, nullptr},
+    {"serve", (PyCFunction)(void *)py_serve, METH_FASTCALL, nullptr},
     {"set_up", (PyCFunction)(void *)py_set_up, METH_FASTCALL, nullptr},
     {"set_target", py_set_target, METH_O, nullptr},
     {"apply", (PyCFunction)(void *)py_apply, METH_FASTCALL, nullptr},

@@ -12,9 +12,9 @@ from torch import Tensor
 from torchlosses import checks
 from torchlosses.formulas import Call
 from torchlosses.kernels import _cpu
-from torchlosses.kernels._cpu import compute, find_key, find_known, rescale
+from torchlosses.kernels._cpu import compute, find_key, rescale, serve
 
-__all__ = ["compute", "empty", "find_key", "find_known", "rescale"]
+__all__ = ["compute", "empty", "find_key", "rescale", "serve"]
 
 
 def empty(like: Tensor) -> Tensor:
