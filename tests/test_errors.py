@@ -278,8 +278,46 @@ def test_what_is_known_of_one_call_is_not_taken_for_another() -> None:
         {"ignore_index": 1}, {"label_smoothing": 0.5},
     ):  # fmt: skip
         assert not torch.equal(cross_entropy_error(input, index, **options), fitting)
-    with pytest.raises(TypeError, match="dim: got True"):
-        cross_entropy_error(input, index, dim=True)
+    one: dict[str, Any] = {"dim": 1, "ignore_index": 1, "delta": 1.0, "label_smoothing": 1.0}
+    cross_entropy_error(input, index, **one)
+    for name in one:
+        with pytest.raises(TypeError, match=f"{name}: got True"):
+            cross_entropy_error(input, index, **one | {name: True})
+    cross_entropy_error(input, index, from_logits=True)
+    wrong: Any = 1
+    with pytest.raises(TypeError, match="from_logits: got 1"):
+        cross_entropy_error(input, index, from_logits=wrong)
+
+
+@pytest.mark.parametrize("name", ["weight", "sample_weight"])
+def test_what_is_known_of_weights_is_not_taken_for_others(name: str) -> None:
+    def loss(weight: Tensor | None) -> Tensor:
+        weights: dict[str, Any] = {name: weight}
+        return cross_entropy_error(input, index, **weights)
+
+    input, index = torch.rand(4, 4), torch.tensor([1, 2, 3, 0])
+    whole, halved = loss(torch.ones(4)), loss(torch.full((4,), 0.5))
+    torch.testing.assert_close(whole / 2, halved)
+    torch.testing.assert_close(loss(torch.ones(4).double()), whole)
+    torch.testing.assert_close(loss(torch.ones(1).expand(4)), whole)
+    assert torch.equal(loss(None), whole)
+    for weight in (torch.ones(3), torch.ones(4, device="meta")):
+        with pytest.raises(ValueError, match=f"{name}: got"):
+            loss(weight)
+    learned = torch.ones(4, requires_grad=True)
+    loss(learned).backward()
+    assert learned.grad is not None
+    torch.testing.assert_close(learned.grad.sum(), whole)
+
+
+def test_a_known_call_learns_where_it_is_asked_to() -> None:
+    y, t = torch.rand(4, 4), torch.rand(4, 4)
+    for input, target in ((y, t), (y.clone().requires_grad_(), t), (y, t.clone().requires_grad_())):
+        for _ in range(2):
+            wanted = input.requires_grad or target.requires_grad
+            assert sum_squared_error(input, target).requires_grad == wanted
+            with torch.no_grad():
+                assert not sum_squared_error(input, target).requires_grad
 
 
 def test_a_known_call_goes_to_the_formula_where_kernels_do_not_serve() -> None:

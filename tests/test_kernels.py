@@ -48,11 +48,12 @@ STABLE = {
     "PyFloat_AsDouble", "PyFloat_Type", "PyLong_AsLong", "PyLong_AsLongLong",
     "PyLong_AsLongLongAndOverflow", "PyLong_AsSize_t", "PyLong_AsVoidPtr", "PyLong_FromLong",
     "PyLong_FromLongLong", "PyLong_Type", "PyModule_Create2", "PyObject_CallFunctionObjArgs",
-    "PyObject_CallMethodObjArgs", "PyObject_CallNoArgs", "PyObject_GetAttr", "PyObject_IsTrue",
-    "PySequence_Concat", "PySequence_GetItem", "PySequence_Size", "PyTuple_GetItem",
-    "PyTuple_GetSlice", "PyTuple_New", "PyTuple_Pack", "PyTuple_SetItem", "PyTuple_Size",
-    "PyUnicode_CompareWithASCIIString", "PyUnicode_InternFromString", "PyUnicode_Type",
-    "_Py_Dealloc", "_Py_FalseStruct", "_Py_NoneStruct", "_Py_TrueStruct",
+    "PyObject_CallMethodObjArgs", "PyObject_CallNoArgs", "PyObject_GetAttr",
+    "PyObject_GetAttrString", "PyObject_IsTrue", "PySequence_Concat", "PySequence_GetItem",
+    "PySequence_Size", "PyTuple_GetItem", "PyTuple_GetSlice", "PyTuple_New", "PyTuple_Pack",
+    "PyTuple_SetItem", "PyTuple_Size", "PyUnicode_CompareWithASCIIString",
+    "PyUnicode_InternFromString", "PyUnicode_Type", "_Py_Dealloc", "_Py_FalseStruct",
+    "_Py_NoneStruct", "_Py_TrueStruct",
 }  # fmt: skip
 
 

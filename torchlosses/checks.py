@@ -36,7 +36,9 @@ _INFRA_MODES = [
     for key in ("FAKE", "PROXY", "FUNCTIONAL")
 ]
 # Private likewise: whether a transform of torch.func is on.
-_is_transformed: Callable[[], int] = getattr(torch._C, "_are_functorch_transforms_active", _unknown)
+are_transforms_active: Callable[[], int] = getattr(
+    torch._C, "_are_functorch_transforms_active", _unknown
+)
 
 
 def is_traced() -> bool:
@@ -51,7 +53,7 @@ def is_traced() -> bool:
 def is_transformed() -> bool:
     """Whether a transform of torch.func or forward mode is on."""
     # Private; the public way is to unpack every tensor.
-    return bool(_is_transformed()) or getattr(forward_ad, "_current_level", 0) >= 0
+    return bool(are_transforms_active()) or getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def is_eager() -> bool:

@@ -1,6 +1,7 @@
 """The extension module of `cpu.cpp`; there is none where no compiler was."""
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -51,6 +52,7 @@ def set_up(
     plain: tuple[type[Tensor], type[Tensor]],
     detectors: tuple[Callable[[], Any], ...],
     is_grad_enabled: Callable[[], bool],
+    forward_ad: ModuleType,
     /,
 ) -> None: ...
 def set_target(number: int, /) -> int: ...

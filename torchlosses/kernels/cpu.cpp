@@ -266,17 +266,19 @@ void compute(Job &job, int64_t outer) {
 
 // What tensors and kernels are asked for.
 enum Name {
-    COMPUTE, CONTIGUOUS, DATA, DATA_PTR, DEVICE, DTYPE, IS_CONTIGUOUS, IS_NEG, MUL_, NEW_EMPTY,
+    COMPUTE, CONTIGUOUS, CURRENT_LEVEL, DATA, DATA_PTR, DEVICE, DTYPE, IS_CONTIGUOUS, IS_NEG, MUL_, NEW_EMPTY,
     REQUIRES_GRAD, SHAPE, STRIDE, TO,
 };
 constexpr const char *NAMES[] = {
-    "compute", "contiguous", "data", "data_ptr", "device", "dtype", "is_contiguous", "is_neg",
+    "compute", "contiguous", "_current_level", "data", "data_ptr", "device", "dtype", "is_contiguous", "is_neg",
     "mul_", "new_empty", "requires_grad", "shape", "stride", "to",
 };
 PyObject *names[sizeof NAMES / sizeof *NAMES];
 
 // What `set_up` was given.
-PyObject *dtypes, *scalars, *empty_like, *expand, *complain, *plain, *detectors, *is_grad_enabled;
+PyObject *dtypes, *scalars, *empty_like, *expand, *complain, *plain, *detectors, *is_grad_enabled,
+    *forward_ad;
+PyObject *own_compute;  // Of this module.
 
 // A reference that is given back; of none where an error is set.
 class Ref {
@@ -309,29 +311,49 @@ PyObject *call(PyObject *function, PyObject *a, PyObject *b = nullptr, PyObject 
     return PyObject_CallFunctionObjArgs(function, a, b, c, d, nullptr);
 }
 
-// A tensor whose elements lie in order, or none.
+void *address_of(PyObject *tensor) {
+    Ref number(call_method(tensor, DATA_PTR));
+    return number ? PyLong_AsVoidPtr(number) : nullptr;
+}
+
+// A tensor whose elements lie in order, or none. All that answers false has set an error.
 struct Ordered {
     Ref tensor;
     void *address = nullptr;
 
-    // All are false where an error is set.
     bool own(PyObject *made) {
         tensor = made;
-        if (!made) return false;
-        Ref number(call_method(made, DATA_PTR));
-        if (number) address = PyLong_AsVoidPtr(number);
+        if (made) address = address_of(made);
         return !PyErr_Occurred();
     }
-    bool share(PyObject *of) {
-        Ref is_contiguous(call_method(of, IS_CONTIGUOUS));
-        if (!is_contiguous) return false;
-        if (is_contiguous == Py_False) return own(call_method(of, CONTIGUOUS));
-        return own(Py_NewRef(of));
-    }
-    bool share(PyObject *of, PyObject *dtype) {
+    bool cast(PyObject *of, PyObject *dtype) {
         if (of == Py_None) return true;
-        Ref cast(call_method(of, TO, dtype));
-        return cast && share(cast);
+        Ref like(call_method(of, TO, dtype));
+        return like && own(call_method(like, CONTIGUOUS));
+    }
+};
+
+// An input or target as it was handed over, each part asked for once.
+struct Argument {
+    PyObject *tensor;
+    Ref dtype, shape;
+    void *address;
+    bool is_contiguous;
+
+    bool look(PyObject *of) {
+        tensor = of;
+        address = address_of(of);
+        Ref contiguous(call_method(of, IS_CONTIGUOUS));
+        is_contiguous = contiguous == Py_True;
+        dtype = get(of, DTYPE);
+        shape = get(of, SHAPE);
+        return !PyErr_Occurred();
+    }
+    bool order(Ordered &to) const {
+        if (!is_contiguous) return to.own(call_method(tensor, CONTIGUOUS));
+        to.tensor = Py_NewRef(tensor);
+        to.address = address;
+        return true;
     }
 };
 
@@ -358,10 +380,11 @@ PyObject *py_empty(PyObject *, PyObject *const *args, Py_ssize_t) {
     return Py_NewRef(tensor.tensor);
 }
 
-int storage_of(PyObject *tensor) {
-    Ref dtype(get(tensor, DTYPE));
-    for (int k = 0; dtype && k < PyTuple_Size(dtypes); k++)
+// The place of a dtype among those that kernels know, or -1.
+int storage_of(PyObject *dtype) {
+    for (int k = 0; k < PyTuple_Size(dtypes); k++)
         if (PyTuple_GetItem(dtypes, k) == dtype) return k;
+    PyErr_SetString(PyExc_TypeError, "compute: no kernel knows this dtype");
     return -1;
 }
 
@@ -376,16 +399,22 @@ PyObject *empty_losses(const Job &job, PyObject *shape, int64_t dim) {
     return samples ? call_method(scalar, NEW_EMPTY, samples) : nullptr;
 }
 
-// compute(call, input, target, weight, sample_weight, needs, upstream = None, over_input = False):
-// the loss and the gradients by input and target that are needed, times `upstream`. The gradient by
-// a contiguous input may be written over it.
-PyObject *py_compute(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (count < 6 || count > 8) {
-        PyErr_SetString(PyExc_TypeError, "compute: expected 6 to 8 arguments");
-        return nullptr;
-    }
-    PyObject *what = args[0], *needs = args[5], *upstream = count > 6 ? args[6] : Py_None;
-    const bool over_input = count > 7 && PyObject_IsTrue(args[7]) == 1;
+// What a call makes; gradients only where they are needed.
+struct Results {
+    Ordered losses, grad_input, grad_target;
+};
+
+bool empty_gradient(Ordered &gradient, const Ordered &like, int64_t size) {
+    if (!gradient.own(call(empty_like, like.tensor))) return false;
+    advise(gradient.address, size_t(size));
+    return true;
+}
+
+// The loss of a call, and the gradients by input and target that are needed, times `upstream` if it
+// is not None. The gradient by a contiguous input may be written over it.
+bool make(PyObject *what, const Argument &input, const Argument &target, PyObject *weight,
+          PyObject *sample_weight, bool needs_input, bool needs_target, PyObject *upstream,
+          bool over_input, Results &results) {
     Job job;
     job.kind = Kind(choice(PyTuple_GetItem(what, 0), KINDS));
     job.is_index = PyObject_IsTrue(PyTuple_GetItem(what, 1)) == 1;
@@ -398,56 +427,48 @@ PyObject *py_compute(PyObject *, PyObject *const *args, Py_ssize_t count) {
     job.delta = PyFloat_AsDouble(PyTuple_GetItem(what, 6));
     job.smoothing = PyFloat_AsDouble(PyTuple_GetItem(what, 7));
 
-    Ref shape(get(args[1], SHAPE));
-    if (!shape) return nullptr;
     int64_t outer = 1;
     job.classes = job.inner = 1;
-    const int64_t rank = PyTuple_Size(shape);
+    const int64_t rank = PyTuple_Size(input.shape);
     for (int64_t d = 0; d < rank; d++) {
-        const int64_t size = PyLong_AsLongLong(PyTuple_GetItem(shape, d));
+        const int64_t size = PyLong_AsLongLong(PyTuple_GetItem(input.shape, d));
         (d < dim ? outer : d == dim ? job.classes : job.inner) *= size;
     }
-    const int64_t batch = rank > 1 ? PyLong_AsLongLong(PyTuple_GetItem(shape, 0)) : 1;
+    const int64_t batch = rank > 1 ? PyLong_AsLongLong(PyTuple_GetItem(input.shape, 0)) : 1;
     job.samples = outer * job.inner;
     job.elements = job.samples * job.classes;
 
-    Ordered input, target, weight, sample_weight, upstreams, losses, grad_input, grad_target;
-    const int input_storage = storage_of(args[1]), target_storage = storage_of(args[2]);
-    if (input_storage < 0 || target_storage < 0 || !input.share(args[1]) ||
-        !target.share(args[2]) || !weight.share(args[3], dtype) ||
-        !upstreams.share(upstream, dtype) || !losses.own(empty_losses(job, shape, dim)))
-        return nullptr;
+    Ordered from, to, weights, sample_weights, upstreams;
+    const int input_storage = storage_of(input.dtype), target_storage = storage_of(target.dtype);
+    if (input_storage < 0 || target_storage < 0 || !input.order(from) || !target.order(to) ||
+        !weights.cast(weight, dtype) || !upstreams.cast(upstream, dtype) ||
+        !results.losses.own(empty_losses(job, input.shape, dim)))
+        return false;
     job.input_storage = Storage(input_storage);
     job.target_storage = target_storage == BOOL ? UINT8 : Storage(target_storage);
     job.weighs_elements = false;
-    if (args[4] != Py_None) {
-        Ref expanded(call(expand, what, args[4], shape));
-        if (!expanded || !sample_weight.share(PyTuple_GetItem(expanded, 0))) return nullptr;
+    if (sample_weight != Py_None) {
+        Ref expanded(call(expand, what, sample_weight, input.shape));
+        if (!expanded || !sample_weights.cast(PyTuple_GetItem(expanded, 0), dtype)) return false;
         job.weighs_elements = PyTuple_GetItem(expanded, 1) == Py_True;
     }
-    const auto like = [](Ordered &gradient, const Ordered &argument, int64_t size) {
-        if (!gradient.own(call(empty_like, argument.tensor))) return false;
-        advise(gradient.address, size_t(size));
-        return true;
-    };
-    if (PyTuple_GetItem(needs, 0) == Py_True &&
-        !(over_input ? grad_input.own(Py_NewRef(input.tensor))
-                     : like(grad_input, input, job.elements * SIZES[job.input_storage])))
-        return nullptr;
-    if (PyTuple_GetItem(needs, 1) == Py_True &&
-        !like(grad_target, target, job.elements * SIZES[job.target_storage]))
-        return nullptr;
-    if (PyErr_Occurred()) return nullptr;
+    if (needs_input && over_input && !results.grad_input.own(Py_NewRef(from.tensor))) return false;
+    if (needs_input && !over_input &&
+        !empty_gradient(results.grad_input, from, job.elements * SIZES[input_storage]))
+        return false;
+    if (needs_target &&
+        !empty_gradient(results.grad_target, to, job.elements * SIZES[target_storage]))
+        return false;
 
-    job.input = input.address;
-    job.target = target.address;
-    job.weight = weight.address;
-    job.sample_weight = sample_weight.address;
+    job.input = from.address;
+    job.target = to.address;
+    job.weight = weights.address;
+    job.sample_weight = sample_weights.address;
     job.upstream = upstreams.address;
     job.has_upstreams = job.upstream && job.reduction == NONE;
-    job.losses = losses.address;
-    job.grad_input = grad_input.address;
-    job.grad_target = grad_target.address;
+    job.losses = results.losses.address;
+    job.grad_input = results.grad_input.address;
+    job.grad_target = results.grad_target.address;
     job.uniform = job.smoothing / double(job.classes);
     job.is_guarded = job.delta != 0;
     job.is_smooth = job.smoothing != 0;
@@ -462,27 +483,44 @@ PyObject *py_compute(PyObject *, PyObject *const *args, Py_ssize_t count) {
         compute(job, batch);
         Py_END_ALLOW_THREADS
     }
-    if (job.bad == NO_MEMORY) return PyErr_NoMemory();
-    if (job.bad != INT64_MAX) {
+    if (job.bad == NO_MEMORY) PyErr_NoMemory();
+    else if (job.bad != INT64_MAX) {
         Ref bad(PyLong_FromLongLong(job.bad));
-        return call(complain, what, args[2], bad, shape);
+        Ref none(call(complain, what, target.tensor, bad, input.shape));
     }
+    return !PyErr_Occurred();
+}
+
+// compute(call, input, target, weight, sample_weight, needs, upstream = None, over_input = False):
+// loss, grad_input, grad_target, as `make` makes them.
+PyObject *py_compute(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (count < 6 || count > 8) {
+        PyErr_SetString(PyExc_TypeError, "compute: expected 6 to 8 arguments");
+        return nullptr;
+    }
+    Argument input, target;
+    Results results;
+    if (!input.look(args[1]) || !target.look(args[2]) ||
+        !make(args[0], input, target, args[3], args[4], PyTuple_GetItem(args[5], 0) == Py_True,
+              PyTuple_GetItem(args[5], 1) == Py_True, count > 6 ? args[6] : Py_None,
+              count > 7 && args[7] == Py_True, results))
+        return nullptr;
     const auto or_none = [](const Ordered &gradient) {
         return gradient.tensor ? (PyObject *)gradient.tensor : Py_None;
     };
-    return PyTuple_Pack(3, (PyObject *)losses.tensor, or_none(grad_input), or_none(grad_target));
+    return PyTuple_Pack(3, (PyObject *)results.losses.tensor, or_none(results.grad_input),
+                        or_none(results.grad_target));
 }
 
 // rescale(gradients, grad_loss): gradients of a reduced loss times that of the loss, in place, as
 // tensors of their own; or None for none.
 PyObject *py_rescale(PyObject *, PyObject *const *args, Py_ssize_t) {
-    Ordered factor;
-    const int storage = storage_of(args[1]);
-    Ref is_neg(call_method(args[1], IS_NEG));
-    if (storage < 0 || !is_neg || !factor.own(Py_NewRef(args[1]))) return nullptr;
-    const bool is_one = is_neg == Py_False &&
-                        (storage == FLOAT32   ? *(float *)factor.address == 1
-                         : storage == FLOAT64 && *(double *)factor.address == 1);
+    const void *factor = address_of(args[1]);
+    Ref dtype(get(args[1], DTYPE)), is_neg(call_method(args[1], IS_NEG));
+    if (!factor || !dtype || !is_neg) return nullptr;
+    const bool is_double = dtype == PyTuple_GetItem(dtypes, FLOAT64);
+    const bool is_one = is_neg == Py_False && (is_double ? *(const double *)factor == 1
+                                                         : *(const float *)factor == 1);
     const Py_ssize_t number = PySequence_Size(args[0]);
     Ref results(PyTuple_New(number));
     for (Py_ssize_t k = 0; results && k < number; k++) {
@@ -496,67 +534,74 @@ PyObject *py_rescale(PyObject *, PyObject *const *args, Py_ssize_t) {
 }
 
 // Whether kernels can read a tensor's numbers, at no more memory than it has.
-bool is_readable(PyObject *tensor) {
-    PyObject *type = (PyObject *)Py_TYPE(tensor);
+bool is_readable(const Argument &argument) {
+    PyObject *tensor = argument.tensor, *type = (PyObject *)Py_TYPE(tensor);
     if (type != PyTuple_GetItem(plain, 0) && type != PyTuple_GetItem(plain, 1)) return false;
-    Ref number(call_method(tensor, DATA_PTR));
-    if (!number || !PyLong_AsVoidPtr(number)) return false;
     Ref is_neg(call_method(tensor, IS_NEG));
-    if (is_neg != Py_False) return false;
-    Ref is_contiguous(call_method(tensor, IS_CONTIGUOUS));
-    if (is_contiguous == Py_True) return true;
+    if (is_neg != Py_False || !argument.address) return false;
+    if (argument.is_contiguous) return true;
     Ref strides(call_method(tensor, STRIDE));
     for (Py_ssize_t d = 0; strides && d < PyTuple_Size(strides); d++)
         if (PyLong_AsLongLong(PyTuple_GetItem(strides, d)) == 0) return false;
     return strides;
 }
 
-// All that decides whether a call is right and how it is served, where kernels may serve it. None
-// else, or where an error is set.
-PyObject *make_key(PyObject *const *args) {
-    for (Py_ssize_t k = 0; k < PyTuple_Size(detectors); k++) {
-        Ref found(PyObject_CallNoArgs(PyTuple_GetItem(detectors, k)));
-        if (!found || PyObject_IsTrue(found)) return nullptr;
-    }
-    // A number that equals another may be of a type that is refused.
-    PyObject *form = args[0];
+// A number that equals another may be of a type that is refused; the last is a bool.
+bool has_plain_types(PyObject *form) {
     const Py_ssize_t last = PyTuple_Size(form) - 1;
-    if (!PyBool_Check(PyTuple_GetItem(form, last))) return nullptr;
     for (Py_ssize_t k = 0; k < last; k++) {
         PyObject *option = PyTuple_GetItem(form, k);
         if (option != Py_None && !PyLong_CheckExact(option) && !PyFloat_CheckExact(option) &&
             !PyUnicode_CheckExact(option))
-            return nullptr;
+            return false;
     }
-    Ref key(PyTuple_New(14));
-    Ref learns(PyObject_CallNoArgs(is_grad_enabled));
+    return PyBool_Check(PyTuple_GetItem(form, last));
+}
+
+// Whether nothing but autograd's backward mode sees what runs.
+bool is_eager() {
+    for (Py_ssize_t k = 0; k < PyTuple_Size(detectors); k++) {
+        Ref found(PyObject_CallNoArgs(PyTuple_GetItem(detectors, k)));
+        if (!found || PyObject_IsTrue(found)) return false;
+    }
+    Ref level(get(forward_ad, CURRENT_LEVEL));
+    return level && PyLong_AsLong(level) < 0;
+}
+
+// All that decides whether a call is right and how it is served, where kernels may serve it: of
+// its form and of its input, target, weight and sample_weight, which are looked at. None else, or
+// where an error is set.
+PyObject *make_key(PyObject *form, PyObject *const *tensors, Argument *arguments) {
+    if (!is_eager() || !has_plain_types(form)) return nullptr;
+    Ref key(PyTuple_New(14)), learns(PyObject_CallNoArgs(is_grad_enabled));
     if (!key || !learns) return nullptr;
     bool has_leaf = false;
     for (int k = 0; k < 4; k++) {
-        PyObject *tensor = args[1 + k];
-        for (int part = 0; tensor == Py_None && part < 3; part++)
-            PyTuple_SetItem(key, 2 + 3 * k + part, Py_NewRef(Py_None));
-        if (tensor == Py_None) continue;
-        if (!is_readable(tensor)) return nullptr;
-        Ref requires_grad(get(tensor, REQUIRES_GRAD));
-        if (!requires_grad || (k > 1 && requires_grad == Py_True)) return nullptr;
-        has_leaf |= requires_grad == Py_True;
-        const Name parts[] = {DTYPE, DEVICE, SHAPE};
-        for (int part = 0; part < 3; part++) {
-            PyObject *value = get(tensor, parts[part]);
-            if (!value) return nullptr;
-            PyTuple_SetItem(key, 2 + 3 * k + part, value);
+        Argument &argument = arguments[k];
+        PyObject *none = Py_None, *parts[] = {none, none, none};
+        Ref device;
+        if (tensors[k] != none) {
+            if (!argument.look(tensors[k]) || !is_readable(argument)) return nullptr;
+            Ref requires_grad(get(tensors[k], REQUIRES_GRAD));
+            if (!requires_grad || (k > 1 && requires_grad == Py_True)) return nullptr;
+            has_leaf |= requires_grad == Py_True;
+            device = get(tensors[k], DEVICE);
+            if (!device) return nullptr;
+            parts[0] = argument.dtype, parts[1] = argument.shape, parts[2] = device;
         }
+        for (int part = 0; part < 3; part++)
+            PyTuple_SetItem(key, 2 + 3 * k + part, Py_NewRef(parts[part]));
     }
     PyTuple_SetItem(key, 0, Py_NewRef(form));
-    PyTuple_SetItem(key, 1, has_leaf ? Py_NewRef(learns) : Py_NewRef(Py_False));
+    PyTuple_SetItem(key, 1, Py_NewRef(has_leaf ? (PyObject *)learns : Py_False));
     return Py_NewRef(key);
 }
 
 // find_key(form, input, target, weight, sample_weight): the key that a call is known by, or None
 // where kernels may not serve it. `form` is the call beside its tensors, with a bool at its end.
 PyObject *py_find_key(PyObject *, PyObject *const *args, Py_ssize_t) {
-    PyObject *key = make_key(args);
+    Argument arguments[4];
+    PyObject *key = make_key(args[0], args + 1, arguments);
     if (key) return key;
     PyErr_Clear();
     Py_RETURN_NONE;
@@ -567,7 +612,8 @@ PyObject *py_find_key(PyObject *, PyObject *const *args, Py_ssize_t) {
 // own kernels if not. None where it has none.
 PyObject *py_serve(PyObject *, PyObject *const *args, Py_ssize_t) {
     PyObject *const *tensors = args + 4;
-    Ref key(make_key(args + 3));
+    Argument arguments[4];
+    Ref key(make_key(args[3], tensors, arguments));
     PyObject *known = key ? PyDict_GetItemWithError(args[0], key) : nullptr;
     PyErr_Clear();
     if (!known || PyTuple_GetItem(known, 0) != args[1]) Py_RETURN_NONE;
@@ -575,28 +621,35 @@ PyObject *py_serve(PyObject *, PyObject *const *args, Py_ssize_t) {
     if (PyTuple_GetItem(known, 2) == Py_True)
         return PyObject_CallFunctionObjArgs(args[2], (PyObject *)way, tensors[0], tensors[1],
                                             tensors[2], tensors[3], nullptr);
+    PyObject *what = PyTuple_GetItem(way, 1);
+    Ref function(get(PyTuple_GetItem(way, 0), COMPUTE));
+    if (function == own_compute) {
+        Results results;
+        const bool is_made = make(what, arguments[0], arguments[1], tensors[2], tensors[3], false,
+                                  false, Py_None, false, results);
+        return is_made ? Py_NewRef(results.losses.tensor) : nullptr;
+    }
     Ref needs(PyTuple_Pack(2, Py_False, Py_False));
-    Ref results(needs ? PyObject_CallMethodObjArgs(PyTuple_GetItem(way, 0), names[COMPUTE],
-                                                   PyTuple_GetItem(way, 1), tensors[0], tensors[1],
-                                                   tensors[2], tensors[3], (PyObject *)needs,
-                                                   nullptr)
-                      : nullptr);
+    if (!function || !needs) return nullptr;
+    Ref results(PyObject_CallFunctionObjArgs(function, what, tensors[0], tensors[1], tensors[2],
+                                             tensors[3], (PyObject *)needs, nullptr));
     return results ? PySequence_GetItem(results, 0) : nullptr;
 }
 
 // set_up(address of torch_parallel_for or None, dtypes in the order of Storage, 0-D tensors of
 // float32 and float64, torch.empty_like, functions of `cpu.py`, types of tensors, functions that say
-// whether more than autograd's backward mode sees a call, torch.is_grad_enabled)
+// whether more than autograd's backward mode sees a call, torch.is_grad_enabled, and the module
+// torch.autograd.forward_ad)
 PyObject *py_set_up(PyObject *, PyObject *const *args, Py_ssize_t count) {
     PyObject **const given[] = {&dtypes, &scalars, &empty_like, &expand,
-                                 &complain, &plain, &detectors, &is_grad_enabled};
-    if (count != 9) {
-        PyErr_SetString(PyExc_TypeError, "set_up: expected 9 arguments");
+                                 &complain, &plain, &detectors, &is_grad_enabled, &forward_ad};
+    if (count != 10) {
+        PyErr_SetString(PyExc_TypeError, "set_up: expected 10 arguments");
         return nullptr;
     }
     parallel_for = args[0] == Py_None ? nullptr
                                       : (decltype(parallel_for))PyLong_AsVoidPtr(args[0]);
-    for (int k = 0; k < 8; k++) *given[k] = Py_NewRef(args[k + 1]);
+    for (int k = 0; k < 9; k++) *given[k] = Py_NewRef(args[k + 1]);
     for (int k = 0; k < int(sizeof NAMES / sizeof *NAMES); k++)
         if (!(names[k] = PyUnicode_InternFromString(NAMES[k]))) return nullptr;
     if (PyErr_Occurred()) return nullptr;
@@ -643,4 +696,8 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, methods,
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__cpu() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__cpu() {
+    PyObject *created = PyModule_Create(&module);
+    if (created) own_compute = PyObject_GetAttrString(created, "compute");
+    return created;
+}

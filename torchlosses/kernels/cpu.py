@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torchlosses import checks
 from torchlosses.formulas import Call
@@ -24,7 +25,6 @@ def empty(like: Tensor) -> Tensor:
 
 def _expand(call: Call, sample_weight: Tensor, shape: torch.Size) -> tuple[Tensor, bool]:
     """Sample weights in full, and whether they are one per element instead of one per sample."""
-    sample_weight = sample_weight.to(call.dtype)
     samples = shape[: call.dim] + shape[call.dim + 1 :]
     is_elementwise = False
     if call.kind == "squares" and not call.is_index and shape:
@@ -65,6 +65,7 @@ _cpu.set_up(
     _expand,
     _complain,
     checks.PLAIN,
-    (checks.is_tracing, checks.count_modes, checks.is_transformed, torch.is_anomaly_enabled),
+    (checks.is_tracing, checks.count_modes, checks.are_transforms_active, torch.is_anomaly_enabled),
     torch.is_grad_enabled,
+    forward_ad,
 )  # fmt: skip
