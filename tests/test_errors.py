@@ -84,6 +84,15 @@ def test_complex_target(loss: Any, device: str) -> None:
             loss(y(4, 5, device=device), y(*shape, device=device).to(torch.complex64))
 
 
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation:UserWarning")
+@pytest.mark.parametrize("loss", BOTH)
+def test_quantized_target(loss: Any) -> None:
+    for shape in ((4, 5), (4,)):
+        target = torch.quantize_per_tensor(torch.ones(shape), 1.0, 0, torch.quint8)
+        with pytest.raises(TypeError, match=words("target", torch.quint8, "expected")):
+            loss(y(4, 5), target)
+
+
 @pytest.mark.parametrize("loss", BOTH)
 def test_not_a_tensor(loss: Any) -> None:
     with pytest.raises(TypeError, match=words("input", "list", "expected a torch.Tensor")):

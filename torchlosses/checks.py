@@ -362,7 +362,7 @@ def _check_real(name: str, value: Tensor, input: Tensor | None) -> None:
     if value.layout is not torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{name}: got {kind}; expected a dense tensor (to_dense, to_padded_tensor)")
-    if value.is_complex():
+    if value.is_complex() or value.is_quantized:
         raise TypeError(f"{name}: got dtype {value.dtype}; expected a real dtype")
     if input is not None and value.device != input.device:
         raise ValueError(

@@ -1,277 +1,30 @@
-// Loss and gradient in one pass on the CPU, as an extension module that knows tensors by their
-// addresses: it fits every Python from 3.11 on, and includes and links nothing of torch. Threads are
-// torch's own, by the function of its stable interface whose address `set_threads` is given.
+// Loss and gradient in one pass on the CPU, as an extension module that fits every Python from 3.11
+// on, and includes and links nothing of torch: a tensor is an object with methods. Threads are
+// torch's own, by the function of its stable interface whose address `set_up` is given.
+//
+// A call of a small loss takes as long as its way to the kernel. So that way is here too: a call like
+// one before it is known by its key, and goes from the public function to the kernel in one step.
 
 #define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
 
-#define INLINE inline __attribute__((always_inline))
-#define INLINED __attribute__((always_inline))  // Of a lambda.
+#include "job.h"
 
 namespace {
-
-// ---- What a call is
-
-enum Kind { SQUARES, PROBABILITIES, LOGITS };
-enum Reduction { SUM, MEAN, BATCHMEAN, NONE };
-enum Storage {
-    FLOAT32, FLOAT64, BFLOAT16, FLOAT16,
-    UINT8, INT8, INT16, INT32, INT64, UINT16, UINT32, UINT64, BOOL,
-};
-constexpr int64_t SIZES[] = {4, 8, 2, 2, 1, 1, 2, 4, 8, 2, 4, 8, 1};
-constexpr const char *KINDS[] = {"squares", "probabilities", "logits"};
-constexpr const char *REDUCTIONS[] = {"sum", "mean", "batchmean", "none"};
-
-// The stretches of a job are the same for any number of threads, and so is each one's sum.
-constexpr int64_t STRETCHES = 2048;   // At most.
-constexpr int64_t STRETCH = 16384;    // Elements in one, at least;
-constexpr int64_t GRAIN = 32768;      // and of what a thread is given.
-constexpr int64_t WITH_GIL = 16384;   // Elements that are done before another thread would wake.
-constexpr int64_t LEAST_ROW = 32;     // Classes from which a row fills vectors by itself.
-constexpr int64_t STREAMED = 1 << 25;  // Bytes of a gradient that leave the cache anyway.
-constexpr int64_t NO_MEMORY = -1;     // As a bad position.
-
-struct Job {
-    Kind kind;
-    Reduction reduction;
-    bool is_index, is_double;
-    bool is_of_class;       // One entry of a row counts.
-    bool is_elementwise;    // Nothing depends on where in a row an element stands.
-    bool is_side_by_side;   // Samples are the lanes of vectors, not classes.
-    bool weighs_elements;   // By `sample_weight`.
-    bool has_upstreams;     // One per loss.
-    bool is_guarded, is_smooth;
-    bool streams = false;   // Gradients go to memory past the cache.
-    Storage input_storage, target_storage;
-    const void *input, *target;
-    const void *weight, *sample_weight, *upstream;  // Like losses in the dtype of computation.
-    void *losses, *grad_input, *grad_target;
-    int64_t classes, inner, samples, elements;  // samples = outer · inner
-    int64_t ignore_index;
-    double delta, smoothing, uniform, divisor;  // uniform = smoothing / classes
-    int64_t group, stretch;  // Samples in each.
-    void (*run)(int64_t, int64_t, void *);
-    double sums[STRETCHES];
-    std::atomic<int64_t> bad{INT64_MAX};  // The first sample whose class is none.
-
-    // The element of a class of a sample.
-    int64_t place(int64_t sample, int64_t c) const {
-        return inner == 1 ? sample * classes + c
-                          : (sample / inner * classes + c) * inner + sample % inner;
-    }
-    void note_bad(int64_t sample) {
-        int64_t known = bad.load(std::memory_order_relaxed);
-        while (sample < known && !bad.compare_exchange_weak(known, sample)) {
-        }
-    }
-};
-
-// Class indices as int64; INT64_MAX for those beyond it.
-template <class T>
-void labels_as(const void *from, int64_t start, int64_t n, int64_t *to) {
-    const T *values = (const T *)from + start;
-    for (int64_t i = 0; i < n; i++)
-        to[i] = sizeof(T) == 8 && T(-1) > T(0) && int64_t(values[i]) < 0 ? INT64_MAX
-                                                                         : int64_t(values[i]);
-}
-void load_labels(const Job &job, int64_t start, int64_t n, int64_t *to) {
-    switch (job.target_storage) {
-        case INT64: return labels_as<int64_t>(job.target, start, n, to);
-        case INT32: return labels_as<int32_t>(job.target, start, n, to);
-        case INT16: return labels_as<int16_t>(job.target, start, n, to);
-        case INT8: return labels_as<int8_t>(job.target, start, n, to);
-        case UINT8: return labels_as<uint8_t>(job.target, start, n, to);
-        case UINT16: return labels_as<uint16_t>(job.target, start, n, to);
-        case UINT32: return labels_as<uint32_t>(job.target, start, n, to);
-        default: return labels_as<uint64_t>(job.target, start, n, to);
-    }
-}
-
-}  // namespace
-
-// ---- The kernels, for each instruction set
-
-#ifdef __x86_64__
-#define AVX2 "avx2,fma,bmi,bmi2"
-#define AVX512 AVX2 ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
-#define DO(pragma) _Pragma(#pragma)
-#ifdef __clang__
-#define BEGIN_TARGET(features) \
-    DO(clang attribute push(__attribute__((target(features))), apply_to = function))
-#define END_TARGET DO(clang attribute pop)
-#else
-#define BEGIN_TARGET(features) DO(GCC push_options) DO(GCC target(features))
-#define END_TARGET DO(GCC pop_options)
-#endif
-
-BEGIN_TARGET(AVX512)
-#define NAMESPACE avx512
-#define BYTES 64
-#include "cpu.h"
-#undef NAMESPACE
-#undef BYTES
-END_TARGET
-BEGIN_TARGET(AVX2)
-#define NAMESPACE avx2
-#define BYTES 32
-#include "cpu.h"
-#undef NAMESPACE
-#undef BYTES
-END_TARGET
-#endif
-#define NAMESPACE baseline
-#define BYTES 16
-#include "cpu.h"
-
-namespace {
-
-struct Target {
-    void (*plan)(Job &);
-    void (*apply)(bool, bool, const void *, void *, int64_t);
-};
-#ifdef __x86_64__
-constexpr Target TARGETS[] = {{baseline::plan, baseline::apply},
-                              {avx2::plan, avx2::apply},
-                              {avx512::plan, avx512::apply}};
-#else
-constexpr Target TARGETS[] = {{baseline::plan, baseline::apply}};
-#endif
-
-// The best of TARGETS that the processor has.
-int find_target() {
-#ifdef __x86_64__
-    __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-    const bool has_avx512 = __builtin_cpu_supports("avx512f") &&
-                            __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512cd") &&
-                            __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512vl");
-    return has_avx2 ? 1 + has_avx512 : 0;
-#else
-    return 0;
-#endif
-}
-int target = find_target();
-
-// ---- Threads
-
-using Body = void (*)(int64_t begin, int64_t end, void *context);
-int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, Body, void *context);
-
-void run(int64_t stretches, int64_t grain, Body body, Job &job) {
-    if (stretches <= grain || !parallel_for) body(0, stretches, &job);
-    else parallel_for(0, stretches, grain, body, &job);
-}
-
-int64_t divided_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
-
-// Sums the weights that the mean divides by, of `stretch` samples or elements at a time.
-template <class F> void sum_weights(int64_t begin, int64_t end, void *context) {
-    Job &job = *(Job *)context;
-    const F *sample_weight = (const F *)job.sample_weight;
-    const F *weight = job.kind == SQUARES ? nullptr : (const F *)job.weight;
-    const int64_t count = job.weighs_elements ? job.elements : job.samples;
-    constexpr int64_t BLOCK = 1024;
-    int64_t labels[BLOCK];
-    for (int64_t stretch = begin; stretch < end; stretch++) {
-        int64_t first = stretch * job.stretch, last = first + job.stretch;
-        if (last > count) last = count;
-        double total = 0;
-        bool is_nothing = true;
-        for (int64_t block = first; block < last; block += BLOCK) {
-            int64_t n = last - block < BLOCK ? last - block : BLOCK;
-            if (job.is_index) load_labels(job, block, n, labels);
-            for (int64_t j = 0; j < n; j++) {
-                double w = sample_weight ? sample_weight[block + j] : 1;
-                if (job.is_index) {
-                    int64_t c = labels[j];
-                    if (c == job.ignore_index) continue;
-                    if (c < 0 || c >= job.classes) {
-                        job.note_bad(block + j);
-                        continue;
-                    }
-                    if (weight) w *= weight[c];
-                }
-                is_nothing &= w == 0;
-                total += w;
-            }
-        }
-        // −0 says that there was a weight, though the sum is 0.
-        job.sums[stretch] = total == 0 ? (is_nothing ? 0.0 : -0.0) : total;
-    }
-}
-
-void find_divisor(Job &job, int64_t outer) {
-    job.divisor = 1;
-    if (job.reduction == BATCHMEAN) job.divisor = double(outer);
-    if (job.reduction != MEAN) return;
-    const double each = job.kind == SQUARES && !job.weighs_elements ? double(job.classes) : 1;
-    if (!job.is_index && !job.sample_weight) {
-        job.divisor = each * double(job.samples);
-        return;
-    }
-    const int64_t count = job.weighs_elements ? job.elements : job.samples;
-    job.stretch = divided_up(count, STRETCHES);
-    if (job.stretch < STRETCH) job.stretch = STRETCH;
-    const int64_t stretches = divided_up(count, job.stretch);
-    run(stretches, 4, job.is_double ? sum_weights<double> : sum_weights<float>, job);
-    double total = 0;
-    bool is_nothing = true;
-    for (int64_t k = 0; k < stretches; k++) {
-        is_nothing &= job.sums[k] == 0 && !std::signbit(job.sums[k]);
-        total += job.sums[k];
-    }
-    job.divisor = is_nothing ? 1 : total * each;
-}
-
-void compute(Job &job, int64_t outer) {
-    find_divisor(job, outer);
-    if (job.bad != INT64_MAX) return;
-    TARGETS[target].plan(job);
-    job.streams = job.grad_input && job.elements * SIZES[job.input_storage] >= STREAMED;
-    // Of probabilities only the class's is read, and all of a gradient are written.
-    const bool reads_one = job.is_of_class && job.kind == PROBABILITIES && !job.grad_input;
-    const int64_t work = reads_one ? 16 : job.classes;
-    job.stretch = divided_up(STRETCH, work);
-    if (job.stretch < divided_up(job.samples, STRETCHES))
-        job.stretch = divided_up(job.samples, STRETCHES);
-    if (job.is_side_by_side) job.stretch = divided_up(job.stretch, job.group) * job.group;
-    const int64_t stretches = divided_up(job.samples, job.stretch);
-    run(stretches, divided_up(GRAIN, job.stretch * work), job.run, job);
-    if (job.reduction == NONE || job.bad != INT64_MAX) return;
-    double total = 0;
-    for (int64_t k = 0; k < stretches; k++) total += job.sums[k];
-    total /= job.divisor;
-    if (job.is_double) *(double *)job.losses = total;
-    else *(float *)job.losses = float(total);
-}
-
-// ---- Python
 
 // What tensors and kernels are asked for.
 enum Name {
-    COMPUTE, CONTIGUOUS, CURRENT_LEVEL, DATA, DATA_PTR, DEVICE, DTYPE, IS_CONTIGUOUS, IS_NEG, MUL_, NEW_EMPTY,
-    REQUIRES_GRAD, SHAPE, STRIDE, TO,
+    COMPUTE, CONTIGUOUS, CURRENT_LEVEL, DATA, DATA_PTR, DEVICE, DTYPE, IS_CONTIGUOUS, IS_NEG, MUL_,
+    NEW_EMPTY, REQUIRES_GRAD, SHAPE, STRIDE, TO,
 };
 constexpr const char *NAMES[] = {
-    "compute", "contiguous", "_current_level", "data", "data_ptr", "device", "dtype", "is_contiguous", "is_neg",
-    "mul_", "new_empty", "requires_grad", "shape", "stride", "to",
+    "compute", "contiguous", "_current_level", "data", "data_ptr", "device", "dtype",
+    "is_contiguous", "is_neg", "mul_", "new_empty", "requires_grad", "shape", "stride", "to",
 };
 PyObject *names[sizeof NAMES / sizeof *NAMES];
 
@@ -311,6 +64,12 @@ PyObject *call(PyObject *function, PyObject *a, PyObject *b = nullptr, PyObject 
     return PyObject_CallFunctionObjArgs(function, a, b, c, d, nullptr);
 }
 
+bool takes(Py_ssize_t expected, Py_ssize_t count) {
+    if (count != expected)
+        PyErr_Format(PyExc_TypeError, "got %zd arguments; expected %zd", count, expected);
+    return count == expected;
+}
+
 void *address_of(PyObject *tensor) {
     Ref number(call_method(tensor, DATA_PTR));
     return number ? PyLong_AsVoidPtr(number) : nullptr;
@@ -343,11 +102,12 @@ struct Argument {
     bool look(PyObject *of) {
         tensor = of;
         address = address_of(of);
+        if (PyErr_Occurred()) return false;
         Ref contiguous(call_method(of, IS_CONTIGUOUS));
         is_contiguous = contiguous == Py_True;
-        dtype = get(of, DTYPE);
-        shape = get(of, SHAPE);
-        return !PyErr_Occurred();
+        if (contiguous) dtype = get(of, DTYPE);
+        if (dtype) shape = get(of, SHAPE);
+        return shape;
     }
     bool order(Ordered &to) const {
         if (!is_contiguous) return to.own(call_method(tensor, CONTIGUOUS));
@@ -373,9 +133,9 @@ void advise(void *address, size_t size) {
 }
 
 // empty(like, bytes): memory like a contiguous tensor's, in huge pages where it is fresh.
-PyObject *py_empty(PyObject *, PyObject *const *args, Py_ssize_t) {
+PyObject *py_empty(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Ordered tensor;
-    if (!tensor.own(call(empty_like, args[0]))) return nullptr;
+    if (!takes(2, count) || !tensor.own(call(empty_like, args[0]))) return nullptr;
     advise(tensor.address, PyLong_AsSize_t(args[1]));
     return Py_NewRef(tensor.tensor);
 }
@@ -384,7 +144,7 @@ PyObject *py_empty(PyObject *, PyObject *const *args, Py_ssize_t) {
 int storage_of(PyObject *dtype) {
     for (int k = 0; k < PyTuple_Size(dtypes); k++)
         if (PyTuple_GetItem(dtypes, k) == dtype) return k;
-    PyErr_SetString(PyExc_TypeError, "compute: no kernel knows this dtype");
+    PyErr_SetString(PyExc_TypeError, "no kernel knows such a dtype");
     return -1;
 }
 
@@ -494,13 +254,10 @@ bool make(PyObject *what, const Argument &input, const Argument &target, PyObjec
 // compute(call, input, target, weight, sample_weight, needs, upstream = None, over_input = False):
 // loss, grad_input, grad_target, as `make` makes them.
 PyObject *py_compute(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (count < 6 || count > 8) {
-        PyErr_SetString(PyExc_TypeError, "compute: expected 6 to 8 arguments");
-        return nullptr;
-    }
     Argument input, target;
     Results results;
-    if (!input.look(args[1]) || !target.look(args[2]) ||
+    if ((count < 6 && !takes(6, count)) || (count > 8 && !takes(8, count)) || !input.look(args[1]) ||
+        !target.look(args[2]) ||
         !make(args[0], input, target, args[3], args[4], PyTuple_GetItem(args[5], 0) == Py_True,
               PyTuple_GetItem(args[5], 1) == Py_True, count > 6 ? args[6] : Py_None,
               count > 7 && args[7] == Py_True, results))
@@ -514,7 +271,8 @@ PyObject *py_compute(PyObject *, PyObject *const *args, Py_ssize_t count) {
 
 // rescale(gradients, grad_loss): gradients of a reduced loss times that of the loss, in place, as
 // tensors of their own; or None for none.
-PyObject *py_rescale(PyObject *, PyObject *const *args, Py_ssize_t) {
+PyObject *py_rescale(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (!takes(2, count)) return nullptr;
     const void *factor = address_of(args[1]);
     Ref dtype(get(args[1], DTYPE)), is_neg(call_method(args[1], IS_NEG));
     if (!factor || !dtype || !is_neg) return nullptr;
@@ -535,15 +293,20 @@ PyObject *py_rescale(PyObject *, PyObject *const *args, Py_ssize_t) {
 
 // Whether kernels can read a tensor's numbers, at no more memory than it has.
 bool is_readable(const Argument &argument) {
-    PyObject *tensor = argument.tensor, *type = (PyObject *)Py_TYPE(tensor);
-    if (type != PyTuple_GetItem(plain, 0) && type != PyTuple_GetItem(plain, 1)) return false;
-    Ref is_neg(call_method(tensor, IS_NEG));
-    if (is_neg != Py_False || !argument.address) return false;
+    if (!argument.address) return false;
+    Ref is_neg(call_method(argument.tensor, IS_NEG));
+    if (is_neg != Py_False) return false;
     if (argument.is_contiguous) return true;
-    Ref strides(call_method(tensor, STRIDE));
+    Ref strides(call_method(argument.tensor, STRIDE));
     for (Py_ssize_t d = 0; strides && d < PyTuple_Size(strides); d++)
         if (PyLong_AsLongLong(PyTuple_GetItem(strides, d)) == 0) return false;
     return strides;
+}
+
+// Whether it is a tensor or a parameter, and of no class of somebody else.
+bool is_plain(PyObject *tensor) {
+    PyObject *type = (PyObject *)Py_TYPE(tensor);
+    return type == PyTuple_GetItem(plain, 0) || type == PyTuple_GetItem(plain, 1);
 }
 
 // A number that equals another may be of a type that is refused; the last is a bool.
@@ -564,7 +327,7 @@ bool is_eager() {
         Ref found(PyObject_CallNoArgs(PyTuple_GetItem(detectors, k)));
         if (!found || PyObject_IsTrue(found)) return false;
     }
-    Ref level(get(forward_ad, CURRENT_LEVEL));
+    Ref level(get(forward_ad, CURRENT_LEVEL));  // Private; see checks.py.
     return level && PyLong_AsLong(level) < 0;
 }
 
@@ -581,7 +344,8 @@ PyObject *make_key(PyObject *form, PyObject *const *tensors, Argument *arguments
         PyObject *none = Py_None, *parts[] = {none, none, none};
         Ref device;
         if (tensors[k] != none) {
-            if (!argument.look(tensors[k]) || !is_readable(argument)) return nullptr;
+            if (!is_plain(tensors[k]) || !argument.look(tensors[k]) || !is_readable(argument))
+                return nullptr;
             Ref requires_grad(get(tensors[k], REQUIRES_GRAD));
             if (!requires_grad || (k > 1 && requires_grad == Py_True)) return nullptr;
             has_leaf |= requires_grad == Py_True;
@@ -599,8 +363,9 @@ PyObject *make_key(PyObject *form, PyObject *const *tensors, Argument *arguments
 
 // find_key(form, input, target, weight, sample_weight): the key that a call is known by, or None
 // where kernels may not serve it. `form` is the call beside its tensors, with a bool at its end.
-PyObject *py_find_key(PyObject *, PyObject *const *args, Py_ssize_t) {
+PyObject *py_find_key(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Argument arguments[4];
+    if (!takes(5, count)) return nullptr;
     PyObject *key = make_key(args[0], args + 1, arguments);
     if (key) return key;
     PyErr_Clear();
@@ -610,7 +375,8 @@ PyObject *py_find_key(PyObject *, PyObject *const *args, Py_ssize_t) {
 // serve(known, kernels, apply, form, input, target, weight, sample_weight): the loss of a call for
 // whose key `known` has (kernels, way, whether it learns), by `apply` if it does, and by the way's
 // own kernels if not. None where it has none.
-PyObject *py_serve(PyObject *, PyObject *const *args, Py_ssize_t) {
+PyObject *py_serve(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (!takes(8, count)) return nullptr;
     PyObject *const *tensors = args + 4;
     Argument arguments[4];
     Ref key(make_key(args[3], tensors, arguments));
@@ -643,10 +409,7 @@ PyObject *py_serve(PyObject *, PyObject *const *args, Py_ssize_t) {
 PyObject *py_set_up(PyObject *, PyObject *const *args, Py_ssize_t count) {
     PyObject **const given[] = {&dtypes, &scalars, &empty_like, &expand,
                                  &complain, &plain, &detectors, &is_grad_enabled, &forward_ad};
-    if (count != 10) {
-        PyErr_SetString(PyExc_TypeError, "set_up: expected 10 arguments");
-        return nullptr;
-    }
+    if (!takes(10, count)) return nullptr;
     parallel_for = args[0] == Py_None ? nullptr
                                       : (decltype(parallel_for))PyLong_AsVoidPtr(args[0]);
     for (int k = 0; k < 9; k++) *given[k] = Py_NewRef(args[k + 1]);
@@ -667,10 +430,7 @@ PyObject *py_set_target(PyObject *, PyObject *number) {
 
 // apply(operation, is_double, from, to, number of elements): 0 is exp, 1 is log.
 PyObject *py_apply(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (count != 5) {
-        PyErr_SetString(PyExc_TypeError, "apply: expected 5 arguments");
-        return nullptr;
-    }
+    if (!takes(5, count)) return nullptr;
     const long operation = PyLong_AsLong(args[0]), is_double = PyLong_AsLong(args[1]);
     const void *from = PyLong_AsVoidPtr(args[2]);
     void *to = PyLong_AsVoidPtr(args[3]);

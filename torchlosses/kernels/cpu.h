@@ -1,4 +1,4 @@
-// The losses, compiled once for each instruction set: cpu.cpp includes this file with NAMESPACE and
+// The losses, compiled once for each instruction set: job.h includes this file with NAMESPACE and
 // BYTES, the width of a vector, defined.
 
 namespace NAMESPACE {
