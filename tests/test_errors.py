@@ -11,6 +11,7 @@ import torch
 from samples import SAMPLES, Sample
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 
 from torchlosses import CrossEntropyError, SumSquaredError
 from torchlosses.functional import cross_entropy_error, sum_squared_error
@@ -298,13 +299,14 @@ def test_what_is_known_of_one_call_is_not_taken_for_another() -> None:
         cross_entropy_error(input, index, from_logits=wrong)
 
 
+@pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize("name", ["weight", "sample_weight"])
-def test_what_is_known_of_weights_is_not_taken_for_others(name: str) -> None:
+def test_what_is_known_of_weights_is_not_taken_for_others(name: str, learns: bool) -> None:
     def loss(weight: Tensor | None) -> Tensor:
         weights: dict[str, Any] = {name: weight}
         return cross_entropy_error(input, index, **weights)
 
-    input, index = torch.rand(4, 4), torch.tensor([1, 2, 3, 0])
+    input, index = torch.rand(4, 4, requires_grad=learns), torch.tensor([1, 2, 3, 0])
     whole, halved = loss(torch.ones(4)), loss(torch.full((4,), 0.5))
     torch.testing.assert_close(whole / 2, halved)
     torch.testing.assert_close(loss(torch.ones(4).double()), whole)
@@ -316,7 +318,7 @@ def test_what_is_known_of_weights_is_not_taken_for_others(name: str) -> None:
     learned = torch.ones(4, requires_grad=True)
     loss(learned).backward()
     assert learned.grad is not None
-    torch.testing.assert_close(learned.grad.sum(), whole)
+    torch.testing.assert_close(learned.grad.sum(), whole.detach())
 
 
 def test_a_known_call_learns_where_it_is_asked_to() -> None:
@@ -335,7 +337,9 @@ def test_a_known_call_goes_to_the_formula_where_kernels_do_not_serve() -> None:
     negative = torch.complex(input, -input).conj().imag
     assert negative.is_neg()
     torch.testing.assert_close(cross_entropy_error(negative, index), fitting)
-    # Private: zeros without memory, which torch makes of some gradients, have no public name.
+    # Private, since no public call makes such a view of what lies in order,
+    torch.testing.assert_close(cross_entropy_error(torch._neg_view(-input), index), fitting)
+    # nor zeros without memory, which torch makes of some gradients.
     zeros = torch._efficientzerotensor(4, 4)
     torch.testing.assert_close(
         cross_entropy_error(zeros, index), cross_entropy_error(torch.zeros(4, 4), index)
@@ -348,6 +352,11 @@ def test_a_known_call_goes_to_the_formula_where_kernels_do_not_serve() -> None:
     torch.testing.assert_close(losses, fitting[None])
     tangent = torch.func.jvp(lambda y: cross_entropy_error(y, index), (input,), (input,))[1]
     torch.testing.assert_close(tangent, torch.tensor(-4.0))
+    with forward_ad.dual_level():
+        dual = cross_entropy_error(forward_ad.make_dual(input, input), index)
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, torch.tensor(-4.0))
+    mine: Tensor = input.as_subclass(type("Mine", (Tensor,), {}))
+    assert type(cross_entropy_error(mine, index)) is type(mine)
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert isinstance(cross_entropy_error(input, index), FakeTensor)
     with (

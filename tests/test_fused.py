@@ -360,10 +360,12 @@ def test_where_a_kernel_fails_the_formula_serves_and_says_so_once(
 
     def compute(*arguments: Any) -> Any:
         needs = arguments[5]
+        called.append(needs)
         if needs[0] == (fails_in == "backward"):
             raise RuntimeError("out of resource: shared memory")
         return cpu.compute(*arguments)
 
+    called: list[Any] = []
     failing = SimpleNamespace(compute=compute)
     monkeypatch.setattr(fused, "KERNELS", {"cpu": lambda device: fused.Guarded(failing)})
     with warnings.catch_warnings(record=True) as warned:
@@ -374,7 +376,10 @@ def test_where_a_kernel_fails_the_formula_serves_and_says_so_once(
     assert len(warned) == 1
     assert "RuntimeError: out of resource" in str(warned[0].message)
     torch.testing.assert_close((value, grad), (expected, expected_grad))
+    called.clear()
+    cross_entropy_error(y, index, reduction="none")  # Though such a call was known.
     assert fused.find_kernels(call(is_index=True), y, index) is None
+    assert not called
     monkeypatch.setattr(fused, "_failed", set())
     failing.compute = cpu.compute
     failing.rescale = mock.Mock(side_effect=RuntimeError("no such function"))
