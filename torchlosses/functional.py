@@ -1,7 +1,5 @@
 """The losses as functions: check, then compute, then reduce."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -150,7 +148,7 @@ def _compute(
     label_smoothing: float = 0.0,
     from_logits: bool = False,
 ) -> Tensor:
-    form: Any = (kind, reduction, dim, ignore_index, delta, label_smoothing, from_logits)
+    form = (kind, reduction, dim, ignore_index, delta, label_smoothing, from_logits)
     loss = fused.compute_known(form, input, target, weight, sample_weight)
     if loss is not None:
         return loss
@@ -160,7 +158,6 @@ def _compute(
     dim = checks.check_dim(input, dim)
     if kind != "squares" and input.dim() == 0 and target.shape == input.shape:
         input, target = input.unsqueeze(0), target.unsqueeze(0)  # One class, and no dimension.
-        form = None
     is_index = checks.is_class_index(input, input.shape, target, dim)
     if weight is not None or sample_weight is not None:
         is_like_target = is_index or kind == "squares"
