@@ -19,16 +19,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py has such a proce
 
     from torchlosses.kernels import triton
 
-    def compute(
-        call: Any, input: torch.Tensor, target: torch.Tensor, *rest: Any, **more: Any
-    ) -> Any:
-        """Complains of a bad class, as the kernels of a CPU do."""
-        if call.is_index:
-            checks.check_classes(target, input.shape[call.dim], call.ignore_index)
-        return triton.compute(call, input, target, *rest, **more)
+    class Interpreted(fused.Guarded):
+        def compute(self, call: Any, *arguments: Any) -> Any:
+            """Complains of a bad class, as the kernels of a CPU do."""
+            input, target, *_ = arguments
+            if call.is_index:
+                checks.check_classes(target, input.shape[call.dim], call.ignore_index)
+            return super().compute(call, *arguments)
 
-    interpreted = fused.Guarded(SimpleNamespace(compute=compute, rescale=triton.rescale))
-    fused.KERNELS["cpu"] = lambda device: interpreted
+    fused.KERNELS["cpu"] = lambda device: Interpreted(triton)
 
     # With every call within a kernel the interpreter replaces Triton's whole language again, and
     # spends most of its time there. Other versions than those with such a scope are as slow as

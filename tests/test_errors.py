@@ -12,6 +12,8 @@ from samples import SAMPLES, Sample
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from torchlosses import CrossEntropyError, SumSquaredError
 from torchlosses.functional import cross_entropy_error, sum_squared_error
@@ -293,6 +295,9 @@ def test_what_is_known_of_one_call_is_not_taken_for_another() -> None:
     for name in one:
         with pytest.raises(TypeError, match=f"{name}: got True"):
             cross_entropy_error(input, index, **one | {name: True})
+    for name in ("dim", "ignore_index"):
+        with pytest.raises(TypeError, match=f"{name}: got 1.0"):
+            cross_entropy_error(input, index, **one | {name: 1.0})
     cross_entropy_error(input, index, from_logits=True)
     wrong: Any = 1
     with pytest.raises(TypeError, match="from_logits: got 1"):
@@ -319,6 +324,25 @@ def test_what_is_known_of_weights_is_not_taken_for_others(name: str, learns: boo
     loss(learned).backward()
     assert learned.grad is not None
     torch.testing.assert_close(learned.grad.sum(), whole.detach())
+
+
+class Refusing(TorchFunctionMode):
+    def __torch_function__(self, *_: Any) -> Any:
+        raise ValueError("refused")
+
+
+def test_errors_of_others_go_on_through_a_known_call() -> None:
+    input, index = torch.rand(4, 4), torch.tensor([1, 2, 3, 0])
+    for _ in range(2):
+        cross_entropy_error(input, index)
+        with Refusing(), pytest.raises(ValueError, match="refused"):
+            cross_entropy_error(input, index)
+
+
+def test_a_bad_class_is_named_whatever_the_default_device() -> None:
+    input, index = torch.rand(4, 4), torch.tensor([1, 9, 3, 0])
+    with torch.device("meta"), pytest.raises(IndexError, match=r"class 9 at position \(1,\)"):
+        cross_entropy_error(input, index)
 
 
 def test_a_known_call_learns_where_it_is_asked_to() -> None:
@@ -355,6 +379,8 @@ def test_a_known_call_goes_to_the_formula_where_kernels_do_not_serve() -> None:
     with forward_ad.dual_level():
         dual = cross_entropy_error(forward_ad.make_dual(input, input), index)
         torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, torch.tensor(-4.0))
+    trace = make_fx(lambda y, t: cross_entropy_error(y, t), pre_dispatch=True)
+    torch.testing.assert_close(trace(input, index)(input, index), fitting)
     mine: Tensor = input.as_subclass(type("Mine", (Tensor,), {}))
     assert type(cross_entropy_error(mine, index)) is type(mine)
     with FakeTensorMode(allow_non_fake_inputs=True):

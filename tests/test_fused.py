@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -114,21 +115,24 @@ def test_the_formula_serves_the_rest() -> None:
 def test_without_the_extension_the_formula_serves_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fused, "cpu", None)
-    monkeypatch.setattr(fused, "_error", ImportError("no module"), raising=False)
-    fused._find_cpu.cache_clear()
+    monkeypatch.setitem(sys.modules, "torchlosses.kernels.cpu", None)
+    monkeypatch.delattr("torchlosses.kernels.cpu")
+    monkeypatch.setattr(fused, "_known", {})
+    fused._load_extension.cache_clear()
     y = torch.rand(4, 5)
     with pytest.warns(UserWarning, match="install a C.. compiler, and the package again"):
         loss = sum_squared_error(y, torch.zeros_like(y))
     torch.testing.assert_close(loss, y.square().sum() / 2)
     sum_squared_error(y, y)
-    fused._find_cpu.cache_clear()
+    fused._load_extension.cache_clear()
 
 
 def test_detectors_are_there() -> None:
     """Private to torch; without one every call would go to the formula, and nobody would know."""
     assert checks.are_transforms_active is not checks._unknown
     assert checks.count_modes is not checks._unknown
+    assert checks.is_tracing is not checks._unknown
+    assert checks.is_before_dispatch is not checks._unknown
     assert None not in checks._INFRA_MODES
     assert torch._C._get_dispatch_mode(checks._INFRA_MODES[0]) is None
     assert forward_ad._current_level == -1

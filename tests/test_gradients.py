@@ -8,6 +8,7 @@ import pytest
 import torch
 from samples import SAMPLES, Sample
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -163,6 +164,17 @@ FORMS: list[tuple[Any, dict[str, Any]]] = [
     (cross_entropy_error, {}),
     (cross_entropy_error, {"from_logits": True}),
 ]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_backward_where_no_tensor_has_numbers(reduction: Any) -> None:
+    y = torch.rand(4, 5, requires_grad=True)
+    value = sum_squared_error(y, y.detach(), reduction=reduction)
+    upstream = torch.ones_like(value)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        (grad,) = torch.autograd.grad(value, y, upstream)
+    assert isinstance(grad, FakeTensor)
+    assert grad.shape == y.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

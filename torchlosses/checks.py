@@ -3,6 +3,7 @@
 A message names the argument, what it got, and what it should be.
 """
 
+import functools
 import math
 import numbers
 import operator
@@ -26,8 +27,8 @@ def _unknown() -> int:
     return 1
 
 
-# Public, and left out of torch's type hints.
-is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+# Private: torch.jit.is_tracing is the same as a function of Python, in which a signal may come.
+is_tracing: Callable[[], int] = getattr(torch._C, "_is_tracing", _unknown)
 # Private, for want of a public twin: how many modes (tracers, fake tensors, users' own) see every
 # operation, and those among them that have numbers of their own, or none.
 count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _unknown)
@@ -35,7 +36,14 @@ _INFRA_MODES = [
     getattr(getattr(torch._C, "_TorchDispatchModeKey", None), key, None)
     for key in ("FAKE", "PROXY", "FUNCTIONAL")
 ]
-# Private likewise: whether a transform of torch.func is on.
+# Private likewise: whether a tracer sees operations before autograd does,
+try:
+    is_before_dispatch: Callable[[], int] = functools.partial(
+        torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch
+    )
+except AttributeError:
+    is_before_dispatch = _unknown
+# and whether a transform of torch.func is on.
 are_transforms_active: Callable[[], int] = getattr(
     torch._C, "_are_functorch_transforms_active", _unknown
 )
@@ -43,7 +51,7 @@ are_transforms_active: Callable[[], int] = getattr(
 
 def is_traced() -> bool:
     """Whether what runs is recorded, or runs without numbers: no value may be looked at."""
-    if torch.compiler.is_compiling() or is_tracing():
+    if torch.compiler.is_compiling() or is_tracing() or is_before_dispatch():
         return True
     if not count_modes():
         return False
@@ -259,7 +267,7 @@ def bad_class(
 ) -> IndexError:
     """The complaint about a class that is none, at a position that may be one in flat order."""
     if isinstance(position, int):
-        indices = torch.unravel_index(torch.tensor(position), target.shape)
+        indices = torch.unravel_index(torch.tensor(position, device=target.device), target.shape)
         position = tuple(int(index) for index in indices)
     return IndexError(
         f"target: got class {target[position].item()} at position {position}; "

@@ -15,14 +15,8 @@ from torch.autograd import Function
 from torchlosses import checks, formulas
 from torchlosses.formulas import Call
 
-cpu: Any = None
-try:
-    from torchlosses.kernels import cpu
-except (ImportError, OSError, AttributeError) as error:
-    _error = error
-
-# What kernels raise that no formula would mend: a class out of range, and memory that is not there.
-OF_THE_CALLER = (IndexError, MemoryError, torch.OutOfMemoryError)
+# What kernels raise that no formula would mend.
+OF_THE_CALLER = (MemoryError, torch.OutOfMemoryError)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -49,7 +43,10 @@ class Kernels(Protocol):
 
 
 class Guarded(NamedTuple):
-    """Kernels that may fail, and whose errors are told from those of all that is around them."""
+    """Kernels that may fail, and whose errors are told from those of all that is around them.
+
+    Those of the CPU do not: what they raise is for the caller.
+    """
 
     kernels: Any
 
@@ -70,15 +67,21 @@ def _run(kernel: Callable[..., Any], *arguments: Any) -> Any:
 
 
 @functools.cache
-def _find_cpu(_: torch.device) -> Kernels | None:
-    if cpu is None:
+def _load_extension() -> Any | None:
+    """The module of the CPU's kernels and of known calls, if it is there.
+
+    Imported for the first eager call: a mode that was on before would make its tensors.
+    """
+    try:
+        from torchlosses.kernels import cpu
+    except (ImportError, OSError, AttributeError) as error:
         warnings.warn(
-            "torchlosses is slower on the CPU than it could be, for its extension is not there "
-            f"({_error}); install a C++ compiler, and the package again",
+            "torchlosses is slower than it could be, for its extension is not there "
+            f"({error}); install a C++ compiler, and the package again",
             stacklevel=2,
         )
-    kernels: Kernels | None = cpu
-    return kernels
+        return None
+    return cpu
 
 
 @functools.cache
@@ -105,7 +108,7 @@ def _find_triton(device: torch.device) -> Kernels | None:
 # What finds the kernels of each kind of device; the formulas serve all others, and the devices
 # whose kernels have failed.
 KERNELS: dict[str, Callable[[torch.device], Kernels | None]] = {
-    "cpu": _find_cpu,
+    "cpu": lambda device: _load_extension(),
     "cuda": _find_triton,
 }
 _failed: set[torch.device] = set()
@@ -113,9 +116,9 @@ _failed: set[torch.device] = set()
 
 def give_up(device: torch.device, error: KernelError) -> None:
     """Leaves a device to the formulas: a driver, a compiler or a GPU may refuse any kernel."""
+    _known.clear()
     if device not in _failed:
         _failed.add(device)
-        _known.clear()
         cause = error.args[0]
         warnings.warn(
             f"torchlosses is slower on {device} than it could be, for a kernel failed there: "
@@ -198,11 +201,14 @@ def compute_known(
     sample_weight: Tensor | None,
 ) -> Tensor | None:
     """The loss by kernels, if such a call is known, and needs no check any more."""
-    if cpu is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _known:
         return None
+    extension: Any = _load_extension()
     loss: Tensor | None
     try:
-        loss = cpu.serve(_known, KERNELS, OnePass.apply, form, input, target, weight, sample_weight)
+        loss = extension.serve(
+            _known, KERNELS, OnePass.apply, form, input, target, weight, sample_weight
+        )
     except KernelError as error:
         give_up(input.device, error)
         return None
@@ -240,7 +246,8 @@ def compute(
         learns = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
         half = torch.float16 in (input.dtype, target.dtype)
         way = (kernels, call, formulas.compute, half or call.reduction == "none")
-        key = None if cpu is None or form is None else cpu.find_key(form, *arguments)
+        extension = _load_extension()
+        key = None if form is None or extension is None else extension.find_key(form, *arguments)
         if key is not None:
             if len(_known) >= MOST_KNOWN:
                 _known.clear()
@@ -282,7 +289,7 @@ class OnePass(Function):
         count = len(saved) // 2 + 1  # Of the arguments: two of them have no gradient.
         if not (
             torch.is_grad_enabled()  # To be differentiated again.
-            or torch.compiler.is_compiling()
+            or checks.is_traced()
             or not _has_memory(grad_loss)
         ):
             try:

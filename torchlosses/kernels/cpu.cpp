@@ -33,7 +33,7 @@ PyObject *dtypes, *scalars, *empty_like, *expand, *complain, *plain, *detectors,
     *forward_ad;
 PyObject *own_compute;  // Of this module.
 
-// A reference that is given back; of none where an error is set.
+// Owns a reference; null after an error.
 class Ref {
     PyObject *object;
 
@@ -70,9 +70,13 @@ bool takes(Py_ssize_t expected, Py_ssize_t count) {
     return count == expected;
 }
 
+// Null where an error is set: some tensors have no numbers, whatever a mode or a hook made of them.
 void *address_of(PyObject *tensor) {
     Ref number(call_method(tensor, DATA_PTR));
-    return number ? PyLong_AsVoidPtr(number) : nullptr;
+    void *address = number ? PyLong_AsVoidPtr(number) : nullptr;
+    if (!address && !PyErr_Occurred())
+        PyErr_SetString(PyExc_RuntimeError, "a tensor has no memory");
+    return address;
 }
 
 // A tensor whose elements lie in order, or none. All that answers false has set an error.
@@ -83,7 +87,7 @@ struct Ordered {
     bool own(PyObject *made) {
         tensor = made;
         if (made) address = address_of(made);
-        return !PyErr_Occurred();
+        return address;
     }
     bool cast(PyObject *of, PyObject *dtype) {
         if (of == Py_None) return true;
@@ -102,7 +106,7 @@ struct Argument {
     bool look(PyObject *of) {
         tensor = of;
         address = address_of(of);
-        if (PyErr_Occurred()) return false;
+        if (!address) return false;
         Ref contiguous(call_method(of, IS_CONTIGUOUS));
         is_contiguous = contiguous == Py_True;
         if (contiguous) dtype = get(of, DTYPE);
@@ -274,8 +278,11 @@ PyObject *py_compute(PyObject *, PyObject *const *args, Py_ssize_t count) {
 PyObject *py_rescale(PyObject *, PyObject *const *args, Py_ssize_t count) {
     if (!takes(2, count)) return nullptr;
     const void *factor = address_of(args[1]);
-    Ref dtype(get(args[1], DTYPE)), is_neg(call_method(args[1], IS_NEG));
-    if (!factor || !dtype || !is_neg) return nullptr;
+    if (!factor) return nullptr;
+    Ref dtype(get(args[1], DTYPE));
+    if (!dtype) return nullptr;
+    Ref is_neg(call_method(args[1], IS_NEG));
+    if (!is_neg) return nullptr;
     const bool is_double = dtype == PyTuple_GetItem(dtypes, FLOAT64);
     const bool is_one = is_neg == Py_False && (is_double ? *(const double *)factor == 1
                                                          : *(const float *)factor == 1);
@@ -293,7 +300,6 @@ PyObject *py_rescale(PyObject *, PyObject *const *args, Py_ssize_t count) {
 
 // Whether kernels can read a tensor's numbers, at no more memory than it has.
 bool is_readable(const Argument &argument) {
-    if (!argument.address) return false;
     Ref is_neg(call_method(argument.tensor, IS_NEG));
     if (is_neg != Py_False) return false;
     if (argument.is_contiguous) return true;
@@ -309,20 +315,19 @@ bool is_plain(PyObject *tensor) {
     return type == PyTuple_GetItem(plain, 0) || type == PyTuple_GetItem(plain, 1);
 }
 
-// A number that equals another may be of a type that is refused; the last is a bool.
+// Whether options are of the types that they are declared as: a number that equals another may be of
+// one that is refused.
 bool has_plain_types(PyObject *form) {
-    const Py_ssize_t last = PyTuple_Size(form) - 1;
-    for (Py_ssize_t k = 0; k < last; k++) {
-        PyObject *option = PyTuple_GetItem(form, k);
-        if (option != Py_None && !PyLong_CheckExact(option) && !PyFloat_CheckExact(option) &&
-            !PyUnicode_CheckExact(option))
-            return false;
-    }
-    return PyBool_Check(PyTuple_GetItem(form, last));
+    const auto option = [form](int k) { return PyTuple_GetItem(form, k); };
+    const auto is_number = [](PyObject *x) { return PyFloat_CheckExact(x) || PyLong_CheckExact(x); };
+    return PyUnicode_CheckExact(option(0)) && PyUnicode_CheckExact(option(1)) &&
+           (option(2) == Py_None || PyLong_CheckExact(option(2))) &&
+           PyLong_CheckExact(option(3)) && is_number(option(4)) && is_number(option(5)) &&
+           PyBool_Check(option(6));
 }
 
-// Whether nothing but autograd's backward mode sees what runs.
-bool is_eager() {
+// Whether a call may go unseen: no tracer, mode, transform or detection of anomalies is on.
+bool is_unseen() {
     for (Py_ssize_t k = 0; k < PyTuple_Size(detectors); k++) {
         Ref found(PyObject_CallNoArgs(PyTuple_GetItem(detectors, k)));
         if (!found || PyObject_IsTrue(found)) return false;
@@ -331,14 +336,14 @@ bool is_eager() {
     return level && PyLong_AsLong(level) < 0;
 }
 
-// All that decides whether a call is right and how it is served, where kernels may serve it: of
-// its form and of its input, target, weight and sample_weight, which are looked at. None else, or
-// where an error is set.
+// All that decides whether a call is right and how it is served: of its form and of its input,
+// target, weight and sample_weight, which are looked at. Null where kernels may not serve it, or with
+// an error set.
 PyObject *make_key(PyObject *form, PyObject *const *tensors, Argument *arguments) {
-    if (!is_eager() || !has_plain_types(form)) return nullptr;
+    if (!is_unseen() || !has_plain_types(form)) return nullptr;
     Ref key(PyTuple_New(14)), learns(PyObject_CallNoArgs(is_grad_enabled));
     if (!key || !learns) return nullptr;
-    bool has_leaf = false;
+    bool requires_any = false;
     for (int k = 0; k < 4; k++) {
         Argument &argument = arguments[k];
         PyObject *none = Py_None, *parts[] = {none, none, none};
@@ -348,7 +353,7 @@ PyObject *make_key(PyObject *form, PyObject *const *tensors, Argument *arguments
                 return nullptr;
             Ref requires_grad(get(tensors[k], REQUIRES_GRAD));
             if (!requires_grad || (k > 1 && requires_grad == Py_True)) return nullptr;
-            has_leaf |= requires_grad == Py_True;
+            requires_any |= requires_grad == Py_True;
             device = get(tensors[k], DEVICE);
             if (!device) return nullptr;
             parts[0] = argument.dtype, parts[1] = argument.shape, parts[2] = device;
@@ -357,19 +362,25 @@ PyObject *make_key(PyObject *form, PyObject *const *tensors, Argument *arguments
             PyTuple_SetItem(key, 2 + 3 * k + part, Py_NewRef(parts[part]));
     }
     PyTuple_SetItem(key, 0, Py_NewRef(form));
-    PyTuple_SetItem(key, 1, Py_NewRef(has_leaf ? (PyObject *)learns : Py_False));
+    PyTuple_SetItem(key, 1, Py_NewRef(requires_any ? (PyObject *)learns : Py_False));
     return Py_NewRef(key);
 }
 
+// None for a call that is not known; but what a signal or a user's code has raised goes on.
+PyObject *none_known() {
+    if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_RuntimeError)) return nullptr;
+    PyErr_Clear();
+    Py_RETURN_NONE;
+}
+
 // find_key(form, input, target, weight, sample_weight): the key that a call is known by, or None
-// where kernels may not serve it. `form` is the call beside its tensors, with a bool at its end.
+// where kernels may not serve it. `form` is (kind, reduction, dim, ignore_index, delta,
+// label_smoothing, from_logits) as the caller gave them.
 PyObject *py_find_key(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Argument arguments[4];
     if (!takes(5, count)) return nullptr;
     PyObject *key = make_key(args[0], args + 1, arguments);
-    if (key) return key;
-    PyErr_Clear();
-    Py_RETURN_NONE;
+    return key ? key : none_known();
 }
 
 // serve(known, kernels, apply, form, input, target, weight, sample_weight): the loss of a call for
@@ -381,8 +392,7 @@ PyObject *py_serve(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Argument arguments[4];
     Ref key(make_key(args[3], tensors, arguments));
     PyObject *known = key ? PyDict_GetItemWithError(args[0], key) : nullptr;
-    PyErr_Clear();
-    if (!known || PyTuple_GetItem(known, 0) != args[1]) Py_RETURN_NONE;
+    if (!known || PyTuple_GetItem(known, 0) != args[1]) return none_known();
     Ref way(Py_NewRef(PyTuple_GetItem(known, 1)));
     if (PyTuple_GetItem(known, 2) == Py_True)
         return PyObject_CallFunctionObjArgs(args[2], (PyObject *)way, tensors[0], tensors[1],
@@ -404,8 +414,7 @@ PyObject *py_serve(PyObject *, PyObject *const *args, Py_ssize_t count) {
 
 // set_up(address of torch_parallel_for or None, dtypes in the order of Storage, 0-D tensors of
 // float32 and float64, torch.empty_like, functions of `cpu.py`, types of tensors, functions that say
-// whether more than autograd's backward mode sees a call, torch.is_grad_enabled, and the module
-// torch.autograd.forward_ad)
+// whether a call is seen, torch.is_grad_enabled, and the module torch.autograd.forward_ad)
 PyObject *py_set_up(PyObject *, PyObject *const *args, Py_ssize_t count) {
     PyObject **const given[] = {&dtypes, &scalars, &empty_like, &expand,
                                  &complain, &plain, &detectors, &is_grad_enabled, &forward_ad};

@@ -65,7 +65,10 @@ _cpu.set_up(
     _expand,
     _complain,
     checks.PLAIN,
-    (checks.is_tracing, checks.count_modes, checks.are_transforms_active, torch.is_anomaly_enabled),
+    (
+        checks.is_tracing, checks.is_before_dispatch, checks.count_modes,
+        checks.are_transforms_active, torch.is_anomaly_enabled,
+    ),
     torch.is_grad_enabled,
     forward_ad,
 )  # fmt: skip
