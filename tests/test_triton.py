@@ -509,7 +509,8 @@ def test_forward_and_backward_are_two_launches_or_three(
                     is_counted &= samples[0] * len(index[0].view(-1)) > kernels.COUNT_ALONE
                     assert len(launched) == 2 + is_counted, (call, launched)
                     assert operations.names <= {
-                        "empty_like", "new_empty", "empty", "view", "expand", "_unsafe_view", "detach",
+                        "empty_like", "new_empty", "empty", "view", "expand", "_unsafe_view",
+                        "detach",
                     }  # fmt: skip
 
 
