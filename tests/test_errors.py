@@ -326,16 +326,25 @@ def test_what_is_known_of_weights_is_not_taken_for_others(name: str, learns: boo
     torch.testing.assert_close(learned.grad.sum(), whole.detach())
 
 
-class Refusing(TorchFunctionMode):
-    def __torch_function__(self, *_: Any) -> Any:
-        raise ValueError("refused")
+class RefusesOnce(TorchFunctionMode):
+    """Raises at the first operation that it sees, as what a signal calls may at any."""
+
+    has_refused = False
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        if not self.has_refused:
+            self.has_refused = True
+            raise ValueError("refused")
+        return function(*arguments, **(options or {}))
 
 
 def test_errors_of_others_go_on_through_a_known_call() -> None:
     input, index = torch.rand(4, 4), torch.tensor([1, 2, 3, 0])
     for _ in range(2):
         cross_entropy_error(input, index)
-        with Refusing(), pytest.raises(ValueError, match="refused"):
+        with RefusesOnce(), pytest.raises(ValueError, match="refused"):
             cross_entropy_error(input, index)
 
 
