@@ -184,6 +184,7 @@ def test_the_same_bits_for_any_number_of_threads(
     torch.set_num_threads(threads)
     first = results[0]
     for loss, grad_input, _ in results[1:]:
+        assert grad_input is not None
         assert torch.equal(loss, first[0])
         torch.testing.assert_close(grad_input, first[1], rtol=0, atol=0)
 

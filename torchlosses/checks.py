@@ -27,7 +27,7 @@ def _unknown() -> int:
     return 1
 
 
-# Private: torch.jit.is_tracing is the same as a function of Python, in which a signal may come.
+# Private: torch.jit.is_tracing wraps it in Python, where the handler of a signal may raise.
 is_tracing: Callable[[], int] = getattr(torch._C, "_is_tracing", _unknown)
 # Private, for want of a public twin: how many modes (tracers, fake tensors, users' own) see every
 # operation, and those among them that have numbers of their own, or none.
@@ -36,17 +36,16 @@ _INFRA_MODES = [
     getattr(getattr(torch._C, "_TorchDispatchModeKey", None), key, None)
     for key in ("FAKE", "PROXY", "FUNCTIONAL")
 ]
-# Private likewise: whether a tracer sees operations before autograd does,
-try:
+# Private likewise: whether a transform of torch.func is on.
+are_transforms_active: Callable[[], int] = getattr(
+    torch._C, "_are_functorch_transforms_active", _unknown
+)
+try:  # Private likewise: whether a tracer sees operations before autograd does.
     is_before_dispatch: Callable[[], int] = functools.partial(
         torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch
     )
 except AttributeError:
     is_before_dispatch = _unknown
-# and whether a transform of torch.func is on.
-are_transforms_active: Callable[[], int] = getattr(
-    torch._C, "_are_functorch_transforms_active", _unknown
-)
 
 
 def is_traced() -> bool:

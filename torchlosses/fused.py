@@ -187,9 +187,9 @@ def find_kernels(
     return kernels_of(input.device)
 
 
-# What was found of calls, by what decides it: a training loop asks the same of each batch. With the
-# way stand the mapping that its kernels are of, and whether gradients are wanted.
-_known: dict[tuple[Any, ...], tuple[Any, Way, bool]] = {}
+# The ways of calls, by what decides them: a training loop asks the same of each batch. Beside a way
+# stands the mapping that its kernels are of.
+_known: dict[tuple[Any, ...], tuple[Any, Way]] = {}
 MOST_KNOWN = 1024
 
 
@@ -251,7 +251,7 @@ def compute(
         if key is not None:
             if len(_known) >= MOST_KNOWN:
                 _known.clear()
-            _known[key] = (KERNELS, way, learns)
+            _known[key] = (KERNELS, way)
         loss = attempt(way, learns, *arguments)
         if loss is not None:
             return loss

@@ -336,12 +336,15 @@ bool is_unseen() {
     return level && PyLong_AsLong(level) < 0;
 }
 
+// The places in a key; a tensor has three.
+enum Part { FORM, LEARNS, TENSORS };
+
 // All that decides whether a call is right and how it is served: of its form and of its input,
 // target, weight and sample_weight, which are looked at. Null where kernels may not serve it, or with
 // an error set.
 PyObject *make_key(PyObject *form, PyObject *const *tensors, Argument *arguments) {
     if (!is_unseen() || !has_plain_types(form)) return nullptr;
-    Ref key(PyTuple_New(14)), learns(PyObject_CallNoArgs(is_grad_enabled));
+    Ref key(PyTuple_New(TENSORS + 4 * 3)), learns(PyObject_CallNoArgs(is_grad_enabled));
     if (!key || !learns) return nullptr;
     bool requires_any = false;
     for (int k = 0; k < 4; k++) {
@@ -359,10 +362,10 @@ PyObject *make_key(PyObject *form, PyObject *const *tensors, Argument *arguments
             parts[0] = argument.dtype, parts[1] = argument.shape, parts[2] = device;
         }
         for (int part = 0; part < 3; part++)
-            PyTuple_SetItem(key, 2 + 3 * k + part, Py_NewRef(parts[part]));
+            PyTuple_SetItem(key, TENSORS + 3 * k + part, Py_NewRef(parts[part]));
     }
-    PyTuple_SetItem(key, 0, Py_NewRef(form));
-    PyTuple_SetItem(key, 1, Py_NewRef(requires_any ? (PyObject *)learns : Py_False));
+    PyTuple_SetItem(key, FORM, Py_NewRef(form));
+    PyTuple_SetItem(key, LEARNS, Py_NewRef(requires_any ? (PyObject *)learns : Py_False));
     return Py_NewRef(key);
 }
 
@@ -384,8 +387,8 @@ PyObject *py_find_key(PyObject *, PyObject *const *args, Py_ssize_t count) {
 }
 
 // serve(known, kernels, apply, form, input, target, weight, sample_weight): the loss of a call for
-// whose key `known` has (kernels, way, whether it learns), by `apply` if it does, and by the way's
-// own kernels if not. None where it has none.
+// whose key `known` has (kernels, way), by `apply` if gradients are wanted, and by the way's own
+// kernels if not. None where it has none.
 PyObject *py_serve(PyObject *, PyObject *const *args, Py_ssize_t count) {
     if (!takes(8, count)) return nullptr;
     PyObject *const *tensors = args + 4;
@@ -394,7 +397,7 @@ PyObject *py_serve(PyObject *, PyObject *const *args, Py_ssize_t count) {
     PyObject *known = key ? PyDict_GetItemWithError(args[0], key) : nullptr;
     if (!known || PyTuple_GetItem(known, 0) != args[1]) return none_known();
     Ref way(Py_NewRef(PyTuple_GetItem(known, 1)));
-    if (PyTuple_GetItem(known, 2) == Py_True)
+    if (PyTuple_GetItem(key, LEARNS) == Py_True)
         return PyObject_CallFunctionObjArgs(args[2], (PyObject *)way, tensors[0], tensors[1],
                                             tensors[2], tensors[3], nullptr);
     PyObject *what = PyTuple_GetItem(way, 1);
