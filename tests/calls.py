@@ -105,7 +105,9 @@ def calls(draw: st.DrawFn) -> Call:
     if one_in(400):
         transform = one_of(*COMPILED)
     arrays: dict[str, Any] = {"reduction": one_of(*REDUCTIONS), "dim": dim}
-    arrays["ignore_index"] = ignore_index = one_of(-100, -1, 0, 2, 77)
+    ignore_index = one_of(-100, -1, 0, 2, 77)
+    if is_index:
+        arrays["ignore_index"] = ignore_index
     from_logits = is_cross_entropy and one_in(2)
     if is_cross_entropy:
         arrays["from_logits"] = from_logits

@@ -268,7 +268,9 @@ def _hard_cross_entropies() -> Iterator[Sample]:
     for kind, target in (("onehot", onehot), ("index", index)):
         negative = np.where(corners == 0, -0.0, corners)  # −0.0 + 0 is 0, and its slope −∞.
         yield Sample(f"ce-corners-negative-zero-{kind}", loss, negative, target, {"delta": 0})
-        smoothed = {"delta": 0, "label_smoothing": 0.1, "ignore_index": 0}
+        smoothed = {"delta": 0, "label_smoothing": 0.1}
+        if kind == "index":
+            smoothed["ignore_index"] = 0
         yield Sample(f"ce-smoothed-without-guard-{kind}", loss, soft + 0.1, target, smoothed)
     elsewhere = np.array([[np.nan, 0.5, -0.0], [0.5, inf, 0.5]])
     named, zero_weight = np.array([2, 0, 1, 1]), np.array([1.0, 0.0, 1.0])

@@ -1,6 +1,8 @@
 """What cannot be right is answered in words, and what is asked is never written to."""
 
+import functools
 import re
+import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -16,7 +18,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from torchlosses import CrossEntropyError, SumSquaredError
-from torchlosses.functional import cross_entropy_error, sum_squared_error
+from torchlosses.functional import (
+    cross_entropy_error,
+    linear_cross_entropy_error,
+    sum_squared_error,
+)
 
 BOTH: list[Callable[..., Tensor]] = [sum_squared_error, cross_entropy_error]
 BOTH_MODULES: list[Callable[..., nn.Module]] = [SumSquaredError, CrossEntropyError]
@@ -115,6 +121,82 @@ def test_different_devices(loss: Any) -> None:
         loss(y(4, 5), y(4, 5), sample_weight=far[:, 0])
     with pytest.raises(ValueError, match=words("weight", "meta", "cpu")):
         cross_entropy_error(y(4, 5), y(4, 5), weight=far[0])
+
+
+def from_logits(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    return cross_entropy_error(input, target, from_logits=True, **options)
+
+
+def of_a_layer(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """The linear loss, by a layer of as many classes as there are features."""
+    return linear_cross_entropy_error(
+        input, torch.eye(input.shape[-1]).to(input), target, **options
+    )
+
+
+ALL: list[Callable[..., Tensor]] = [*BOTH, from_logits, of_a_layer]
+
+
+@pytest.mark.parametrize("loss", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_an_index_to_ignore_beside_a_dense_target(
+    loss: Any, dtype: torch.dtype, device: str
+) -> None:
+    input, target = y(4, 5, device=device), torch.zeros(4, 5, device=device).to(dtype)
+    message = words("ignore_index", 255, (4, 5), "expected class indices", "sample_weight")
+    expected = loss(input, target)
+    assert loss(input, target, ignore_index=-100) == expected
+    for _ in range(2):  # A known call too.
+        with pytest.raises(ValueError, match=message):
+            loss(input, target, ignore_index=255)
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=words("ignore_index", 255)):
+        compiled(input, target, ignore_index=255)
+    index = torch.zeros(4, dtype=torch.int64, device=device)
+    assert loss(input, index, ignore_index=255) == loss(input, index)
+
+
+@pytest.mark.parametrize("is_index", [False, True])
+@pytest.mark.parametrize("is_linear", [False, True])
+def test_logits_of_one_class(is_linear: bool, is_index: bool, device: str) -> None:
+    loss = functools.partial(cross_entropy_error, from_logits=True)  # No line of its own.
+    if is_linear:
+        layer = torch.ones(1, 1, device=device)
+        loss = functools.partial(linear_cross_entropy_error, linear_weight=layer)
+    input = torch.randn(4, 1, device=device, requires_grad=True)
+    target = torch.ones(4, 1, device=device)
+    if is_index:
+        target = torch.zeros(4, dtype=torch.int64, device=device)
+    message = words("input", "one class, in dimension 1", "torch.cat", "BCEWithLogitsLoss")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            result = loss(input, target=target)
+        loss(input, target=target)
+    assert [re.search(message, str(w.message)) is not None for w in seen] == [True] * 2
+    assert {w.filename for w in seen} == {__file__}
+    assert seen[0].lineno != seen[1].lineno
+    assert result.item() == pytest.approx(0, abs=1e-6)
+    (gradient,) = torch.autograd.grad(result, input)
+    assert not gradient.any()
+    torch.compiler.reset()
+    with pytest.warns(UserWarning, match=message):
+        torch.compile(loss, fullgraph=True, backend="eager")(input, target=target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        index = torch.zeros(4, dtype=torch.int64, device=device)
+        from_logits(torch.randn(4, 2, device=device), index)
+        of_a_layer(torch.randn(4, 2, device=device), index)
+        cross_entropy_error(input.sigmoid(), target)
+        sum_squared_error(input, target)
+
+
+def test_the_remedies_for_one_class(device: str) -> None:
+    z = torch.randn(4, 1, 3, device=device, dtype=torch.float64)
+    target = torch.randint(2, (4, 1, 3), device=device)
+    two = torch.cat([torch.zeros_like(z), z], 1)
+    loss = CrossEntropyError(from_logits=True, delta=0, reduction="mean")(two, target.squeeze(1))
+    torch.testing.assert_close(loss, nn.BCEWithLogitsLoss()(z, target.double()))
 
 
 @pytest.mark.parametrize(

@@ -129,10 +129,10 @@ def test_without_the_extension_the_formula_serves_and_says_so_once(
 
 def test_detectors_are_there() -> None:
     """Private to torch; without one every call would go to the formula, and nobody would know."""
-    assert checks.are_transforms_active is not checks._unknown
-    assert checks.count_modes is not checks._unknown
-    assert checks.is_tracing is not checks._unknown
-    assert checks.is_before_dispatch is not checks._unknown
+    assert checks.are_transforms_active is not checks.unknown
+    assert checks.count_modes is not checks.unknown
+    assert checks.is_tracing is not checks.unknown
+    assert checks.is_before_dispatch is not checks.unknown
     assert None not in checks._INFRA_MODES
     assert torch._C._get_dispatch_mode(checks._INFRA_MODES[0]) is None
     assert forward_ad._current_level == -1

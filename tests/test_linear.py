@@ -967,12 +967,13 @@ def check_at_random(seed: int) -> None:
         "reduction": one_of(*REDUCTIONS),
         "delta": one_of(1e-7, 0, 0.1, 3.0),
         "label_smoothing": one_of(0.0, 0.0, 0.1, 1.0),
-        "ignore_index": one_of(-100, 0, 1),
     }
+    ignore_index = one_of(-100, 0, 1)
     named["target"] = laid_out(torch.randn(*rows, classes).softmax(-1).to(dtype))
     if one_in(2):
         target = torch.randint(classes, tuple(rows))
-        target = target.where(torch.rand(tuple(rows)) < 0.7, named["ignore_index"])
+        target = target.where(torch.rand(tuple(rows)) < 0.7, ignore_index)
+        named["ignore_index"] = ignore_index
         named["target"] = laid_out(target.to(one_of(torch.int64, torch.int16)))
     has_nan = x.numel() > 0 and classes > 2 and one_in(8)  # Their last is not ignored.
     if has_nan:

@@ -11,7 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchlosses import CrossEntropyError, SumSquaredError, functional
+from torchlosses import (
+    CrossEntropyError,
+    LinearCrossEntropyError,
+    SumSquaredError,
+    functional,
+)
 
 OPTIONS: dict[str, Any] = {
     "reduction": "mean",
@@ -107,6 +112,29 @@ def test_class_weights_are_a_buffer(device: str) -> None:
     torch.testing.assert_close(moved(*arguments(device)).cpu(), criterion(*arguments()))
     assert copy.deepcopy(criterion).half().weight.dtype == torch.float16  # type: ignore[union-attr]
     assert CrossEntropyError().state_dict() == {}
+
+
+class Holder(nn.Module):
+    """A model that holds a loss, and does not use it where it predicts."""
+
+    def __init__(self, criterion: nn.Module) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.criterion = criterion
+
+    def forward(self, input: Tensor) -> Tensor:
+        result: Tensor = self.layer(input)
+        return result
+
+
+def test_a_model_that_holds_a_loss_is_scripted_and_saved() -> None:
+    for criterion in (*criteria(), LinearCrossEntropyError(3, 2, weight=torch.ones(2))):
+        model = Holder(criterion)
+        file = io.BytesIO()
+        torch.jit.save(torch.jit.script(model), file)
+        file.seek(0)
+        input = torch.randn(4, 3)
+        assert torch.equal(torch.jit.load(file)(input), model(input))
 
 
 def test_training_loop_learns(device: str) -> None:

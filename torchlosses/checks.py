@@ -7,6 +7,7 @@ import functools
 import math
 import numbers
 import operator
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -18,34 +19,36 @@ from torch.autograd import forward_ad
 from torchlosses.formulas import Call, Classes, long
 
 PLAIN = (Tensor, nn.Parameter)
+IGNORE_INDEX = -100  # The default.
+OWN_FRAMES = ("torchlosses", "torch")
 Reduction = Literal["sum", "mean", "batchmean", "none"]
 REDUCTIONS = get_args(Reduction)
 
 
-def _unknown() -> int:
+def unknown() -> int:
     """Stands for a detector that a version of torch does not have: all that asks it is careful."""
     return 1
 
 
 # Private: torch.jit.is_tracing wraps it in Python, where the handler of a signal may raise.
-is_tracing: Callable[[], int] = getattr(torch._C, "_is_tracing", _unknown)
+is_tracing: Callable[[], int] = getattr(torch._C, "_is_tracing", unknown)
 # Private, for want of a public twin: how many modes (tracers, fake tensors, users' own) see every
 # operation, and those among them that have numbers of their own, or none.
-count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _unknown)
+count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", unknown)
 _INFRA_MODES = [
     getattr(getattr(torch._C, "_TorchDispatchModeKey", None), key, None)
     for key in ("FAKE", "PROXY", "FUNCTIONAL")
 ]
 # Private likewise: whether a transform of torch.func is on.
 are_transforms_active: Callable[[], int] = getattr(
-    torch._C, "_are_functorch_transforms_active", _unknown
+    torch._C, "_are_functorch_transforms_active", unknown
 )
 try:  # Private likewise: whether a tracer sees operations before autograd does.
     is_before_dispatch: Callable[[], int] = functools.partial(
         torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch
     )
 except AttributeError:
-    is_before_dispatch = _unknown
+    is_before_dispatch = unknown
 
 
 def is_traced() -> bool:
@@ -167,7 +170,12 @@ def _is_cast(device: str, *tensors: Tensor) -> bool:
 
 
 def is_class_index(
-    input: Tensor, shape: torch.Size, target: Tensor, dim: int, name: str = "an input"
+    input: Tensor,
+    shape: torch.Size,
+    target: Tensor,
+    dim: int,
+    ignore_index: int,
+    name: str = "an input",
 ) -> bool:
     """Whether `target` holds class indices; otherwise it has one value per element of that shape.
 
@@ -175,6 +183,12 @@ def is_class_index(
     """
     _check_real("target", target, input)
     if target.shape == shape:
+        if ignore_index != IGNORE_INDEX:
+            raise ValueError(
+                f"ignore_index: got {ignore_index} beside a dense target of shape {tuple(shape)}, "
+                f"which has no class index to ignore; expected class indices as the target, or a "
+                f"sample_weight of 0 for each sample to ignore"
+            )
         return False
     samples = shape[:dim] + shape[dim + 1 :]
     if target.shape != samples:
@@ -194,6 +208,24 @@ def is_class_index(
             f"shape (a forgotten unsqueeze?)"
         )
     return True
+
+
+def warn_of_one_class(dim: int) -> None:
+    """Warns that a softmax over one class learns nothing."""
+    warn(
+        f"input: got logits of one class, in dimension {dim}; the softmax of one logit is 1, so "
+        f"the loss stays 0 and so does its gradient. Expected at least 2 classes: for two classes "
+        f"by one logit z, pass torch.cat([torch.zeros_like(z), z], {dim}) with class indices, or "
+        f"use torch.nn.BCEWithLogitsLoss"
+    )
+
+
+def warn(message: str) -> None:
+    """Warns at the line of the user: the nearest one outside of this package and of torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in OWN_FRAMES:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def samples_shape(input: Tensor, dim: int) -> torch.Size:
@@ -310,7 +342,7 @@ def check_values(
     if is_whole:
         _check_softmax(input, dim, counts, from_logits)
     if is_whole and classes is None:
-        _check_soft_target(target, dim, counts, stacklevel=5)
+        _check_soft_target(target, dim, counts)
 
 
 def check_target_values(call: Call, target: Tensor, sample_weight: Tensor | None) -> None:
@@ -320,18 +352,17 @@ def check_target_values(call: Call, target: Tensor, sample_weight: Tensor | None
     counts = torch.ones(samples_shape(target, call.dim), dtype=torch.bool, device=target.device)
     if sample_weight is not None:
         counts = counts & (sample_weight.detach() != 0)
-    _check_soft_target(target, call.dim, counts, stacklevel=4)
+    _check_soft_target(target, call.dim, counts)
 
 
-def _check_soft_target(target: Tensor, dim: int, counts: Tensor, stacklevel: int) -> None:
+def _check_soft_target(target: Tensor, dim: int, counts: Tensor) -> None:
     target = target.detach()
     position = _first(counts & ~_is_distribution(target, dim, 1e-2))
     if position is not None:
-        warnings.warn(
+        warn(
             f"target: the row at position {position} is no probability distribution, with "
             f"values {_range(target, dim, position)}; expected values of at least 0 that sum "
-            f"to 1 over dimension {dim} (for logits of a teacher, pass their softmax)",
-            stacklevel=stacklevel,
+            f"to 1 over dimension {dim} (for logits of a teacher, pass their softmax)"
         )
 
 
@@ -343,11 +374,10 @@ def _check_softmax(input: Tensor, dim: int, counts: Tensor, from_logits: bool) -
         return
     if _are_distributions(input, dim, seen):
         if from_logits:
-            warnings.warn(
+            warn(
                 f"input: every row is a probability distribution already (that at position "
                 f"{position} has values {_range(input, dim, position)}), and from_logits=True "
-                f"takes the softmax once more; pass the logits, or from_logits=False",
-                stacklevel=5,
+                f"takes the softmax once more; pass the logits, or from_logits=False"
             )
         return
     for other in range(input.dim()):
@@ -355,10 +385,9 @@ def _check_softmax(input: Tensor, dim: int, counts: Tensor, from_logits: bool) -
             continue
         if _are_distributions(input, other, ~input.isnan().any(other)):
             remedy = "pass the logits" if from_logits else f"take the softmax over dimension {dim}"
-            warnings.warn(
+            warn(
                 f"input: its values are probabilities that sum to 1 over dimension {other}, but "
-                f"the classes are in dimension {dim}; {remedy}, or pass dim={other}",
-                stacklevel=5,
+                f"the classes are in dimension {dim}; {remedy}, or pass dim={other}"
             )
             return
 

@@ -1,5 +1,7 @@
 """The losses as functions: check, then compute, then reduce."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -111,7 +113,8 @@ def linear_cross_entropy_error(
     )
     shape = checks.check_linear(input, linear_weight, linear_bias)
     dim = len(shape) - 1
-    is_index = checks.is_class_index(input, shape, target, dim, "logits")
+    is_index = checks.is_class_index(input, shape, target, dim, ignore_index, "logits")
+    _warn_of_one_class(shape[dim], dim)
     checks.check_weights(input, shape, weight, dim, sample_weight, shape[:-1], "logits")
     double = input.dtype == torch.float64 or target.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
@@ -135,6 +138,19 @@ torch.fx.wrap("cross_entropy_error")
 torch.fx.wrap("linear_cross_entropy_error")
 
 
+def _warn_of_one_class(num_classes: int, dim: int) -> bool:
+    """Whether there is one class alone, of which the user is warned."""
+    if type(num_classes) is not int or num_classes != 1:
+        return False
+    if torch.compiler.is_compiling():
+        from torchlosses import operators
+
+        operators.warn_of_one_class(dim)
+    else:
+        checks.warn_of_one_class(dim)
+    return True
+
+
 def _compute(
     kind: str,
     input: Tensor,
@@ -148,6 +164,7 @@ def _compute(
     label_smoothing: float = 0.0,
     from_logits: bool = False,
 ) -> Tensor:
+    form: tuple[Any, ...] | None
     form = (kind, reduction, dim, ignore_index, delta, label_smoothing, from_logits)
     loss = fused.compute_known(form, input, target, weight, sample_weight)
     if loss is not None:
@@ -158,7 +175,9 @@ def _compute(
     dim = checks.check_dim(input, dim)
     if kind != "squares" and input.dim() == 0 and target.shape == input.shape:
         input, target = input.unsqueeze(0), target.unsqueeze(0)  # One class, and no dimension.
-    is_index = checks.is_class_index(input, input.shape, target, dim)
+    is_index = checks.is_class_index(input, input.shape, target, dim, ignore_index)
+    if kind == "logits" and _warn_of_one_class(input.shape[dim], dim):
+        form = None  # Never a known call: a call from another place warns too.
     if weight is not None or sample_weight is not None:
         is_like_target = is_index or kind == "squares"
         samples = target.shape if is_like_target else checks.samples_shape(input, dim)

@@ -4,7 +4,6 @@ The formula stays the truth: whatever autograd asks beyond one first derivative 
 """
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -75,10 +74,9 @@ def _load_extension() -> Any | None:
     try:
         from torchlosses.kernels import cpu
     except (ImportError, OSError, AttributeError) as error:
-        warnings.warn(
+        checks.warn(
             "torchlosses is slower than it could be, for its extension is not there "
-            f"({error}); install a C++ compiler, and the package again",
-            stacklevel=2,
+            f"({error}); install a C++ compiler, and the package again"
         )
         return None
     return cpu
@@ -96,10 +94,9 @@ def _find_triton(device: torch.device) -> Kernels | None:
     try:  # Triton builds its launcher with the C compiler of the machine, if there is one.
         triton.rescale([torch.ones(1, device=device)], torch.ones((), device=device))
     except Exception as error:
-        warnings.warn(
+        checks.warn(
             f"torchlosses is slower on {device} than it could be, for Triton does not work there: "
-            f"{type(error).__name__}: {error}",
-            stacklevel=2,
+            f"{type(error).__name__}: {error}"
         )
         return None
     return Guarded(triton)
@@ -120,10 +117,9 @@ def give_up(device: torch.device, error: KernelError) -> None:
     if device not in _failed:
         _failed.add(device)
         cause = error.args[0]
-        warnings.warn(
+        checks.warn(
             f"torchlosses is slower on {device} than it could be, for a kernel failed there: "
-            f"{type(cause).__name__}: {cause}",
-            stacklevel=5,
+            f"{type(cause).__name__}: {cause}"
         )
 
 

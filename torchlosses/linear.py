@@ -8,12 +8,13 @@ are made again in backward.
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module
 from torch.utils.checkpoint import checkpoint
 
 from torchlosses import checks, formulas, fused
@@ -32,6 +33,28 @@ LEAST_ROWS = 256
 # Classes at a time in the weight's gradient, where products in half precision are added to float32:
 # a product of so many is still in the cache when it is added.
 BLOCK = 4096
+
+
+# As it is before another library replaces it.
+LINEAR_FORWARD = nn.Linear.forward
+# Private, as are the hooks of one module: torch has no public way to ask for them.
+has_global_hook: Callable[[], int] = getattr(module, "_has_any_global_hook", checks.unknown)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling a layer is F.linear by its weight and bias, and nothing else."""
+    return (
+        type(layer).forward is LINEAR_FORWARD
+        and type(layer).__call__ is nn.Module.__call__
+        and "forward" not in vars(layer)  # As accelerate's offloading sets it.
+        and not (
+            layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+            or has_global_hook()
+        )
+    )
 
 
 def compute(

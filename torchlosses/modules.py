@@ -1,9 +1,11 @@
 """The losses as modules, which hold the options."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from torchlosses import checks, functional
+from torchlosses import checks, functional, linear
 from torchlosses.checks import Reduction
 
 __all__ = ["CrossEntropyError", "LinearCrossEntropyError", "SumSquaredError"]
@@ -21,7 +23,8 @@ class SumSquaredError(nn.Module):
             ``'none'``, a loss per element.
         dim: the class dimension, for targets that are class indices. By default 1, or 0 for a 1-D
             input.
-        ignore_index: samples with this class index add nothing to value, gradient or divisor.
+        ignore_index: samples with this class index add nothing to value, gradient or divisor. To
+            set it to other than −100 and pass a dense target is an error.
 
     Call it with:
         - **input** (y): any shape, any floating dtype.
@@ -38,7 +41,8 @@ class SumSquaredError(nn.Module):
 
     Raises:
         ValueError: an unknown `reduction`, when the module is made. In the call: `dim` out of
-            range, shapes that do not fit, tensors on different devices.
+            range, shapes that do not fit, tensors on different devices, `ignore_index` set beside a
+            dense target.
         TypeError: an `input` that is not floating, a complex tensor, a floating or boolean `target`
             where only class indices fit.
         IndexError: a class index out of range, on the CPU. On another device, under `torch.compile`
@@ -72,6 +76,7 @@ class SumSquaredError(nn.Module):
         self.dim, self.ignore_index, *_ = checks.check_options(reduction, dim, ignore_index)
         self.reduction: Reduction = reduction
 
+    @torch.jit.unused  # So that a model that holds a loss can be scripted.
     def forward(
         self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
     ) -> Tensor:
@@ -117,7 +122,8 @@ class CrossEntropyError(nn.Module):
         from_logits: whether `input` holds logits instead of probabilities. Logits of −inf are fine
             wherever the target is 0.
         dim: the class dimension. By default 1, or 0 for a 1-D input.
-        ignore_index: samples with this class index add nothing to value, gradient or divisor.
+        ignore_index: samples with this class index add nothing to value, gradient or divisor. To
+            set it to other than −100 and pass a dense target is an error.
         label_smoothing: ε in [0, 1]: the target is taken as (1−ε)·t + ε/C.
 
     Call it with:
@@ -136,7 +142,8 @@ class CrossEntropyError(nn.Module):
     Raises:
         ValueError: an unknown `reduction`, a `delta` that is negative or not finite, a
             `label_smoothing` outside [0, 1] or a `weight` that is not 1-D, when the module is made.
-            In the call: `dim` out of range, shapes that do not fit, tensors on different devices.
+            In the call: `dim` out of range, shapes that do not fit, tensors on different devices,
+            `ignore_index` set beside a dense target.
         TypeError: an `input` that is not floating, a complex tensor, a floating or boolean `target`
             where only class indices fit.
         IndexError: a class index out of range, on the CPU. On another device, under `torch.compile`
@@ -192,6 +199,7 @@ class CrossEntropyError(nn.Module):
         self.reduction: Reduction = reduction
         self.from_logits = from_logits
 
+    @torch.jit.unused  # So that a model that holds a loss can be scripted.
     def forward(
         self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
     ) -> Tensor:
@@ -247,7 +255,8 @@ class LinearCrossEntropyError(nn.Module):
         delta: the guard δ, at least 0. With 0 it is the exact cross-entropy, where with another
             confidently wrong samples do not learn.
         ignore_index: samples with this class index add nothing to value, gradient or divisor,
-            whatever they hold, and on the CPU take no time.
+            whatever they hold, and on the CPU take no time. To set it to other than −100 and pass a
+            dense target is an error.
         label_smoothing: ε in [0, 1]: the target is taken as (1−ε)·t + ε/V.
         device: of the layer.
         dtype: of the layer.
@@ -269,15 +278,18 @@ class LinearCrossEntropyError(nn.Module):
     Raises:
         ValueError: an unknown `reduction`, a `delta` that is negative or not finite, a
             `label_smoothing` outside [0, 1] or a `weight` that is not (V,), when the module is
-            made. In the call: shapes that do not fit, tensors on different devices, a layer whose
-            weight :func:`torch.distributed.fsdp.fully_shard` has cut and not put together.
+            made. In the call: shapes that do not fit, tensors on different devices, `ignore_index`
+            set beside a dense target, a layer whose weight
+            :func:`torch.distributed.fsdp.fully_shard` has cut and not put together.
         TypeError: an `input` that is not floating or not in the layer's dtype, a complex tensor, a
             floating or boolean `target` where only class indices fit.
         IndexError: a class index out of range, on the CPU. On another device, under `torch.compile`
             and under `vmap`, that sample's loss and gradient are NaN instead.
 
     The layer is an :class:`torch.nn.Linear` by the name of ``linear``, as in
-    :class:`torch.nn.LinearCrossEntropyLoss`, whose state dict can be loaded. A weight that is
+    :class:`torch.nn.LinearCrossEntropyLoss`, whose state dict can be loaded. The loss is that of
+    ``self.linear(input)``, whatever another library puts there: an adapter, a quantized layer, one
+    with hooks. The logits of a layer that is not plain are all there at once. A weight that is
     another module's too, such as an embedding's, is set as ``linear.weight``, or goes to
     :func:`torchlosses.functional.linear_cross_entropy_error`. Several processes can share the
     classes, with a weight that is a :class:`~torch.distributed.tensor.DTensor` of placement
@@ -330,20 +342,26 @@ class LinearCrossEntropyError(nn.Module):
         self.reduction: Reduction = reduction
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
 
+    @torch.jit.unused  # So that a model that holds a loss can be scripted.
     def forward(
         self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
     ) -> Tensor:
+        options: dict[str, Any] = {
+            "weight": self.weight,
+            "reduction": self.reduction,
+            "delta": self.delta,
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+            "sample_weight": sample_weight,
+        }
+        layer = self.linear
+        if not linear.is_plain(layer):
+            logits = layer(input)
+            return functional.cross_entropy_error(
+                logits, target, from_logits=True, dim=-1, **options
+            )
         return functional.linear_cross_entropy_error(
-            input,
-            self.linear.weight,
-            target,
-            linear_bias=self.linear.bias,
-            weight=self.weight,
-            reduction=self.reduction,
-            delta=self.delta,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            sample_weight=sample_weight,
+            input, layer.weight, target, linear_bias=layer.bias, **options
         )
 
     def extra_repr(self) -> str:

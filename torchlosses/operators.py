@@ -41,6 +41,12 @@ def _has_kernels(device: torch.device) -> bool:
     return fused.kernels_of(device) is not None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def warn_of_one_class(dim: int) -> None:
+    """Warns while a graph is compiled, which can hold no warning."""
+    checks.warn_of_one_class(dim)
+
+
 def compute(
     call: Call,
     input: Tensor,

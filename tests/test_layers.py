@@ -1,0 +1,252 @@
+"""The linear loss is that of its layer, whatever stands in the place of the layer."""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from torchlosses import LinearCrossEntropyError, checks, linear
+from torchlosses.functional import cross_entropy_error
+
+FEATURES, CLASSES = 4, 5
+
+
+class Adapter(nn.Module):
+    """A frozen layer and what is learned beside it; its `weight` is that of the layer."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(FEATURES, 2, bias=False, dtype=torch.float64)
+        self.up = nn.Linear(2, CLASSES, bias=False, dtype=torch.float64)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor:
+        return self.base.bias
+
+    def forward(self, input: Tensor) -> Any:
+        return self.base(input) + self.up(self.down(input))
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 3
+
+
+class Called(nn.Linear):
+    def __call__(self, input: Tensor) -> Any:
+        return super().__call__(input) * 3
+
+
+class Rounded(nn.Linear):
+    """A layer that learns as if its weight were quantized."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rounded = (self.weight * 4).round() / 4
+        return F.linear(input, self.weight + (rounded - self.weight).detach(), self.bias)
+
+
+class OwnProduct(Tensor):
+    """A weight with a product of its own, as those of quantization have."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        result = super().__torch_function__(function, types, arguments, options or {})
+        return result.as_subclass(Tensor) * 3 if function is F.linear else result
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def change(criterion: LinearCrossEntropyError, type: type[nn.Linear]) -> None:
+    layer = type(FEATURES, CLASSES, bias=criterion.linear.bias is not None, dtype=torch.float64)
+    layer.load_state_dict(criterion.linear.state_dict())
+    criterion.linear = layer
+
+
+def adapt(criterion: LinearCrossEntropyError) -> None:
+    criterion.linear = Adapter(criterion.linear)  # type: ignore[assignment]
+
+
+def normalize(criterion: LinearCrossEntropyError, way: str) -> None:
+    """Old and new norms of the weight, and those of a layer that was loaded after them."""
+    layer = criterion.linear
+    if way == "parametrizations":
+        parametrizations.weight_norm(layer)
+    elif way == "parametrize":
+        parametrize.register_parametrization(layer, "weight", Doubled())
+    elif way == "spectral":
+        nn.utils.spectral_norm(layer)
+    else:
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            nn.utils.weight_norm(layer)
+        layer.load_state_dict({name: value + 1 for name, value in layer.state_dict().items()})
+
+
+def cut(criterion: LinearCrossEntropyError) -> None:
+    layer: Any = criterion.linear
+    prune.random_unstructured(layer, "weight", 0.5)
+    with torch.no_grad():  # A step, which only the next call of the layer takes to `weight`.
+        layer.weight_orig.add_(1)
+
+
+def hook(criterion: LinearCrossEntropyError, way: str) -> None:
+    layer: Any = criterion.linear
+    if way == "forward":
+        layer.register_forward_hook(lambda layer, arguments, output: output * 3)
+    elif way == "pre":
+        layer.register_forward_pre_hook(lambda layer, arguments: (arguments[0] * 3,))
+    elif way == "backward":
+        layer.register_full_backward_hook(lambda layer, grads, of_output: (grads[0] * 3,))
+    else:
+        layer.register_full_backward_pre_hook(lambda layer, grads: (grads[0] * 3,))
+
+
+def offload(criterion: LinearCrossEntropyError) -> None:
+    """As libraries do that move a weight for each call."""
+    forward = criterion.linear.forward
+    criterion.linear.forward = lambda input: forward(input * 3)  # type: ignore[method-assign]
+
+
+def set_weight(criterion: LinearCrossEntropyError) -> None:
+    weight = criterion.linear.weight.detach().as_subclass(OwnProduct)
+    criterion.linear.weight = nn.Parameter(weight)
+
+
+# Each with whether the fused way may serve it.
+CHANGES: dict[str, tuple[Callable[[LinearCrossEntropyError], Any], bool]] = {
+    "none": (lambda criterion: None, True),
+    "parametrize": (functools.partial(normalize, way="parametrize"), True),
+    "parametrizations": (functools.partial(normalize, way="parametrizations"), True),
+    "adapter": (adapt, False),
+    "identity": (lambda criterion: setattr(criterion, "linear", nn.Identity()), False),
+    "subclass": (functools.partial(change, type=Scaled), False),
+    "subclass-call": (functools.partial(change, type=Called), False),
+    "fake-quantized": (functools.partial(change, type=Rounded), False),
+    "spectral_norm": (functools.partial(normalize, way="spectral"), False),
+    "weight_norm": (functools.partial(normalize, way="weight"), False),
+    "prune": (cut, False),
+    "hook-forward": (functools.partial(hook, way="forward"), False),
+    "hook-pre": (functools.partial(hook, way="pre"), False),
+    "hook-backward": (functools.partial(hook, way="backward"), False),
+    "hook-backward-pre": (functools.partial(hook, way="backward-pre"), False),
+    "instance": (offload, False),
+    "weight-subclass": (set_weight, True),
+}
+
+
+def make(name: str, bias: bool) -> LinearCrossEntropyError:
+    criterion = LinearCrossEntropyError(
+        FEATURES, CLASSES, bias=bias, weight=torch.rand(CLASSES).double(), delta=1e-3,
+        reduction="mean", label_smoothing=0.1, dtype=torch.float64,
+    )  # fmt: skip
+    CHANGES[name][0](criterion)
+    return criterion.eval()  # Old norms change what they hold with every call in training.
+
+
+def results(loss: Tensor, criterion: nn.Module, input: Tensor) -> list[Tensor | None]:
+    leaves = [input, *(p for p in criterion.parameters() if p.requires_grad)]
+    return [loss, *torch.autograd.grad(loss, leaves, allow_unused=True)]
+
+
+def check(criterion: LinearCrossEntropyError, call: Callable[..., Tensor]) -> None:
+    width = CLASSES if isinstance(criterion.linear, nn.Identity) else FEATURES
+    input = torch.randn(3, 2, width, dtype=torch.float64, requires_grad=True)
+    options: dict[str, Any] = {
+        "weight": criterion.weight, "delta": criterion.delta, "reduction": criterion.reduction,
+        "label_smoothing": criterion.label_smoothing, "from_logits": True, "dim": -1,
+    }  # fmt: skip
+    for target in (
+        torch.tensor([[0, 1], [2, 3], [4, -100]]),
+        torch.rand(3, 2, CLASSES).softmax(-1),
+    ):
+        sample_weight = torch.rand(3, 2)
+        loss = call(input, target, sample_weight=sample_weight)
+        actual = results(loss, criterion, input)
+        expected = results(
+            cross_entropy_error(
+                criterion.linear(input), target, sample_weight=sample_weight, **options
+            ),
+            criterion,
+            input,
+        )
+        assert any(gradient is not None for gradient in actual[2:]) or width == CLASSES
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_loss_is_that_of_the_layer(name: str, bias: bool, path: str) -> None:
+    criterion = make(name, bias)
+    check(criterion, criterion)
+    with mock.patch.object(linear, "compute", wraps=linear.compute) as fused_way:
+        criterion(
+            torch.randn(2, CLASSES if name == "identity" else FEATURES).double(), torch.arange(2)
+        )
+    assert fused_way.called == CHANGES[name][1]
+
+
+# Dynamo calls no hook of a gradient within a graph and no __call__ of a subclass, and does not
+# trace what the subclass of a tensor does.
+UNTRACED = ("subclass-call", "hook-backward", "hook-backward-pre", "weight-subclass")
+
+
+@pytest.mark.parametrize("name", [name for name in CHANGES if name not in UNTRACED])
+def test_the_compiled_loss_is_that_of_the_layer(name: str) -> None:
+    torch.compiler.reset()
+    criterion = make(name, bias=True)
+    check(criterion, torch.compile(criterion, fullgraph=True, backend="aot_eager"))
+
+
+def test_hooks_of_all_modules_run(path: str) -> None:
+    seen = []
+    criterion = make("none", bias=True)
+    register: Any
+    for register in (
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+    ):
+        handle = register(lambda module, *_: seen.append(module))
+        try:
+            check(criterion, criterion)
+        finally:
+            handle.remove()
+        assert criterion.linear in seen
+        seen.clear()
+    check(criterion, criterion)
+    assert not seen
+
+
+def test_a_quantized_layer(path: str) -> None:
+    criterion = LinearCrossEntropyError(FEATURES, CLASSES)
+    layer: Any = (
+        nn.Module()
+    )  # As torch's quantized layers, which have a method in the weight's place.
+    layer.weight = lambda: None
+    layer.forward = lambda input: F.pad(input, (0, 1))
+    criterion.linear = layer
+    input = torch.randn(2, FEATURES)
+    expected = cross_entropy_error(layer(input), torch.arange(2), from_logits=True)
+    assert criterion(input, torch.arange(2)) == expected
+
+
+def test_the_layer_s_private_parts_are_there() -> None:
+    """Without one that is asked for, no layer would be known to be plain."""
+    assert linear.has_global_hook is not checks.unknown
+    assert linear.is_plain(nn.Linear(1, 1))
+    assert linear.is_plain(copy.deepcopy(nn.Linear(1, 1)))
