@@ -223,13 +223,11 @@ def test_hooks_of_all_modules_run(path: str) -> None:
     ):
         handle = register(lambda module, *_: seen.append(module))
         try:
-            check(criterion, criterion)
+            criterion(torch.randn(2, FEATURES).double(), torch.arange(2))
         finally:
             handle.remove()
         assert criterion.linear in seen
         seen.clear()
-    check(criterion, criterion)
-    assert not seen
 
 
 def test_a_quantized_layer(path: str) -> None:
