@@ -11,7 +11,7 @@ import torch._inductor
 from samples import REDUCTIONS
 from torch import Tensor, nn
 
-from torchlosses import CrossEntropyError, SumSquaredError
+from torchlosses import CrossEntropyError, LinearCrossEntropyError, SumSquaredError
 
 # torch 2.11 calls in its own compilers what it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")
@@ -64,8 +64,9 @@ FEW = (("none",), ("mean",))  # For slow compilers, and for dtypes other than fl
 
 
 def batch(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """One sample in three ignored, where the dtype of the classes has a sign."""
+    """One sample in three ignored, where the dtype of the classes has a sign; one y is 0."""
     y, soft = (torch.randn(rows, 5).softmax(1).to(dtype) for _ in range(2))
+    y[-1, 0] = 0
     label = torch.randint(5, (rows,)).to(DTYPES[dtype])
     if label.dtype.is_signed:
         label[::3] = -100
@@ -122,6 +123,9 @@ def test_strict_export(criterion: nn.Module) -> None:
 
 def test_compiled_ahead_of_time(tmp_path: Path) -> None:
     model = Every(("batchmean", "none"), ("mean",)).eval()
+    for from_logits in (False, True):
+        options: Any = {"from_logits": from_logits, "delta": 1e-30, "label_smoothing": 1e-9}
+        model.plain.append(CrossEntropyError(**options))
     exported = torch.export.export(model, batch(4), dynamic_shapes=DYNAMIC)
     # The documentation has these names, and no others.
     path = torch._inductor.aoti_compile_and_package(
@@ -130,16 +134,15 @@ def test_compiled_ahead_of_time(tmp_path: Path) -> None:
     assert_the_same(torch._inductor.aoti_load_package(path), model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_onnx(dtype: torch.dtype) -> None:
+def run_by_onnx(model: nn.Module, arguments: tuple[Tensor, ...], dynamic: Any = None) -> Any:
+    """The model in ONNX Runtime."""
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = Every(*((("mean", "batchmean"), ("none",)) if dtype == torch.float32 else FEW)).eval()
     with warnings.catch_warnings():
         # It says that all four arguments have the same number of rows.
         warnings.filterwarnings("ignore", "# The axis name: rows")
         program: Any = torch.onnx.export(
-            model, batch(4, dtype), dynamo=True, dynamic_shapes=DYNAMIC, verbose=False
+            model, arguments, dynamo=True, dynamic_shapes=dynamic, verbose=False
         )
     assert {node.domain for node in program.model.graph} == {""}  # ONNX's own operators.
     session = runtime.InferenceSession(program.model_proto.SerializeToString())
@@ -149,7 +152,96 @@ def test_onnx(dtype: torch.dtype) -> None:
         arrays = (argument.numpy() for argument in arguments)
         return session.run(None, dict(zip(inputs, arrays, strict=True)))
 
-    assert_the_same(graph, model, dtype)
+    return graph
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_onnx(dtype: torch.dtype) -> None:
+    model = Every(*((("mean", "batchmean"), ("none",)) if dtype == torch.float32 else FEW)).eval()
+    assert_the_same(run_by_onnx(model, batch(4, dtype), DYNAMIC), model, dtype)
+
+
+CLASSES = 200
+
+
+class Tiny(nn.Module):
+    """Losses of numbers that are almost 0, or almost 1, on all that they decide.
+
+    A row gives the right class no probability and one gives it all of it, one is ordinary, and one
+    is ignored. The layer puts out what it is given.
+    """
+
+    def __init__(self, numbers: Sequence[tuple[float, float]], reduction: Any) -> None:
+        """Of δ and ε."""
+        super().__init__()
+        self.rounding = 2 * max(delta for delta, _ in numbers)
+        weight = torch.linspace(0.5, 2, CLASSES)
+        self.losses = nn.ModuleList()
+        for place, (delta, smoothing) in enumerate(numbers):
+            options: dict[str, Any] = {"delta": delta, "label_smoothing": smoothing}
+            options |= {"reduction": reduction, "weight": weight if place % 2 else None}
+            layer = LinearCrossEntropyError(CLASSES, CLASSES, bias=True, **options)
+            nn.init.eye_(layer.linear.weight)
+            nn.init.zeros_(layer.linear.bias)
+            for loss in (
+                CrossEntropyError(**options),
+                CrossEntropyError(from_logits=True, **options),
+                layer,
+            ):
+                self.losses.append(loss)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor, soft: Tensor, label: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y = x.softmax(1)
+        losses = [SumSquaredError(reduction="none")(y, label)]
+        for place, criterion in enumerate(self.losses):
+            input = y if place % 3 == 0 else x
+            weights = w if place % 4 == 0 else None
+            losses += [criterion(input, t, sample_weight=weights) for t in (soft, label)]
+        return tuple(losses)
+
+    @staticmethod
+    def batch() -> tuple[Tensor, ...]:
+        label = torch.tensor([0, 1, 2, -100])
+        x = torch.full((4, CLASSES), -200.0)
+        x[0, 1] = x[1, 1] = 0
+        x[2] = torch.randn(CLASSES)
+        soft = torch.nn.functional.one_hot(label.clamp(min=0), CLASSES).float()
+        return x, soft, label, torch.rand(4)
+
+    def assert_the_same(self, graph: Any) -> None:
+        """That of (1 − ε) is seen too; where p is 1, log(1 + δ) is δ, or what 1 + δ rounds to."""
+        arguments = self.batch()
+        for actual, expected in zip(graph(*arguments), self(*arguments), strict=True):
+            torch.testing.assert_close(
+                torch.as_tensor(actual), expected, rtol=2e-6, atol=self.rounding
+            )
+
+
+# The optimiser of torch.onnx.export takes a number of at most 1e-8 for 0, and one within 1e-5 of 1
+# for 1, wherever it is a scalar. Each pair is six losses.
+TINY = [
+    ([(delta, 0.0) for delta in (1e-7, 1e-8, 1e-12, 1e-30)], "none"),
+    ([(1e-30, smoothing) for smoothing in (9e-6, 1e-7, 1e-8, 1e-9)], "none"),
+    ([(1e-8, 0.0), (1e-40, 1e-6)], "mean"),
+]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_numbers_have_a_dimension(strict: bool) -> None:
+    model = Tiny([(1e-30, 9e-6)], "none").eval()
+    exported = torch.export.export(model, model.batch(), strict=strict)
+    model.assert_the_same(exported.module())
+    for node in exported.graph.nodes:
+        if node.target in (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor):
+            operands = [getattr(operand, "meta", {}).get("val") for operand in node.args]
+            assert all(isinstance(operand, Tensor) and operand.dim() for operand in operands), node
+
+
+@pytest.mark.parametrize(("numbers", "reduction"), TINY)
+def test_onnx_keeps_tiny_numbers(numbers: Any, reduction: Any) -> None:
+    model = Tiny(numbers, reduction).eval()
+    model.assert_the_same(run_by_onnx(model, model.batch()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -133,6 +133,7 @@ def test_detectors_are_there() -> None:
     assert checks.count_modes is not checks.unknown
     assert checks.is_tracing is not checks.unknown
     assert checks.is_before_dispatch is not checks.unknown
+    assert hasattr(torch.compiler, "_is_exporting_flag")
     assert None not in checks._INFRA_MODES
     assert torch._C._get_dispatch_mode(checks._INFRA_MODES[0]) is None
     assert forward_ad._current_level == -1

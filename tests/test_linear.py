@@ -662,7 +662,7 @@ def test_the_operator_is_one(reduction: str, device: str) -> None:
     t = torch.randint(3, (5,), device=device)
     torch.library.opcheck(
         operators._operator,
-        (x, w, None, t, None, None, None, [True, True, False, False], reduction == "none",
+        (x, w, None, t, None, None, None, None, [True, True, False, False], reduction == "none",
          torch.float32, True, 1, reduction, -100, torch.float32, 1e-7, 0.0),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )  # fmt: skip

@@ -1,5 +1,7 @@
 """`torch.func` and the compiler give the numbers of a plain call."""
 
+import functools
+import itertools
 import re
 from typing import Any
 
@@ -9,8 +11,12 @@ from samples import SAMPLES, Sample
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from torchlosses import CrossEntropyError, SumSquaredError, functional
-from torchlosses.functional import cross_entropy_error, sum_squared_error
+from torchlosses import CrossEntropyError, LinearCrossEntropyError, SumSquaredError, functional
+from torchlosses.functional import (
+    cross_entropy_error,
+    linear_cross_entropy_error,
+    sum_squared_error,
+)
 
 # Every form of a loss once, with all that the options can bring together.
 FORMS = [
@@ -167,6 +173,80 @@ def test_compile(backend: str, samples: list[Sample], device: str) -> None:
                 (torch.cat((input, input)), torch.cat((target, target)), options)
                 for input, target, options in calls
             ]
+
+
+DELTAS = (1e-7, 1e-6, 1e-4, 1e-2, 0.5, 1.0, 3.0, 1e-9, 1e-20, 1e-30)
+SMOOTHINGS = (0.1, 0.2, 0.3, 0.01, 1e-3, 1e-5, 1e-7, 1e-9, 0.7, 0.999)
+
+
+def count_graphs() -> int:
+    count: int = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return count
+
+
+@once
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_two_graphs_serve_every_number(backend: str, device: str) -> None:
+    """One of the first δ and ε, one of all others; 0, 1 and a δ beyond float32 have their own."""
+    whole = backend == "inductor"  # It takes its time.
+    x, w = torch.randn(6, 5, device=device), torch.randn(5, 5, device=device)
+    soft = torch.randn(6, 5, device=device).softmax(1)
+    label = torch.tensor([1, 4, -100, 0, 2, 2], device=device)
+
+    def losses(x: Tensor, delta: float, smoothing: float) -> list[Tensor]:
+        options: Any = {"delta": delta, "label_smoothing": smoothing}
+        options["reduction"] = "mean" if whole else "none"
+        return [
+            loss
+            for t in ((label,) if whole else (label, soft))
+            for loss in (
+                cross_entropy_error(x.softmax(1), t, **options),
+                cross_entropy_error(x, t, from_logits=True, **options),
+                linear_cross_entropy_error(x, w, t, **options),
+            )
+        ]
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(losses, fullgraph=True, backend=backend)
+    sweep = list(zip(DELTAS, SMOOTHINGS, strict=True))
+    others = [] if whole else [(0.0, 0.0), (1e-40, 1.0)]
+    for delta, smoothing in sweep + others:
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        results = [
+            f(leaf, delta, smoothing) for f, leaf in zip((compiled, losses), leaves, strict=True)
+        ]
+        for pair in zip(*results, strict=True):
+            torch.testing.assert_close(*pair)
+            gradients = (
+                torch.autograd.grad(loss.sum(), leaf, retain_graph=True)
+                for loss, leaf in zip(pair, leaves, strict=True)
+            )
+            torch.testing.assert_close(*gradients)
+        assert count_graphs() <= (2 if (delta, smoothing) in sweep else 4)
+
+
+@once
+def test_a_schedule_and_a_search_compile_twice(device: str) -> None:
+    x = torch.randn(6, 5, device=device).softmax(1)
+    label = torch.tensor([1, 4, -100, 0, 2, 2], device=device)
+    forms: list[Any] = [
+        CrossEntropyError,
+        functools.partial(CrossEntropyError, from_logits=True),
+        functools.partial(LinearCrossEntropyError, 5, 5, device=device),
+    ]
+    for form, is_search in itertools.product(forms, (False, True)):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        criterion = form()
+        compiled: Any = torch.compile(criterion, fullgraph=True, backend="eager")
+        for delta, smoothing in list(zip(DELTAS, SMOOTHINGS, strict=True))[:4]:
+            if is_search:
+                criterion = form(delta=delta, label_smoothing=smoothing)
+                compiled = torch.compile(criterion, fullgraph=True, backend="eager")
+            criterion.delta, criterion.label_smoothing = delta, smoothing
+            torch.testing.assert_close(compiled(x, label), criterion(x, label))
+        assert count_graphs() == 2
 
 
 @once

@@ -236,13 +236,14 @@ def cross_entropy(
     dim, smoothing = call.dim, call.label_smoothing
     if rows.num_classes == 0 and isinstance(target, Place):
         return input.sum(dim)
-    uniform = smoothing / max(rows.num_classes, 1)
+    share = number(smoothing, input) if smoothing else 0.0
+    kept, uniform = 1 - share, share / max(rows.num_classes, 1)
     log_normalizer = None
     if call.kind == "logits":
         input, log_normalizer = shifted(input, rows)
     if isinstance(target, Tensor):
         if smoothing:
-            target = (1 - smoothing) * target + uniform
+            target = kept * target + uniform
         if call.delta == 0:  # 0·log 0 is 0.
             zero, one = (0, 1) if log_normalizer is None else (-torch.inf, log_normalizer)
             input = torch.where((target == 0) & (input == zero), one, input)
@@ -252,19 +253,19 @@ def cross_entropy(
         return losses.sum(dim)
     # Where the class lies elsewhere 1, which has a logarithm and a slope, and goes out again.
     picked = target.pick(input, 1).unsqueeze(dim)
-    losses = -guarded_log(picked, log_normalizer, call.delta).squeeze(dim)
+    losses = -guarded_log(picked, log_normalizer, call.delta)
     if target.is_here is not None:
-        losses = losses.where(target.is_here, 0)
+        losses = losses.where(target.is_here.unsqueeze(dim), 0)
     if weight is not None:
-        losses = losses * target.weight(weight)
+        losses = losses * target.weight(weight).unsqueeze(dim)
     if smoothing:  # t = (1−ε)·[k=c] + ε/C, and Σₖ over the second part reads the whole row.
         rest = -guarded_log(input, log_normalizer, call.delta)
         if weight is not None:
             rest = rest * along(weight, rest, dim)
-        rest = uniform * rest.sum(dim)
+        rest = uniform * rest.sum(dim, keepdim=True)
         # An ε of 1 leaves nothing of the class by itself, not 0·∞ either.
-        losses = rest if smoothing == 1 else (1 - smoothing) * losses + rest
-    return losses
+        losses = rest if smoothing == 1 else kept * losses + rest
+    return losses.squeeze(dim)
 
 
 def shifted(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -281,14 +282,48 @@ def shifted(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
 def guarded_log(input: Tensor, log_normalizer: Tensor | None, delta: float) -> Tensor:
     """log(y + δ), where y is `input`, or exp(input − log_normalizer) from shifted logits."""
     if log_normalizer is None:
-        return (input + delta).log()  # With a δ of 0 too: it makes 0 of −0.0, whose slope is −∞.
+        # With a δ of 0 too: it makes 0 of −0.0, whose slope is −∞.
+        return (input + number(delta, input)).log()
     log_p = input - log_normalizer
     if delta == 0:
         return log_p
     # By log p and log δ, since p/(p+δ) differentiated as a quotient is 0/0 where p and δ are small.
-    log_delta = math.log(delta)
-    log_p = log_p.clamp(min=log_delta - REACH[log_p.dtype])
-    return torch.logaddexp(log_p, log_p.new_full((), log_delta))
+    reach = REACH[log_p.dtype]
+    if is_symbolic(delta):
+        log_delta = scalar(delta).log().to(log_p.dtype)
+        return torch.logaddexp(log_p.clamp(min=log_delta - reach), log_delta)
+    log_p = log_p.clamp(min=math.log(delta) - reach)
+    return torch.logaddexp(log_p, log_p.new_full((1,), math.log(delta)))  # (1,) as in `number`.
+
+
+def number(value: float, like: Tensor) -> Tensor | float:
+    """A number that is added to or multiplies what has the dimensions of `like`, one at least."""
+    # The optimiser of torch.onnx.export takes a scalar within 1e-8 of 0 for 0, and one within 1e-5
+    # of 1 for 1, and drops it. What has a dimension it keeps; elsewhere that would cost a kernel.
+    if is_exporting():
+        return like.new_full((1,), value)
+    return scalar(value) if is_symbolic(value) else value
+
+
+def is_exporting() -> bool:
+    """Whether what is recorded is for another runtime."""
+    # Private: in torch 2.11 every compiled graph takes the public twin for True.
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
+
+
+def is_symbolic(value: float) -> bool:
+    """Whether a graph that is being compiled serves other numbers in place of this one too."""
+    if not torch.compiler.is_compiling():
+        return False
+    # Not documented; it is imported wherever something is compiled.
+    return not torch.fx.experimental.symbolic_shapes.has_static_value(value)
+
+
+def scalar(value: float) -> Tensor:
+    """A symbolic number as a tensor on the CPU, where the number is: no device is waited for."""
+    # A product, since what makes a tensor of one number alone compiles it in.
+    return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
 def at_least_one(size: Any, like: Tensor, dtype: torch.dtype) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlosses import checks, fused, linear
+from torchlosses import checks, formulas, fused, linear
 from torchlosses.formulas import Call
 
 
@@ -25,7 +25,7 @@ def serves(
 ) -> bool:
     """Whether the operator stands for the call; an exported graph goes where it may be unknown."""
     return (
-        not torch.compiler.is_exporting()
+        not formulas.is_exporting()
         and not checks.is_transformed()
         and fused.fits(call, input, target, weight, sample_weight)
         and type(linear_weight) in checks.PLAIN
@@ -61,7 +61,13 @@ def compute(
     layer = (input, linear_weight, linear_bias, target)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in layer]
     waits = linear.waits_for_upstream(call, dtype, [t for t in layer if t is not None])
-    loss: Tensor = _operator(*layer, weight, sample_weight, None, needs, waits, dtype, *call[1:])[0]
+    numbers = None
+    if formulas.is_symbolic(call.delta) or formulas.is_symbolic(call.label_smoothing):
+        # A number of an operator is compiled in, and a tensor is not.
+        numbers = torch.stack([formulas.scalar(call.delta), formulas.scalar(call.label_smoothing)])
+        call = call._replace(delta=0.0, label_smoothing=0.0)
+    options = (needs, waits, dtype, *call[1:])
+    loss: Tensor = _operator(*layer, weight, sample_weight, numbers, None, *options)[0]
     return loss
 
 
@@ -73,6 +79,7 @@ def _operator(
     target: Tensor,
     weight: Tensor | None,
     sample_weight: Tensor | None,
+    numbers: Tensor | None,
     upstream: Tensor | None,
     needs: list[bool],
     waits: bool,
@@ -85,7 +92,12 @@ def _operator(
     delta: float,
     label_smoothing: float,
 ) -> list[Tensor]:
-    """The loss, and the gradients that are needed and do not wait for that of upstream."""
+    """The loss, and the gradients that are needed and do not wait for that of upstream.
+
+    `numbers` are δ and the smoothing of a graph for many, in place of those by themselves.
+    """
+    if numbers is not None:
+        delta, label_smoothing = numbers.tolist()
     call = Call("logits", is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing)
     kernels = fused.kernels_of(input.device)
     if kernels is not None:
@@ -105,7 +117,7 @@ def _operator(
 
 @_operator.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    layer, (_, _, upstream, needs, waits, _, *options) = arguments[:4], arguments[4:]
+    layer, (*_, upstream, needs, waits, _), options = arguments[:4], arguments[4:11], arguments[11:]
     call, input = Call("logits", *options), layer[0]
     loss = input.new_empty(input.shape[:-1] if call.reduction == "none" else (), dtype=call.dtype)
     if waits and upstream is None:
@@ -114,17 +126,18 @@ def _(*arguments: Any) -> list[Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    tensors, (_, ctx.needs, ctx.waits, ctx.product_dtype, *ctx.options) = inputs[:6], inputs[6:]
+    tensors, (_, ctx.needs, ctx.waits, ctx.product_dtype, *ctx.options) = inputs[:7], inputs[7:]
     ctx.save_for_backward(*tensors, *(() if ctx.waits else output[1:]))
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
-    needs, arguments, gradients = ctx.needs, ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    needs, arguments, gradients = ctx.needs, ctx.saved_tensors[:7], ctx.saved_tensors[7:]
     layer: list[Tensor | None]
     if torch.is_grad_enabled():  # To be differentiated again.
         formula = functools.partial(linear.formula, ctx.product_dtype)
-        call = Call("logits", *ctx.options)
-        layer = fused.by_formula(formula, call, arguments, needs, grads[0])
+        *arguments, numbers = arguments
+        options = ctx.options if numbers is None else [*ctx.options[:-2], *numbers.tolist()]
+        layer = fused.by_formula(formula, Call("logits", *options), arguments, needs, grads[0])
     else:
         if ctx.waits:
             options = (needs, True, ctx.product_dtype, *ctx.options)
@@ -133,7 +146,7 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
             gradients = [gradient * grads[0] for gradient in gradients]
         remaining = iter(gradients)
         layer = [next(remaining) if needed else None for needed in needs]
-    return (*layer, *[None] * (6 + len(ctx.options)))
+    return (*layer, *[None] * (7 + len(ctx.options)))
 
 
 _operator.register_autograd(_backward, setup_context=_save)
