@@ -1,6 +1,7 @@
 """What cannot be right is answered in words, and what is asked is never written to."""
 
 import re
+import signal
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -15,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from torchlosses import CrossEntropyError, SumSquaredError
+from torchlosses import CrossEntropyError, SumSquaredError, checks
 from torchlosses.functional import cross_entropy_error, sum_squared_error
 
 BOTH: list[Callable[..., Tensor]] = [sum_squared_error, cross_entropy_error]
@@ -346,6 +347,30 @@ def test_errors_of_others_go_on_through_a_known_call() -> None:
         cross_entropy_error(input, index)
         with RefusesOnce(), pytest.raises(ValueError, match="refused"):
             cross_entropy_error(input, index)
+
+
+@pytest.mark.parametrize("looks", ["aminmax", "all"])
+def test_what_the_handler_of_a_signal_raises_while_labels_are_looked_at(
+    looks: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def handle(number: int, frame: Any) -> None:
+        raise RuntimeError("enough")
+
+    def look(self: Tensor) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the handler has not run")
+
+    if looks == "aminmax":
+        monkeypatch.setattr(torch, "aminmax", look)
+    else:
+        monkeypatch.setattr(Tensor, "__bool__", look)
+    before = signal.signal(signal.SIGINT, handle)
+    index = torch.tensor([1, -100, 3, 0])
+    try:
+        with pytest.raises(RuntimeError, match="enough"):
+            checks.check_classes(index, 4, -100)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_bad_class_is_named_whatever_the_default_device() -> None:

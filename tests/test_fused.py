@@ -127,6 +127,41 @@ def test_without_the_extension_the_formula_serves_and_says_so_once(
     fused._load_extension.cache_clear()
 
 
+class Slow:
+    """Finds modules so slowly that the handler of a signal has enough of it."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == "torchlosses.kernels.cpu":
+            raise TimeoutError("enough")
+
+
+def test_a_signal_in_the_first_call_says_nothing_of_the_extension(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "torchlosses.kernels.cpu")
+    monkeypatch.delattr("torchlosses.kernels.cpu")
+    monkeypatch.setattr(fused, "_known", {})
+    fused._load_extension.cache_clear()
+    y = torch.rand(4, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "meta_path", [Slow(), *sys.meta_path])
+        with pytest.raises(TimeoutError, match="enough"):
+            sum_squared_error(y, y)
+    assert fused._load_extension() is sys.modules["torchlosses.kernels.cpu"]
+    fused._load_extension.cache_clear()
+
+
+def test_a_signal_in_a_kernel_says_nothing_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(*arguments: Any) -> Any:
+        raise TimeoutError("enough")
+
+    guarded = fused.Guarded(SimpleNamespace(compute=compute))
+    monkeypatch.setattr(fused, "KERNELS", {"cpu": lambda device: guarded})
+    with pytest.raises(TimeoutError, match="enough"):
+        sum_squared_error(torch.rand(4, 5), torch.rand(4, 5))
+    assert not fused._failed
+
+
 def test_detectors_are_there() -> None:
     """Private to torch; without one every call would go to the formula, and nobody would know."""
     assert checks.are_transforms_active is not checks._unknown

@@ -15,8 +15,8 @@ from torch.autograd import Function
 from torchlosses import checks, formulas
 from torchlosses.formulas import Call
 
-# What kernels raise that no formula would mend.
-OF_THE_CALLER = (MemoryError, torch.OutOfMemoryError)
+# What kernels raise that no formula would mend; the handler of a signal raises a TimeoutError.
+OF_THE_CALLER = (MemoryError, torch.OutOfMemoryError, TimeoutError)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -74,7 +74,7 @@ def _load_extension() -> Any | None:
     """
     try:
         from torchlosses.kernels import cpu
-    except (ImportError, OSError, AttributeError) as error:
+    except ImportError as error:
         warnings.warn(
             "torchlosses is slower than it could be, for its extension is not there "
             f"({error}); install a C++ compiler, and the package again",
@@ -95,6 +95,8 @@ def _find_triton(device: torch.device) -> Kernels | None:
         return None
     try:  # Triton builds its launcher with the C compiler of the machine, if there is one.
         triton.rescale([torch.ones(1, device=device)], torch.ones((), device=device))
+    except OF_THE_CALLER:
+        raise
     except Exception as error:
         warnings.warn(
             f"torchlosses is slower on {device} than it could be, for Triton does not work there: "
