@@ -233,9 +233,10 @@ def test_class_out_of_range_on_the_cpu(loss: Any, bad: int, path: str) -> None:
 
 @pytest.mark.parametrize("loss", BOTH)
 def test_unsigned_class_out_of_range(loss: Any, path: str) -> None:
-    for dtype, bad in ((torch.uint8, 255), (torch.uint64, 2**64 - 100)):
-        with pytest.raises(IndexError, match=words("target", bad, "(1,)")):
-            loss(y(2, 5), torch.tensor([0, bad], dtype=dtype))
+    for dtype, bad in ((torch.uint8, 255), (torch.uint64, 2**64 - 100), (torch.uint64, 2**63)):
+        for ignore_index in (-100, 2**63 - 1):
+            with pytest.raises(IndexError, match=words("target", bad, "(1,)")):
+                loss(y(2, 5), torch.tensor([0, bad], dtype=dtype), ignore_index=ignore_index)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

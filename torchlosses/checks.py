@@ -48,6 +48,12 @@ except AttributeError:
     is_before_dispatch = _unknown
 
 
+# Private likewise: the hooks that get what is saved for backward, if there are any.
+find_saving_hooks: Callable[[bool], Any] = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", bool
+)
+
+
 def is_traced() -> bool:
     """Whether what runs is recorded, or runs without numbers: no value may be looked at."""
     if torch.compiler.is_compiling() or is_tracing() or is_before_dispatch():
