@@ -2,6 +2,7 @@
 
 import functools
 import re
+import signal
 import warnings
 from collections.abc import Callable
 from fractions import Fraction
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from torchlosses import CrossEntropyError, SumSquaredError
+from torchlosses import CrossEntropyError, SumSquaredError, checks
 from torchlosses.functional import (
     cross_entropy_error,
     linear_cross_entropy_error,
@@ -314,9 +315,10 @@ def test_class_out_of_range_on_the_cpu(loss: Any, bad: int, path: str) -> None:
 
 @pytest.mark.parametrize("loss", BOTH)
 def test_unsigned_class_out_of_range(loss: Any, path: str) -> None:
-    for dtype, bad in ((torch.uint8, 255), (torch.uint64, 2**64 - 100)):
-        with pytest.raises(IndexError, match=words("target", bad, "(1,)")):
-            loss(y(2, 5), torch.tensor([0, bad], dtype=dtype))
+    for dtype, bad in ((torch.uint8, 255), (torch.uint64, 2**64 - 100), (torch.uint64, 2**63)):
+        for ignore_index in (-100, 2**63 - 1):
+            with pytest.raises(IndexError, match=words("target", bad, "(1,)")):
+                loss(y(2, 5), torch.tensor([0, bad], dtype=dtype), ignore_index=ignore_index)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -428,6 +430,30 @@ def test_errors_of_others_go_on_through_a_known_call() -> None:
         cross_entropy_error(input, index)
         with RefusesOnce(), pytest.raises(ValueError, match="refused"):
             cross_entropy_error(input, index)
+
+
+@pytest.mark.parametrize("looks", ["aminmax", "all"])
+def test_what_the_handler_of_a_signal_raises_while_labels_are_looked_at(
+    looks: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def handle(number: int, frame: Any) -> None:
+        raise RuntimeError("enough")
+
+    def look(self: Tensor) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the handler has not run")
+
+    if looks == "aminmax":
+        monkeypatch.setattr(torch, "aminmax", look)
+    else:
+        monkeypatch.setattr(Tensor, "__bool__", look)
+    before = signal.signal(signal.SIGINT, handle)
+    index = torch.tensor([1, -100, 3, 0])
+    try:
+        with pytest.raises(RuntimeError, match="enough"):
+            checks.check_classes(index, 4, -100)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_bad_class_is_named_whatever_the_default_device() -> None:

@@ -58,7 +58,11 @@ def test_every_kernel_serves() -> None:
     assert [kind for kind, _ in called] == ["squares", *["probabilities"] * 2, "logits"] * 4
 
 
-@pytest.mark.parametrize("shape", [(3, 7), (5, 33), (2, 1031), (2, 40_001), (2, 5, 19)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 7), (5, 33), (2, 1031), (2, 40_001), (2, 5, 19), (2, 40, 19), (2, 600, 3)],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", fused.DTYPES, ids=str)
 @pytest.mark.parametrize("is_index", [False, True])
 def test_a_gradient_written_over_its_input(
@@ -127,6 +131,41 @@ def test_without_the_extension_the_formula_serves_and_says_so_once(
     fused._load_extension.cache_clear()
 
 
+class Slow:
+    """Finds modules so slowly that the handler of a signal has enough of it."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == "torchlosses.kernels.cpu":
+            raise TimeoutError("enough")
+
+
+def test_a_signal_in_the_first_call_says_nothing_of_the_extension(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "torchlosses.kernels.cpu")
+    monkeypatch.delattr("torchlosses.kernels.cpu")
+    monkeypatch.setattr(fused, "_known", {})
+    fused._load_extension.cache_clear()
+    y = torch.rand(4, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "meta_path", [Slow(), *sys.meta_path])
+        with pytest.raises(TimeoutError, match="enough"):
+            sum_squared_error(y, y)
+    assert fused._load_extension() is sys.modules["torchlosses.kernels.cpu"]
+    fused._load_extension.cache_clear()
+
+
+def test_a_signal_in_a_kernel_says_nothing_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(*arguments: Any) -> Any:
+        raise TimeoutError("enough")
+
+    guarded = fused.Guarded(SimpleNamespace(compute=compute))
+    monkeypatch.setattr(fused, "KERNELS", {"cpu": lambda device: guarded})
+    with pytest.raises(TimeoutError, match="enough"):
+        sum_squared_error(torch.rand(4, 5), torch.rand(4, 5))
+    assert not fused._failed
+
+
 def test_detectors_are_there() -> None:
     """Private to torch; without one every call would go to the formula, and nobody would know."""
     assert checks.are_transforms_active is not checks.unknown
@@ -134,6 +173,10 @@ def test_detectors_are_there() -> None:
     assert checks.is_tracing is not checks.unknown
     assert checks.is_before_dispatch is not checks.unknown
     assert hasattr(torch.compiler, "_is_exporting_flag")
+    assert checks.find_saving_hooks is not bool
+    assert fused._nodes is type(
+        sum_squared_error(torch.rand(3, requires_grad=True), torch.rand(3)).grad_fn
+    )
     assert None not in checks._INFRA_MODES
     assert torch._C._get_dispatch_mode(checks._INFRA_MODES[0]) is None
     assert forward_ad._current_level == -1
@@ -200,7 +243,7 @@ def test_saved_tensor_hooks_see_all_that_is_held() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = cross_entropy_error(y, target, weight=weight, sample_weight=sample_weight)
-    assert [t.shape for t in packed] == [SHAPE, SHAPE, SHAPE[1:], SHAPE[:1], SHAPE]
+    assert [t.shape for t in packed] == [SHAPE, SHAPE, SHAPE[1:], SHAPE[:1]]
     (grad,) = torch.autograd.grad(loss, y, torch.tensor(3.0))
     plain = cross_entropy_error(y, target, weight=weight, sample_weight=sample_weight)
     torch.testing.assert_close(grad, torch.autograd.grad(plain, y, torch.tensor(3.0))[0])

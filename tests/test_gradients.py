@@ -13,7 +13,11 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from torchlosses import CrossEntropyError, SumSquaredError
-from torchlosses.functional import cross_entropy_error, sum_squared_error
+from torchlosses.functional import (
+    cross_entropy_error,
+    linear_cross_entropy_error,
+    sum_squared_error,
+)
 
 # Small and smooth: finite differences say nothing about 0, ∞ or NaN. Empty ones have no numbers.
 SMOOTH = [
@@ -192,6 +196,88 @@ def test_upstream_gradients_that_are_views_of_what_is_negative(
         assert negative.is_neg()
         (expected,) = torch.autograd.grad(value, y, -ones, retain_graph=True)
         assert torch.equal(torch.autograd.grad(value, y, negative)[0], expected)
+
+
+def linear(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    layer = torch.eye(5, dtype=input.dtype, device=input.device)
+    return linear_cross_entropy_error(input, layer, target, **options)
+
+
+@pytest.mark.parametrize("upstream", [math.inf, math.nan])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_ignored_samples_have_no_gradient_whatever_comes_from_upstream(
+    reduction: Any, dtype: torch.dtype, upstream: float, device: str
+) -> None:
+    rows = torch.rand(4, 5, device=device).softmax(1).to(dtype)
+    index = torch.tensor([1, -100, 2, -100], device=device)
+    for loss, options in (*FORMS, (linear, {}), (cross_entropy_error, {"label_smoothing": 0.1})):
+        for shape in ((4, 5), (1, 5, 4), (5,)):
+            if loss is linear and len(shape) == 3:
+                continue
+            target = index[1] if shape == (5,) else index.view(shape[0], *shape[2:])
+            y = (rows[1] if shape == (5,) else rows.T[None] if len(shape) == 3 else rows).clone()
+            y = y.contiguous().requires_grad_()
+            value = loss(y, target, reduction=reduction, **options)
+            (grad,) = torch.autograd.grad(value, y, torch.full_like(value, upstream))
+            is_finite = grad.isfinite().all(0 if shape == (5,) else 1)
+            assert torch.equal(is_finite, target == -100)
+            grad = grad.movedim(1, -1) if len(shape) == 3 else grad
+            assert not grad[is_finite].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_mean_by_weights_whose_sum_has_no_inverse(dtype: torch.dtype, device: str) -> None:
+    """1/Σw is ∞ where w/Σw is not; and weights that are all 2¹⁰⁰ times as large mean the same."""
+    y = torch.rand(4, 5, dtype=dtype, device=device).softmax(1).requires_grad_()
+    index, soft = torch.tensor([1, -100, 2, 0], device=device), y.detach().roll(1, 0)
+    per_sample = torch.tensor([1.0, 2, 3, 1], dtype=dtype, device=device)
+    per_element = torch.arange(20, dtype=dtype, device=device).view(4, 5)
+    size = 2.0 ** (-1060 if dtype == torch.float64 else -140)
+    smooth = {"label_smoothing": 0.1, "from_logits": True}
+    for loss, options in (*FORMS, (linear, {}), (cross_entropy_error, smooth)):
+        for target in (index, soft):
+            is_elementwise = loss is sum_squared_error and target is soft
+            for weight in (per_sample[:, None], per_element) if is_elementwise else (per_sample,):
+                found = []
+                for w in (weight, weight * size):
+                    value = loss(y, target, reduction="mean", sample_weight=w, **options)
+                    found.append((value, *torch.autograd.grad(value, y)))
+                torch.testing.assert_close(*found)
+                with torch.no_grad():
+                    value = loss(y, target, reduction="mean", sample_weight=w, **options)
+                # On a GPU a sum of losses that are multiplied by what has few bits, and have fewer.
+                torch.testing.assert_close(value, found[0][0].detach(), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["default", "late"])
+@pytest.mark.parametrize("is_index", [False, True])
+def test_what_a_hook_keeps_stays_as_it_was(is_index: bool, is_late: bool, device: str) -> None:
+    y = torch.rand(4, 5, device=device).requires_grad_()
+    target = torch.tensor([1, 0, 2, 4], device=device) if is_index else torch.rand_like(y).detach()
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append((tensor.detach(), tensor.detach().clone()))
+        return tensor
+
+    for loss, options in (*FORMS, (linear, {})):
+        kept.clear()
+        value = loss(y, target, **options)
+        (expected,) = torch.autograd.grad(value, y, torch.full_like(value, 3))
+        if is_late:
+            value = loss(y, target, **options)
+            for saved in getattr(value.grad_fn, "_raw_saved_tensors", ()):
+                if saved.data is not None:
+                    saved.register_hooks(pack, lambda tensor: tensor)
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                value = loss(y, target, **options)
+        (grad,) = torch.autograd.grad(value, y, torch.full_like(value, 3))
+        torch.testing.assert_close(grad, expected)
+        grad.fill_(7)  # Its own, and so the caller's.
+        assert kept or is_late
+        assert all(torch.equal(tensor, before) for tensor, before in kept)
 
 
 def test_upstream_gradients_that_are_zeros_without_memory(device: str) -> None:

@@ -166,6 +166,35 @@ def test_every_size(kind: str, is_index: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(grad_input.double(), expected, rtol=rounding, atol=64 * eps)
 
 
+@pytest.mark.usefixtures("_target")
+@pytest.mark.parametrize(("kind", "is_index"), KINDS)
+def test_few_samples_side_by_side(kind: str, is_index: int) -> None:
+    """Which are rows of their own, of elements that are apart, with many classes or in the rest."""
+    for shape in ((2, 40, 19), (2, 600, 3), (1, 1100, 17)):
+        call = Call(kind, bool(is_index), 1, "none", 3, torch.float64, 1e-7)
+        input, target = arguments(call, shape, torch.float64)
+        leaves = [input.requires_grad_(), target]
+        if not is_index:
+            leaves[1].requires_grad_()
+        weight, needs = torch.rand(shape[0], *shape[2:], dtype=torch.float64), (True, not is_index)
+        weight = weight.unsqueeze(1) if kind == "squares" and not is_index else weight
+        expected = formulas.compute(call, input, target, None, weight)
+        upstream = torch.rand_like(expected)
+        slopes = torch.autograd.grad(expected, leaves[: 1 + (not is_index)], upstream)
+        values = (input.detach(), target.detach(), None, weight)
+        loss, *found = cpu.compute(call, *values, needs, upstream)
+        torch.testing.assert_close((loss, *found[: len(slopes)]), (expected.detach(), *slopes))
+        half, other = values[0].bfloat16(), values[1] if is_index else values[1].bfloat16()
+        call = call._replace(dtype=torch.float32)
+        loss, *found = cpu.compute(call, half, other, None, weight, needs, upstream)
+        values = (half.double(), other if is_index else other.double(), None, weight)
+        exact = cpu.compute(call._replace(dtype=torch.float64), *values, needs, upstream)
+        torch.testing.assert_close(loss.double(), exact[0], rtol=1e-5, atol=1e-5)
+        for grad, exact_grad in zip(found, exact[1:], strict=True):
+            if grad is not None and exact_grad is not None:
+                torch.testing.assert_close(grad.double(), exact_grad, rtol=2**-8, atol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "is_index"), KINDS)
 @pytest.mark.parametrize("shape", [(3000, 10), (300, 1000), (2, 21, 90, 90)])
 def test_the_same_bits_for_any_number_of_threads(

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchlosses import LinearCrossEntropyError, checks, fused, linear, operators
+from torchlosses.formulas import Call
 from torchlosses.functional import cross_entropy_error, linear_cross_entropy_error
 
 FUZZ_CASES = int(os.environ.get("FUZZ_CASES", "100000"))
@@ -591,6 +592,9 @@ def test_compiled_transforms_and_bad_classes(device: str) -> None:
     assert losses.isnan().tolist() == [False, True, False, False, False]
     (by_x,) = torch.autograd.grad(losses.sum(), leaf)
     assert by_x.isnan().all(1).tolist() == by_x.isnan().any(1).tolist() == losses.isnan().tolist()
+    total = loss(leaf, w, t)
+    (by_x,) = torch.autograd.grad(total, leaf, torch.full_like(total, torch.inf))
+    assert not by_x[t == -100].any()
     mean = loss(leaf, w, t, reduction="mean")
     assert torch.autograd.grad(mean, leaf)[0].isnan().any(1).tolist() == losses.isnan().tolist()
     losses = loss(leaf, w, t, reduction="none", ignore_index=0)
@@ -813,6 +817,18 @@ def test_a_bad_class_has_its_position_in_the_whole(path: str) -> None:
     t[2, 1] = 3
     with pytest.raises(IndexError, match=words("class 3 at position (2, 1)")):
         linear_cross_entropy_error(x, w, t)
+
+
+def test_a_class_beyond_int64_is_not_what_is_ignored(path: str, device: str) -> None:
+    """To the kernels, which get it from an operator, where no value is looked at before."""
+    kernels = fused.kernels_of(torch.device(device))
+    call = Call("logits", True, 1, "none", 2**63 - 1, torch.float32, 1e-7)
+    t = torch.tensor([0, 2**63 - 1, 2**63], dtype=torch.uint64, device=device)
+    x, w = torch.ones(3, 4, device=device), torch.ones(2, 4, device=device)
+    if kernels is not None:
+        chunks = linear.Chunks(kernels, torch.float32)
+        losses, *_ = chunks.compute(call, x, w, None, t, None, None, (False,) * 4)
+        assert losses.isnan().tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)

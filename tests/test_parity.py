@@ -2,6 +2,7 @@
 
 import functools
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,11 @@ import torch
 from samples import SAMPLES, Sample
 
 from torchlosses import CrossEntropyError
+from torchlosses.functional import (
+    cross_entropy_error,
+    linear_cross_entropy_error,
+    sum_squared_error,
+)
 
 # Triton's interpreter cuts bits off where it makes bfloat16: up to a whole unit, not half a one.
 UNITS = 1 if os.environ.get("TRITON_INTERPRET") == "1" else 0.5
@@ -69,3 +75,25 @@ def test_class_weights_of_any_strides(from_logits: bool, device: str) -> None:
         for w in (weight, weight.clone())
     )
     torch.testing.assert_close(value, expected)
+
+
+def test_of_a_bool_any_byte_but_0_is_true(device: str) -> None:
+    """As in a mask of 0 and 255 that was read from an image."""
+    y = torch.rand(3, 5, device=device).softmax(1)
+    image = torch.tensor([[0, 255, 0, 1, 0], [2, 0, 0, 0, 0], [0, 128, 0, 0, 7]], device=device)
+    mask = image.to(torch.uint8).view(torch.bool)
+    calls: list[tuple[Any, dict[str, Any]]] = [
+        (sum_squared_error, {"target": mask}),
+        (sum_squared_error, {"target": mask, "sample_weight": mask}),
+        (cross_entropy_error, {"target": mask, "weight": mask[0], "sample_weight": mask[:, 1]}),
+        (cross_entropy_error, {"target": mask, "from_logits": True, "label_smoothing": 0.1}),
+        (linear_cross_entropy_error, {"target": mask, "linear_weight": torch.eye(5).to(device)}),
+    ]
+    for loss, options in calls:
+        clean = {
+            name: (value.view(torch.uint8) != 0)
+            if isinstance(value, torch.Tensor) and value.dtype == torch.bool
+            else value
+            for name, value in options.items()
+        }
+        torch.testing.assert_close(loss(y, **options), loss(y, **clean))

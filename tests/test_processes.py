@@ -1,5 +1,6 @@
 """One module in many calls, in threads, in worker processes and in another version of torch."""
 
+import contextlib
 import copy
 import gc
 import os
@@ -11,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from torchlosses import CrossEntropyError, SumSquaredError
+from torchlosses import CrossEntropyError, LinearCrossEntropyError, SumSquaredError
 
 # With CALLS=1000000 the test of memory is one of endurance, in minutes.
 CALLS = int(os.environ.get("CALLS", "2000"))
@@ -185,3 +187,40 @@ def test_pickles_of_other_versions_of_torch(file: Path) -> None:
 
 def test_there_are_pickles_of_two_versions() -> None:
     assert len(PICKLES) >= 2
+
+
+def go_backward_from_read_only_memory(rank: int, folder: str) -> None:
+    """As a hook leaves it that spills what is saved to a disk, and maps the file."""
+
+    def pack(tensor: Tensor) -> Tensor:
+        file = Path(folder, str(len(os.listdir(folder))))
+        array = tensor.detach().numpy()
+        array.tofile(file)
+        memory = np.memmap(file, array.dtype, "r", shape=array.shape)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return torch.from_numpy(memory)
+
+    y, soft, index = torch.rand(4, 3), torch.rand(4, 3), torch.tensor([1, 0, 2, 1])
+    layer = LinearCrossEntropyError(3, 3)
+    for criterion in (*criteria(), CrossEntropyError(), layer):
+        for target in (soft, index):
+            for factor in (1, 3):
+                grads = []
+                for hooks in (
+                    contextlib.nullcontext(),
+                    torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+                ):
+                    leaf = y.clone().requires_grad_()
+                    with hooks:
+                        loss = criterion(leaf, target)
+                    (loss * factor).backward()
+                    assert leaf.grad is not None
+                    grads.append(leaf.grad.mul_(2))  # As clipping does.
+                torch.testing.assert_close(*grads)
+
+
+def test_saved_tensors_in_read_only_memory(tmp_path: Path) -> None:
+    """In a process of its own, which the system would end."""
+    arguments = (go_backward_from_read_only_memory, (str(tmp_path),))
+    torch.multiprocessing.spawn(*arguments)  # type: ignore[attr-defined]

@@ -277,6 +277,15 @@ def test_offsets_beyond_2_to_the_31() -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("ignore_index", [2**63 - 1, -100])
+def test_a_class_beyond_int64_is_not_what_is_ignored(ignore_index: int) -> None:
+    call = Call("logits", True, 1, "none", ignore_index, torch.float32, 1e-7)
+    target = torch.tensor([0, ignore_index % 2**64, 2**63 + 5], dtype=torch.uint64)
+    losses, *_ = kernels.compute(call, torch.rand(3, 5), target, None, None, (False, False))
+    assert losses.isnan().tolist() == [False, ignore_index < 0, True]
+
+
+@interpreted
 def test_rescale_reads_the_factor() -> None:
     gradient = torch.rand(5000).bfloat16()
     for factor in (torch.tensor(1.0), torch.tensor(0.5)):
@@ -353,6 +362,7 @@ def launch_all(shape: tuple[int, ...], dtype: torch.dtype, *, has_all_options: b
                 losses = shape if call.kind == "squares" else samples
                 kernels.compute(none, y, target, None, None, needs, tensor(losses, compute))
     kernels.rescale([y], tensor((), compute))
+    kernels.rescale([y], tensor((), compute), call, target)
 
 
 @compiled
@@ -456,6 +466,7 @@ def test_what_is_kept_is_what_triton_would_launch(monkeypatch: pytest.MonkeyPatc
         )  # fmt: skip
         gradients = [input.view(-1), tensor((2**31 - draw([0, 16]),), input.dtype)]
         kernels.rescale(gradients, sample_weight.view(-1)[:1])
+        kernels.rescale([input.view(shape)], sample_weight.view(-1)[:1], call, target)
     assert Binary.kept > 3000
 
 
@@ -504,7 +515,7 @@ def test_forward_and_backward_are_two_launches_or_three(
                             kernels.compute(call, *arguments, (True, False), upstream)
                         else:
                             _, *grads = kernels.compute(call, *arguments, (True, False))
-                            kernels.rescale(grads, upstream)
+                            kernels.rescale(grads, upstream, call, target)
                     is_counted = reduction == "mean" and (is_index or sample_weight is not None)
                     is_counted &= samples[0] * len(index[0].view(-1)) > kernels.COUNT_ALONE
                     assert len(launched) == 2 + is_counted, (call, launched)

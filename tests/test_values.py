@@ -121,6 +121,37 @@ def test_reference_gradients_by_hand() -> None:
     assert grad.tolist() == [-0.25, 0.25, 0]
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_weights_of_what_does_not_count(bad: float, from_logits: bool, device: str) -> None:
+    """Of a class that no index names, and of a sample that is ignored."""
+    y, target = np.array([[0.25, 0.5, 0.25], [0.5, 0.25, 0.25], [0.25, 0.25, 0.5]]), [0, -100, 1]
+    weight, sample_weight = np.array([1, 2, bad]), np.array([1, bad, 3])
+    options: dict[str, Any] = {"reduction": "mean", "from_logits": from_logits}
+    reference_options = options | {"weight": weight, "sample_weight": sample_weight}
+    value = reference.cross_entropy_error(y, target, **reference_options)
+    grad = reference.cross_entropy_error_grad(y, target, **reference_options)
+    rest = options | {"weight": [1, 2, 5], "sample_weight": [1, 5, 3]}
+    assert value == reference.cross_entropy_error(y, target, **rest)
+    assert grad.tolist() == reference.cross_entropy_error_grad(y, target, **rest).tolist()
+
+    def tensor(values: Any) -> torch.Tensor:
+        return torch.tensor(values, device=device)
+
+    options |= {"weight": tensor(weight), "sample_weight": tensor(sample_weight)}
+    input = tensor(y).requires_grad_()
+    loss = functional.cross_entropy_error(input, tensor(target), **options)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), tensor(value))
+    torch.testing.assert_close(input.grad, tensor(grad))
+    squares = {"reduction": "mean", "sample_weight": sample_weight}
+    value = reference.sum_squared_error(y, target, **squares)
+    assert value == reference.sum_squared_error(y, target, **squares | {"sample_weight": [1, 5, 3]})
+    options = {"reduction": "mean", "sample_weight": tensor(sample_weight)}
+    loss = functional.sum_squared_error(input, tensor(target), **options)
+    torch.testing.assert_close(loss.detach(), tensor(value))
+
+
 def test_reference_needs_no_torch() -> None:
     spec = importlib.util.find_spec("torchlosses.reference")
     assert spec is not None

@@ -51,6 +51,12 @@ except AttributeError:
     is_before_dispatch = unknown
 
 
+# Private likewise: the hooks that get what is saved for backward, if there are any.
+find_saving_hooks: Callable[[bool], Any] = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", bool
+)
+
+
 def is_traced() -> bool:
     """Whether what runs is recorded, or runs without numbers: no value may be looked at."""
     if torch.compiler.is_compiling() or is_tracing() or is_before_dispatch():
@@ -415,11 +421,15 @@ def can_look(tensor: Tensor) -> bool:
 
 def _are_within(label: Tensor, num_classes: int, ignore_index: int) -> bool:
     """Whether all labels are seen to be classes and none ignored: one call, as for most targets."""
+    if label.numel() == 0:
+        return False
     try:
         least, greatest = (bound.item() for bound in torch.aminmax(label))
-        return 0 <= least <= greatest < num_classes and not least <= ignore_index <= greatest
-    except (IndexError, RuntimeError):  # None at all, or none to look at.
+    except RuntimeError:
+        if _must_have_values(label):
+            raise
         return False
+    return bool(0 <= least <= greatest < num_classes and not least <= ignore_index <= greatest)
 
 
 def _truth(condition: Tensor) -> bool | None:
@@ -430,7 +440,14 @@ def _truth(condition: Tensor) -> bool | None:
     try:
         return bool(condition)
     except RuntimeError:
+        if _must_have_values(condition):
+            raise
         return None
+
+
+def _must_have_values(tensor: Tensor) -> bool:
+    """Whether an error is not about the tensor, but comes from the handler of a signal, say."""
+    return type(tensor) in PLAIN and not is_transformed()
 
 
 def _first(condition: Tensor) -> tuple[int, ...] | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 LEAST_DELTA, GREATEST_DELTA = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 # Below log δ minus this, p / (p + δ) is 0 in that dtype, or nearly, and its square overflows.
 REACH = {torch.float32: 80, torch.float64: 700}
+LEAST_DIVISOR = 2.0**-120  # From here on 1/divisor is a number in float32, with room for a factor.
 
 
 class Call(NamedTuple):
@@ -58,7 +59,9 @@ class Classes(NamedTuple):
     @property
     def kept(self) -> Tensor | None:
         """False where a sample is ignored; None stands for True everywhere, here and below."""
-        return None if self.ignore_index is None else long(self.target) != self.ignore_index
+        if self.ignore_index is None:
+            return None
+        return long(self.target, self.ignore_index) != self.ignore_index
 
     @property
     def valid(self) -> Tensor | None:
@@ -147,15 +150,21 @@ def reduced(
     classes: Classes | None,
 ) -> Tensor:
     """The loss of an input of that shape, from its losses before sample weights."""
+    divisor = find_divisor(call, losses, shape, weight, sample_weight, classes)
     if sample_weight is not None:
-        weights = sample_weight = sample_weight.to(losses.dtype)
-        if call.is_per_element and classes is not None:  # They broadcast to the samples.
-            weights = weights.expand(classes.target.shape).unsqueeze(call.dim)
+        weights = sample_weight.to(losses.dtype)
+        if classes is not None:  # They broadcast to the samples.
+            kept = classes.kept
+            if kept is not None:
+                weights = weights.where(kept, 0)
+            if call.is_per_element:
+                weights = weights.expand(classes.target.shape).unsqueeze(call.dim)
+        if call.reduction == "mean":
+            weights, divisor = lifted(weights, divisor)
         losses = losses * weights
     if call.reduction == "none":
         return losses.to(call.dtype)
     loss = losses.sum()
-    divisor = find_divisor(call, losses, shape, weight, sample_weight, classes)
     if divisor is not None:
         loss = loss / divisor
     return loss.to(call.dtype)
@@ -326,6 +335,12 @@ def scalar(value: float) -> Tensor:
     return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
+def lifted(weights: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and what divides their losses, both 2⁶⁴ times as large where 1/divisor overflows."""
+    lift = divisor.new_ones(()).where(divisor.abs() >= LEAST_DIVISOR, 2.0**64)
+    return weights * lift, divisor * lift
+
+
 def at_least_one(size: Any, like: Tensor, dtype: torch.dtype) -> Any:
     """A size, or 1 in place of 0."""
     if type(size) is int:
@@ -338,13 +353,14 @@ def along(weight: Tensor, like: Tensor, dim: int) -> Tensor:
     return weight.view([-1 if d == dim else 1 for d in range(like.dim())])
 
 
-def long(target: Tensor) -> Tensor:
+def long(target: Tensor, ignore_index: int | None = None) -> Tensor:
     """Class indices of any integer dtype in int64."""
     if target.dtype == torch.int64:
         return target
     label = target.long()
-    if target.dtype == torch.uint64:  # What int64 cannot hold has wrapped around: no class.
-        label = label.where(label >= 0, torch.iinfo(torch.int64).max)
+    if target.dtype == torch.uint64:  # What int64 cannot hold has wrapped: no class, nor ignored.
+        greatest = torch.iinfo(torch.int64).max
+        label = label.where(label >= 0, -1 if ignore_index == greatest else greatest)
     return label
 
 

@@ -14,8 +14,8 @@ from torch.autograd import Function
 from torchlosses import checks, formulas
 from torchlosses.formulas import Call
 
-# What kernels raise that no formula would mend.
-OF_THE_CALLER = (MemoryError, torch.OutOfMemoryError)
+# What kernels raise that no formula would mend; the handler of a signal raises a TimeoutError.
+OF_THE_CALLER = (MemoryError, torch.OutOfMemoryError, TimeoutError)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -33,11 +33,13 @@ class Kernels(Protocol):
         """
 
     def rescale(
-        self, gradients: Sequence[Tensor | None], grad_loss: Tensor, /
-    ) -> Sequence[Tensor | None]:
+        self, gradients: Sequence[Tensor | None], grad_loss: Tensor, call: Call, target: Tensor, /
+    ) -> Sequence[Tensor | None] | None:
         """Gradients times that of their loss, in place, as tensors of their own.
 
-        So what was saved counts as unchanged.
+        So what was saved counts as unchanged. Of the first, the rows that the target ignores stay
+        0, though 0 times a factor that is not finite is NaN; None, and nothing done, where the
+        kernels see such a factor and leave it to `compute`.
         """
 
 
@@ -73,7 +75,7 @@ def _load_extension() -> Any | None:
     """
     try:
         from torchlosses.kernels import cpu
-    except (ImportError, OSError, AttributeError) as error:
+    except ImportError as error:
         checks.warn(
             "torchlosses is slower than it could be, for its extension is not there "
             f"({error}); install a C++ compiler, and the package again"
@@ -93,6 +95,8 @@ def _find_triton(device: torch.device) -> Kernels | None:
         return None
     try:  # Triton builds its launcher with the C compiler of the machine, if there is one.
         triton.rescale([torch.ones(1, device=device)], torch.ones((), device=device))
+    except OF_THE_CALLER:
+        raise
     except Exception as error:
         checks.warn(
             f"torchlosses is slower on {device} than it could be, for Triton does not work there: "
@@ -262,19 +266,21 @@ class OnePass(Function):
 
     Those that wait for the upstream gradient are made in backward: of float16, where what is too
     small for that dtype would be lost before a loss scaler's factor could lift it, and of losses
-    that are not reduced, which are told apart by it. All that backward reads is saved, so that
-    autograd sees what changes meanwhile, hooks see what is held, and nothing is held any longer.
+    that are not reduced, which are told apart by it. Where hooks get what is saved, gradients are
+    made in backward too: the memory that a hook gives back is not ours to write to, or hand over.
+    All that backward reads is saved, so that autograd sees what changes meanwhile, hooks see what
+    is held, and nothing is held any longer.
     """
 
     @staticmethod
     def forward(ctx: Any, way: Way, *arguments: Tensor | None) -> Tensor:
         kernels, call, _, waits = ctx.way = way
         needs = ctx.needs_input_grad[1:-2]
-        if waits:
+        ctx.is_made = not (waits or checks.find_saving_hooks(True))
+        if not ctx.is_made:
             needs = (False,) * len(needs)
         loss: Tensor
         loss, *gradients = kernels.compute(call, *arguments, needs)
-        ctx.is_made = not waits
         ctx.save_for_backward(*arguments, *gradients)
         return loss
 
@@ -289,19 +295,36 @@ class OnePass(Function):
             or not _has_memory(grad_loss)
         ):
             try:
-                if ctx.is_made:
-                    ctx.is_made = False  # The caller's from here on.
-                    return None, *kernels.rescale(saved[count:], grad_loss), None, None
-                needs = ctx.needs_input_grad[1:-2]
-                upstream = (grad_loss.resolve_neg(),) if waits else ()
-                _, *gradients = kernels.compute(call, *saved[:count], needs, *upstream)
                 if not waits:
-                    gradients = kernels.rescale(gradients, grad_loss)
+                    gradients = saved[count:]
+                    if not ctx.is_made:
+                        needs = ctx.needs_input_grad[1:-2]
+                        _, *gradients = kernels.compute(call, *saved[:count], needs)
+                    ctx.is_made = False  # The caller's from here on.
+                    gradients = kernels.rescale(gradients, grad_loss, call, saved[count - 3])
+                    if gradients is not None:
+                        return None, *gradients, None, None
+                needs = ctx.needs_input_grad[1:-2]
+                upstream = grad_loss.resolve_neg()
+                _, *gradients = kernels.compute(call, *saved[:count], needs, upstream)
                 return None, *gradients, None, None
             except KernelError as error:
                 give_up(grad_loss.device, error)
         needs = ctx.needs_input_grad[1:-2]
         return None, *by_formula(formula, call, saved[:count], needs, grad_loss), None, None
+
+
+def _show_saved(node: Any) -> Any:
+    """What a node saves, for hooks to be set on: gradients are made again in backward then."""
+    node.is_made = False
+    return super(_nodes, node)._raw_saved_tensors
+
+
+_nodes: Any = getattr(OnePass, "_backward_cls", None)  # Private: their class.
+if _nodes is None:
+    checks.find_saving_hooks = bool  # There may be some.
+else:
+    _nodes._raw_saved_tensors = property(_show_saved)
 
 
 def _is_dense(tensor: Tensor) -> bool:

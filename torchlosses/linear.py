@@ -102,9 +102,9 @@ class Chunks(NamedTuple):
     dtype: torch.dtype  # Of the products.
 
     def rescale(
-        self, gradients: Sequence[Tensor | None], grad_loss: Tensor
-    ) -> Sequence[Tensor | None]:
-        return self.kernels.rescale(gradients, grad_loss)
+        self, gradients: Sequence[Tensor | None], grad_loss: Tensor, call: Call, target: Tensor
+    ) -> Sequence[Tensor | None] | None:
+        return self.kernels.rescale(gradients, grad_loss, call, target)
 
     def compute(self, call: Call, input: Tensor, *rest: Any) -> list[Any]:
         """The loss, and the gradients by input, weight, bias and target, times that of upstream."""
@@ -132,7 +132,7 @@ class Chunks(NamedTuple):
         classes = kept = places = None
         if call.is_index:
             classes = Classes(target, num_classes, call.ignore_index)
-            kept = (formulas.long(t) != call.ignore_index).unsqueeze(1)
+            kept = (formulas.long(t, call.ignore_index) != call.ignore_index).unsqueeze(1)
             if checks.can_look(t):
                 if kept.all():
                     kept = None
@@ -146,6 +146,8 @@ class Chunks(NamedTuple):
                     call = call._replace(ignore_index=-1)  # Not 0; the ignored are left out.
         shape = samples + linear_weight.shape[:1]
         divisor = formulas.find_divisor(call, like, shape, weight, sample_weight, classes)
+        if s is not None and sample_weight is not None and call.reduction == "mean":
+            s, divisor = formulas.lifted(s.to(like.dtype), divisor)
         if divisor is not None:  # Of the whole, so it is no business of the chunks.
             upstream = (like.new_ones(()) if upstream is None else upstream) / divisor
         is_none = call.reduction == "none"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchlosses import checks, formulas, fused, linear
-from torchlosses.formulas import Call
+from torchlosses.formulas import Call, Classes
 
 
 def serves(
@@ -133,17 +133,23 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
     needs, arguments, gradients = ctx.needs, ctx.saved_tensors[:7], ctx.saved_tensors[7:]
     layer: list[Tensor | None]
+    call = Call("logits", *ctx.options)
     if torch.is_grad_enabled():  # To be differentiated again.
         formula = functools.partial(linear.formula, ctx.product_dtype)
         *arguments, numbers = arguments
-        options = ctx.options if numbers is None else [*ctx.options[:-2], *numbers.tolist()]
-        layer = fused.by_formula(formula, Call("logits", *options), arguments, needs, grads[0])
+        if numbers is not None:
+            delta, smoothing = numbers.tolist()
+            call = call._replace(delta=delta, label_smoothing=smoothing)
+        layer = fused.by_formula(formula, call, arguments, needs, grads[0])
     else:
         if ctx.waits:
             options = (needs, True, ctx.product_dtype, *ctx.options)
             _, *gradients = _operator(*arguments, grads[0], *options)
         else:
             gradients = [gradient * grads[0] for gradient in gradients]
+            if needs[0] and call.is_index:  # 0 times what is not finite is NaN.
+                kept: Any = Classes(arguments[3], arguments[1].shape[0], call.ignore_index).kept
+                gradients[0] = gradients[0].where(kept.unsqueeze(-1), 0)
         remaining = iter(gradients)
         layer = [next(remaining) if needed else None for needed in needs]
     return (*layer, *[None] * (7 + len(ctx.options)))

@@ -128,7 +128,7 @@ def _squared_error(
     scale = np.broadcast_to(scale, y.shape)
     losses = np.where(kept, scale * (y - t) ** 2 / 2, 0).reshape(np.shape(input))
     slopes = np.where(kept, scale * (y - t), 0)
-    return _reduce(losses, slopes, reduction, scale * kept, np.shape(input))
+    return _reduce(losses, slopes, reduction, np.where(kept, scale, 0), np.shape(input))
 
 
 @np.errstate(all="ignore")
@@ -151,25 +151,27 @@ def _cross_entropy(
     w = _along(w, axis, y.ndim)
     samples = [size for d, size in enumerate(y.shape) if d != axis]
     scale = np.broadcast_to(np.asarray(sample_weight, np.float64), samples)
-    scale = np.expand_dims(scale, axis) * kept
-    weights = np.sum(scale * w * t, axis) if is_index else scale
+    scale = np.where(kept, np.expand_dims(scale, axis), 0)
+    weights = np.sum(np.where(t == 0, 0, scale * w * t), axis) if is_index else scale
 
     t = (1 - label_smoothing) * t + label_smoothing / max(classes, 1)
+    # A class that an index does not name is not there at all, whatever its number and weight are.
+    is_absent = (t == 0) & is_index
+    wt = np.where(is_absent, 0, w * t)
     if from_logits:
         z = y - np.max(y, axis, keepdims=True, initial=-np.inf)
         log_p = z - np.log(np.sum(np.exp(z), axis, keepdims=True))
         p = np.exp(log_p)
         log_guarded = log_p if delta == 0 else np.log(p + delta)
-        gated = w * t if delta == 0 else w * t * p / (p + delta)
+        gated = wt if delta == 0 else wt * p / (p + delta)
         slopes = (p * np.sum(gated, axis, keepdims=True) - gated) * scale
     else:
         log_guarded = np.log(y + delta)
-        slopes = -w * t * scale / (y + delta)
-    # A class that an index does not name is not there at all, NaN or not; else 0·log 0 is 0.
-    is_absent = (t == 0) & (is_index | (log_guarded == -np.inf))
+        slopes = -wt * scale / (y + delta)
+    is_absent |= (t == 0) & (log_guarded == -np.inf)  # 0·log 0 is 0.
     if not from_logits:
         slopes = np.where(is_absent, 0, slopes)
-    terms = np.where(is_absent, 0, -w * t * log_guarded)
+    terms = np.where(is_absent, 0, -wt * log_guarded)
     losses = np.where(kept, terms * scale, 0).sum(axis)
     slopes = np.where(kept, slopes, 0)
     return _reduce(losses, slopes, reduction, weights, np.shape(input))

@@ -29,8 +29,8 @@ def find_key(
     /,
 ) -> tuple[Any, ...] | None: ...
 def rescale(
-    gradients: Sequence[Tensor | None], grad_loss: Tensor, /
-) -> Sequence[Tensor | None]: ...
+    gradients: Sequence[Tensor | None], grad_loss: Tensor, /, *rest: Any
+) -> Sequence[Tensor | None] | None: ...
 def serve(
     known: dict[tuple[Any, ...], Any],
     kernels: Any,

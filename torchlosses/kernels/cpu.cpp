@@ -209,7 +209,7 @@ bool make(PyObject *what, const Argument &input, const Argument &target, PyObjec
         !results.losses.own(empty_losses(job, input.shape, dim)))
         return false;
     job.input_storage = Storage(input_storage);
-    job.target_storage = target_storage == BOOL ? UINT8 : Storage(target_storage);
+    job.target_storage = Storage(target_storage);
     job.weighs_elements = false;
     if (sample_weight != Py_None) {
         Ref expanded(call(expand, what, sample_weight, input.shape));
@@ -273,10 +273,11 @@ PyObject *py_compute(PyObject *, PyObject *const *args, Py_ssize_t count) {
                         or_none(results.grad_target));
 }
 
-// rescale(gradients, grad_loss): gradients of a reduced loss times that of the loss, in place, as
-// tensors of their own; or None for none.
+// rescale(gradients, grad_loss, …): gradients of a reduced loss times that of the loss, in place, as
+// tensors of their own; or None for none. None in all where the factor is not finite: its product
+// with the 0 of an ignored sample is NaN.
 PyObject *py_rescale(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (!takes(2, count)) return nullptr;
+    if (count < 2 && !takes(2, count)) return nullptr;
     const void *factor = address_of(args[1]);
     if (!factor) return nullptr;
     Ref dtype(get(args[1], DTYPE));
@@ -284,11 +285,12 @@ PyObject *py_rescale(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Ref is_neg(call_method(args[1], IS_NEG));
     if (!is_neg) return nullptr;
     const bool is_double = dtype == PyTuple_GetItem(dtypes, FLOAT64);
-    const bool is_one = is_neg == Py_False && (is_double ? *(const double *)factor == 1
-                                                         : *(const float *)factor == 1);
-    const Py_ssize_t number = PySequence_Size(args[0]);
-    Ref results(PyTuple_New(number));
-    for (Py_ssize_t k = 0; results && k < number; k++) {
+    const double number = is_double ? *(const double *)factor : *(const float *)factor;
+    if (!std::isfinite(number)) Py_RETURN_NONE;
+    const bool is_one = is_neg == Py_False && number == 1;
+    const Py_ssize_t size = PySequence_Size(args[0]);
+    Ref results(PyTuple_New(size));
+    for (Py_ssize_t k = 0; results && k < size; k++) {
         Ref gradient(PySequence_GetItem(args[0], k));
         Ref own(gradient == Py_None ? Py_NewRef(Py_None) : get(gradient, DATA));
         if (own && own != Py_None && !is_one) own = call_method(own, MUL_, args[1]);

@@ -174,6 +174,9 @@ struct Bfloat16 {
 struct Float16 {
     uint16_t bits;
 };
+struct Bool {
+    uint8_t byte;  // Any but 0 is true.
+};
 
 INLINE float as_float(uint32_t bits) {
     float value;
@@ -187,6 +190,7 @@ INLINE uint32_t as_bits(float value) {
 }
 
 template <class F, class T> INLINE F widened(T value) { return F(value); }
+template <class F> INLINE F widened(Bool value) { return value.byte ? F(1) : F(0); }
 template <class F> INLINE F widened(Bfloat16 value) { return as_float(uint32_t(value.bits) << 16); }
 template <class F> INLINE F widened(Float16 value) {
     // By way of an integer where it is subnormal, since a processor may be set to flush those.
@@ -212,23 +216,33 @@ template <class F> INLINE void narrow(F value, Float16 &to) {
     to.bits = uint16_t(((bits >> 16) & 0x8000) | (rest < 0x477ff000 ? finite : large));
 }
 
-template <class F, class T> void load_as(const void *from, int64_t start, int64_t n, F *to) {
+// n elements of a tensor, from `start` on, so many apart.
+template <class F, class T>
+void load_as(const void *from, int64_t start, int64_t n, F *to, int64_t stride) {
     const T *values = (const T *)from + start;
-    for (int64_t i = 0; i < n; i++) to[i] = widened<F>(values[i]);
+    if (stride != 1)
+        for (int64_t i = 0; i < n; i++) to[i] = widened<F>(values[i * stride]);
+    else
+        for (int64_t i = 0; i < n; i++) to[i] = widened<F>(values[i]);
 }
-template <class F, class T> void store_as(const F *from, int64_t n, void *to, int64_t start) {
+template <class F, class T>
+void store_as(const F *from, int64_t n, void *to, int64_t start, int64_t stride) {
     T *values = (T *)to + start;
-    for (int64_t i = 0; i < n; i++) narrow(from[i], values[i]);
+    if (stride != 1)
+        for (int64_t i = 0; i < n; i++) narrow(from[i], values[i * stride]);
+    else
+        for (int64_t i = 0; i < n; i++) narrow(from[i], values[i]);
 }
 
 // In the order of `Storage`.
-template <class F> using Load = void (*)(const void *, int64_t, int64_t, F *);
+template <class F> using Load = void (*)(const void *, int64_t, int64_t, F *, int64_t);
 template <class F>
 constexpr Load<F> LOADS[] = {
     load_as<F, float>,    load_as<F, double>,   load_as<F, Bfloat16>, load_as<F, Float16>,
     load_as<F, uint8_t>,  load_as<F, int8_t>,   load_as<F, int16_t>,  load_as<F, int32_t>,
-    load_as<F, int64_t>,  load_as<F, uint16_t>, load_as<F, uint32_t>, load_as<F, uint64_t>};
-template <class F> using Store = void (*)(const F *, int64_t, void *, int64_t);
+    load_as<F, int64_t>,  load_as<F, uint16_t>, load_as<F, uint32_t>, load_as<F, uint64_t>,
+    load_as<F, Bool>};
+template <class F> using Store = void (*)(const F *, int64_t, void *, int64_t, int64_t);
 template <class F>
 constexpr Store<F> STORES[] = {store_as<F, float>, store_as<F, double>, store_as<F, Bfloat16>,
                                store_as<F, Float16>};
@@ -238,6 +252,7 @@ template <class F> constexpr Storage OWN = sizeof(F) == 4 ? FLOAT32 : FLOAT64;
 
 constexpr int GROUP = 256;        // Samples whose labels and weights are looked up together, at most.
 constexpr int SIDE_BY_SIDE = 16;  // From here on neighbouring samples are read as they lie.
+constexpr int FEW = 8;            // So few neighbours, of many classes, are faster one by one.
 constexpr int64_t BLOCK = 1024;   // Classes of a row that are summed in one register.
 constexpr int64_t ROOM = 8192;   // Elements of a tile of samples side by side, at most.
 constexpr int64_t ROW = 32768;    // Elements whose exponentials are kept between passes, at most.
@@ -344,7 +359,7 @@ template <class F, bool SIDE> struct Tile {
     // The block of a tensor where it is in memory, if that can be: in F and full vectors.
     bool is_direct(Storage storage) const {
         if (storage != OWN<F>) return false;
-        return !SIDE || (job.inner >= SIDE_BY_SIDE && group.count == width);
+        return SIDE ? job.inner >= SIDE_BY_SIDE && group.count == width : job.inner == 1;
     }
     Block<F> direct(const void *tensor) const {
         return {(F *)tensor + job.place(first, begin), SIDE ? job.inner : 1, false};
@@ -356,11 +371,11 @@ template <class F, bool SIDE> struct Tile {
         if (is_direct(storage)) return direct(tensor);
         each_part([&](int64_t start, int64_t place, int64_t items, int64_t n) INLINED {
             if (is_contiguous()) {
-                LOADS<F>[storage](tensor, start, n, buffer + place);
+                LOADS<F>[storage](tensor, start, n, buffer + place, stride());
                 return;
             }
             const F *values = (const F *)tensor + start;
-            if (storage != OWN<F>) LOADS<F>[storage](tensor, start, n, room.storage);
+            if (storage != OWN<F>) LOADS<F>[storage](tensor, start, n, room.storage, 1);
             if (storage != OWN<F>) values = room.storage;
             permute(items, [&](int64_t i, int64_t j) INLINED { buffer[place + j] = values[i]; });
         });
@@ -382,18 +397,20 @@ template <class F, bool SIDE> struct Tile {
         if (!tensor || is_direct(storage)) return;
         each_part([&](int64_t start, int64_t place, int64_t items, int64_t n) INLINED {
             if (is_contiguous()) {
-                STORES<F>[storage](buffer + place, n, tensor, start);
+                STORES<F>[storage](buffer + place, n, tensor, start, stride());
                 return;
             }
             F *values = storage == OWN<F> ? (F *)tensor + start : room.storage;
             permute(items, [&](int64_t i, int64_t j) INLINED { values[i] = buffer[place + j]; });
-            if (storage != OWN<F>) STORES<F>[storage](values, n, tensor, start);
+            if (storage != OWN<F>) STORES<F>[storage](values, n, tensor, start, 1);
         });
     }
 
-    // Whether a part lies in the buffer as it does in memory.
+    // Whether a part has the same order in the buffer as in memory.
     bool is_contiguous() const { return !SIDE || job.inner >= SIDE_BY_SIDE; }
-    // Calls a body for the parts of the block that are contiguous in memory: their first element,
+    // From element to element of a part, in memory.
+    int64_t stride() const { return SIDE ? 1 : job.inner; }
+    // Calls a body for the parts of the block that lie together in memory: their first element,
     // its place in the buffer, and the numbers of outer items and of elements.
     template <class Body> INLINE void each_part(Body body) const {
         if constexpr (!SIDE) {
@@ -494,7 +511,7 @@ template <class F, bool SIDE, bool INDEX> void squares(const Job &job, Tile<F, S
     const bool has_losses = job.reduction == NONE;
     void *each_loss = has_losses ? job.losses : nullptr;
     const auto scale = tile.of_sample(group.scale), factor = tile.of_sample(group.factor);
-    const V one = S::splat(1), zero = {};
+    const V one = S::splat(1), zero = {}, lift = S::splat(F(job.lift));
     V losses[Tile<F, SIDE>::VECTORS] = {};
     while (tile.next()) {
         const auto y = tile.load(job.input, job.input_storage, room.input);
@@ -513,7 +530,10 @@ template <class F, bool SIDE, bool INDEX> void squares(const Job &job, Tile<F, S
         if (w || u || loss || slope_t) {
             tile.add(losses, [&](V &total, auto at) INLINED {
                 V d = difference(at), f = factor(at), term = half_square(d);
-                if (w) term = w.get(at) * d * (d * F(0.5)), f *= w.get(at);
+                if (w) {
+                    const V weight = w.get(at) * lift;
+                    term = weight * d * (d * F(0.5)), f *= weight;
+                }
                 if (u) f *= u.get(at);
                 if (loss) loss.set(at, tile.kept(scale(at) * term, at));
                 total += at.unseen(term);
@@ -729,7 +749,7 @@ template <class F, bool SIDE> void logits_of_class(const Job &job, Tile<F, SIDE>
             const int64_t c = group.label[j];
             if (c < 0) continue;
             if (is_kept) z[k] = room.exponentials[c * tile.width + (SIDE ? j : 0)];
-            else LOADS<F>[job.input_storage](job.input, job.place(group.first + j, c), 1, z + k);
+            else LOADS<F>[job.input_storage](job.input, job.place(group.first + j, c), 1, z + k, 1);
         }
         V value = SIDE ? S::load(z) : S::splat(z[0]), gate = S::splat(1), log;
         if (!is_kept) value -= softmax.most[v];
@@ -774,7 +794,8 @@ template <class F> void probabilities_of_class(const Job &job, Group<F> &group) 
     for (int j = 0; j < (group.count + S::W - 1) / S::W * S::W; j++) {
         const int64_t c = group.label[j];
         y[j] = 1;
-        if (c >= 0) LOADS<F>[job.input_storage](job.input, job.place(group.first + j, c), 1, y + j);
+        if (c < 0) continue;
+        LOADS<F>[job.input_storage](job.input, job.place(group.first + j, c), 1, y + j, 1);
     }
     for (int j = 0; j < group.count; j += S::W) {
         V guarded = S::load(y + j) + F(job.delta);
@@ -798,7 +819,8 @@ template <class F> void probabilities_of_class(const Job &job, Group<F> &group) 
     }
     for (int j = 0; j < group.count; j++) {
         const int64_t c = group.label[j];
-        if (c >= 0) STORES<F>[job.input_storage](y + j, 1, grad, job.place(group.first + j, c));
+        if (c < 0) continue;
+        STORES<F>[job.input_storage](y + j, 1, grad, job.place(group.first + j, c), 1);
     }
 }
 
@@ -810,6 +832,7 @@ template <class F> void prepare(Job &job, Group<F> &group) {
     const F *weight = job.is_of_class ? (const F *)job.weight : nullptr;
     const F *upstream = (const F *)job.upstream;
     const F factor = F((upstream && !job.has_upstreams ? *upstream : F(1)) / job.divisor);
+    const F lift = F(job.weighs_elements ? 1 : job.lift);
     if (!job.has_upstreams || job.kind == SQUARES) upstream = nullptr;
     const int end = (group.count + 15) / 16 * 16;  // Of the widest vectors.
     group.keeps_all = group.count == end;
@@ -826,7 +849,7 @@ template <class F> void prepare(Job &job, Group<F> &group) {
         std::memset(group.label, 0, group.count * sizeof(int64_t));
     }
     for (int j = 0; j < group.count; j++) {
-        F scale = sample_weight ? sample_weight[group.first + j] : F(1);
+        F scale = sample_weight ? sample_weight[group.first + j] * lift : lift;
         if (weight && group.label[j] >= 0) scale *= weight[group.label[j]];
         group.scale[j] = scale;
         group.factor[j] = scale * factor * (upstream ? upstream[group.first + j] : F(1));
@@ -864,6 +887,7 @@ template <class F, bool SIDE> void run_tile(Tile<F, SIDE> tile) {
 
 // Stretches `begin` to `end` of a job.
 template <class F> void run_stretches(int64_t begin, int64_t end, void *context) {
+    constexpr int W = Vectors<F>::W;
     Job &job = *(Job *)context;
     const int64_t most = job.samples < job.group ? job.samples : job.group;
     const int64_t width = job.is_side_by_side ? (most + 15) / 16 * 16 : 1;
@@ -887,15 +911,18 @@ template <class F> void run_stretches(int64_t begin, int64_t end, void *context)
         double total = 0;
         for (int64_t sample = stretch * job.stretch; sample < last; sample += group.count) {
             int64_t n = last - sample < job.group ? last - sample : job.group;
+            bool is_few = false;
             if (job.is_side_by_side && job.inner >= SIDE_BY_SIDE) {
                 const int64_t left = job.inner - sample % job.inner;
                 if (left < n) n = left;
+                if (n > W && job.classes >= LEAST_ROW) n -= n % W;  // Full vectors, then the rest.
+                is_few = n < W && n <= FEW && job.classes >= LEAST_ROW;
             }
             group.first = sample;
             group.count = int(n);
             prepare(job, group);
             if (job.is_of_class && job.kind == PROBABILITIES) probabilities_of_class(job, group);
-            else if (job.is_side_by_side) run_tile(Tile<F, true>(job, group, room, 0));
+            else if (job.is_side_by_side && !is_few) run_tile(Tile<F, true>(job, group, room, 0));
             else for (int j = 0; j < n; j++) run_tile(Tile<F, false>(job, group, room, j));
             for (int j = 0; j < n; j++) total += group.loss[j];
             if (job.reduction == NONE && job.kind != SQUARES)
@@ -919,6 +946,7 @@ void plan(Job &job) {
         job.weighs_elements &= job.classes > 1;
     }
     job.is_side_by_side = job.inner > 1 || job.classes < (job.is_elementwise ? 2 : LEAST_ROW);
+    if (job.inner <= FEW && job.classes > ROOM / 16) job.is_side_by_side = false;
     job.group = 64;
     if (job.is_side_by_side) {
         const int64_t fitting = ROOM / job.classes / 16 * 16;

@@ -38,6 +38,8 @@ constexpr int64_t WITH_GIL = 16384;   // Elements that are done before another t
 constexpr int64_t LEAST_ROW = 32;     // Classes from which a row fills vectors by itself.
 constexpr int64_t STREAMED = 1 << 25;  // Bytes of a gradient that leave the cache anyway.
 constexpr int64_t NO_MEMORY = -1;     // As a bad position.
+// Where weights add up to less, the inverse of their sum may overflow; see `lifted` in formulas.py.
+constexpr double LEAST_DIVISOR = 0x1p-120, LIFT = 0x1p64;
 
 struct Job {
     Kind kind;
@@ -57,6 +59,7 @@ struct Job {
     int64_t classes, inner, samples, elements;  // samples = outer · inner
     int64_t ignore_index;
     double delta, smoothing, uniform, divisor;  // uniform = smoothing / classes
+    double lift;  // A factor of the weights, and within the divisor.
     int64_t group, stretch;  // Samples in each.
     void (*run)(int64_t, int64_t, void *);
     double sums[STRETCHES];
@@ -74,12 +77,12 @@ struct Job {
     }
 };
 
-// Class indices as int64; INT64_MAX for those beyond it.
+// Class indices as int64; for those beyond it, `none`.
 template <class T>
-void labels_as(const void *from, int64_t start, int64_t n, int64_t *to) {
+void labels_as(const void *from, int64_t start, int64_t n, int64_t *to, int64_t none = 0) {
     const T *values = (const T *)from + start;
     for (int64_t i = 0; i < n; i++)
-        to[i] = sizeof(T) == 8 && T(-1) > T(0) && int64_t(values[i]) < 0 ? INT64_MAX
+        to[i] = sizeof(T) == 8 && T(-1) > T(0) && int64_t(values[i]) < 0 ? none
                                                                          : int64_t(values[i]);
 }
 void load_labels(const Job &job, int64_t start, int64_t n, int64_t *to) {
@@ -91,8 +94,10 @@ void load_labels(const Job &job, int64_t start, int64_t n, int64_t *to) {
         case UINT8: return labels_as<uint8_t>(job.target, start, n, to);
         case UINT16: return labels_as<uint16_t>(job.target, start, n, to);
         case UINT32: return labels_as<uint32_t>(job.target, start, n, to);
-        default: return labels_as<uint64_t>(job.target, start, n, to);
+        default: break;
     }
+    const int64_t none = job.ignore_index == INT64_MAX ? -1 : INT64_MAX;  // Not ignored either.
+    labels_as<uint64_t>(job.target, start, n, to, none);
 }
 
 }  // namespace
@@ -212,7 +217,7 @@ template <class F> void sum_weights(int64_t begin, int64_t end, void *context) {
 }
 
 void find_divisor(Job &job, int64_t outer) {
-    job.divisor = 1;
+    job.divisor = job.lift = 1;
     if (job.reduction == BATCHMEAN) job.divisor = double(outer);
     if (job.reduction != MEAN) return;
     const double each = job.kind == SQUARES && !job.weighs_elements ? double(job.classes) : 1;
@@ -232,6 +237,8 @@ void find_divisor(Job &job, int64_t outer) {
         total += job.sums[k];
     }
     job.divisor = is_nothing ? 1 : total * each;
+    if (std::abs(job.divisor) < LEAST_DIVISOR) job.lift = LIFT;
+    job.divisor *= job.lift;
 }
 
 void compute(Job &job, int64_t outer) {

@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchlosses import formulas
 from torchlosses.formulas import Call, Result
 
 # Programs of a launch at most, and so partial sums: enough to fill every GPU several times over.
@@ -53,6 +54,7 @@ FUSION = {"enable_fp_fusion": True}
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
+LEAST_DIVISOR = tl.constexpr(formulas.LEAST_DIVISOR)
 IS_INTERPRETED = triton.knobs.runtime.interpret
 
 _counter = itertools.cycle(range(COUNTERS))
@@ -145,7 +147,7 @@ def compute(
     if needs[0]:
         grad_input = input if over_input else torch.empty_like(input)
     given = Given(
-        input, _readable(target), None if weight is None else weight.contiguous(), weights, slopes,
+        input, target, None if weight is None else weight.contiguous(), weights, slopes,
         torch.empty_like(loss) if launch.counting else None, loss, grad_input,
         torch.empty_like(target) if needs[1] else None, *launch.sizes, weight_strides,
         slope_strides, call.ignore_index,
@@ -255,21 +257,45 @@ def _prepare(
     )  # fmt: skip
 
 
-def rescale(gradients: Sequence[Tensor | None], grad_loss: Tensor) -> list[Tensor | None]:
-    """Gradients times that of their loss, in place, as tensors of their own; None for none."""
+def rescale(
+    gradients: Sequence[Tensor | None],
+    grad_loss: Tensor,
+    call: Call | None = None,
+    target: Tensor | None = None,
+) -> list[Tensor | None]:
+    """Gradients times that of their loss, in place, as tensors of their own; None for none.
+
+    Of the first, the rows stay 0 that the target of a call ignores.
+    """
     grad_loss = grad_loss.resolve_neg()
-    return [None if g is None else _rescale(g.data, grad_loss) for g in gradients]
+    rows: list[tuple[Any, ...]] = [()] * len(gradients)
+    if gradients[0] is not None and call is not None and target is not None and call.is_index:
+        sizes = gradients[0].shape[call.dim :]
+        rows[0] = (target.contiguous(), call.ignore_index, sizes.numel(), sizes[1:].numel())
+    return [
+        None if g is None else _rescale(g.data, grad_loss, *row)
+        for g, row in zip(gradients, rows, strict=True)
+    ]
 
 
-def _rescale(gradient: Tensor, grad_loss: Tensor) -> Tensor:
-    numel = gradient.numel()
-    programs = min(triton.cdiv(numel, RESCALED), MAX_PROGRAMS)
+def _rescale(
+    gradient: Tensor,
+    grad_loss: Tensor,
+    target: Tensor | None = None,
+    ignore_index: int = 1,
+    row: int = 1,
+    inner: int = 1,
+) -> Tensor:
+    numbers = (gradient.numel(), ignore_index, row, inner)
+    programs = min(triton.cdiv(gradient.numel(), RESCALED), MAX_PROGRAMS)
     kind = (
-        gradient.device, _kind(gradient), _kind(grad_loss),
-        numel == 1, numel % 16 == 0, numel < 2**31,  # What Triton specialises on in a number.
+        gradient.device, _kind(gradient), _kind(grad_loss), _kind(target),
+        # What Triton specialises on in a number.
+        *((n == 1, n % 16 == 0, -(2**31) <= n < 2**31) for n in numbers),
     )  # fmt: skip
     with torch.cuda.device_of(gradient):
-        _run(_rescale_kernel, programs, (gradient, grad_loss, numel, RESCALED), _rescalers, kind)
+        arguments = (gradient, grad_loss, target, *numbers, RESCALED)
+        _run(_rescale_kernel, programs, arguments, _rescalers, kind)
     return gradient
 
 
@@ -304,18 +330,14 @@ def _factor(
 ) -> tuple[Tensor | None, tuple[int, ...]]:
     """What broadcasts to `shape`, and its strides where that is seen as `layout`."""
     if factor is None or factor.numel() == 1:
-        return None if factor is None else _readable(factor), (0, 0, 0)
+        return factor, (0, 0, 0)
     factor = factor.expand(shape).reshape(layout)
-    return _readable(factor), factor.stride()
+    return factor, factor.stride()
 
 
 def _kind(tensor: Tensor | None) -> tuple[torch.dtype, bool] | None:
     """What Triton specialises on in a tensor."""
     return None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0)
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
 def _find_counters(device: torch.device) -> Tensor:
@@ -452,6 +474,14 @@ def _blocks(g, P: tl.constexpr, SAMPLES: tl.constexpr):
 
 
 @triton.jit
+def _is_ignored(label, ignore_index):
+    is_ignored = label.to(tl.int64) == ignore_index
+    if label.dtype == tl.uint64:  # Nothing is that int64 cannot hold.
+        is_ignored &= label.to(tl.int64) >= 0
+    return is_ignored
+
+
+@triton.jit
 def _samples(g, block, P: tl.constexpr, BLOCK: tl.constexpr):
     """The samples of a block.
 
@@ -481,11 +511,9 @@ def _samples(g, block, P: tl.constexpr, BLOCK: tl.constexpr):
     label = i
     if P.IS_INDEX:
         label = tl.load(g.target_ptr + first + i, mask=is_there, other=0)
-        if label.dtype == tl.uint64:  # Of what int64 cannot hold, none is a class.
-            label = tl.minimum(label, 2**63 - 1)
+        is_kept = is_there & ~_is_ignored(label, g.ignore_index)
         label = label.to(tl.int64)
         is_class = label.to(tl.uint64) < _classes(g, P).to(tl.uint64)  # And not below 0.
-        is_kept = is_there & (label != g.ignore_index)
         is_used = is_kept & is_class
         weight = tl.where(is_kept, tl.where(is_class, weight, float("nan")), 0)
         counted = weight
@@ -513,6 +541,13 @@ def _divisor(weights, sizes, g, P: tl.constexpr):
     if P.IS_SQUARE:
         weights *= _classes(g, P)
     return tl.where(sizes == 0, 1, weights)
+
+
+@triton.jit
+def _lifted(divisor):
+    """What weights are lifted by where 1/divisor overflows, and 1 / (divisor·lift)."""
+    lift = tl.where(tl.abs(divisor) < LEAST_DIVISOR, 2.0**64, 1.0).to(divisor.dtype)
+    return lift, 1 / (divisor * lift)
 
 
 @triton.jit
@@ -559,9 +594,9 @@ def _loss_kernel(
     if P.IS_COUNTED and P.HAS_GRADIENT:
         if g.divisor_ptr is None:
             counted, sizes = _count(g, 0, 1, P)
-            by_divisor = 1 / _divisor(counted, sizes, g, P)
+            lift, by_divisor = _lifted(_divisor(counted, sizes, g, P))
         else:
-            by_divisor = 1 / tl.load(g.divisor_ptr)
+            lift, by_divisor = _lifted(tl.load(g.divisor_ptr))
 
     total = tl.full((P.SAMPLES,), 0, P.DTYPE)
     weights = total
@@ -572,18 +607,21 @@ def _loss_kernel(
         )
         if not P.IS_SMOOTH:  # Which has the weights of all classes, each at its place.
             weight = counted
+        if P.IS_COUNTED and P.HAS_GRADIENT:
+            weight *= lift
         classes, inner = _classes(g, P), _inner(g, P)
         if P.IS_SPATIAL:
             base, row, step = first + outside * (classes - 1) * inner, i, inner
         else:
             base, row, step = first * classes, i * classes, 1
-        slope_weight = weight * by_divisor
+        # A product with 0 is NaN for the ignored where a factor is not finite.
+        slope_weight = tl.where(is_used, weight * by_divisor, weight)
         upstream_ptr = g.upstream_ptr
         if g.upstream_ptr is not None:
             offsets = outside * g.upstream_strides[0] + inside * g.upstream_strides[2]
             upstream_ptr = g.upstream_ptr + offsets
             if not P.IS_SQUARE:
-                slope_weight *= tl.load(upstream_ptr, mask=is_there, other=0).to(P.DTYPE)
+                slope_weight *= tl.load(upstream_ptr, mask=is_used, other=0).to(P.DTYPE)
         b = Block(
             base, row, step, classes, is_there, is_there if P.IS_EAGER else is_used, is_used, label,
             weight, slope_weight, upstream_ptr, tl.full((), delta, P.DTYPE),
@@ -615,7 +653,8 @@ def _loss_kernel(
             if P.IS_COUNTED and not P.HAS_GRADIENT:
                 counted = _add_up(partials_ptr + programs, P)
                 size = _add_up(partials_ptr + 2 * programs, P)
-                by_divisor = 1 / _divisor(counted, size, g, P)
+                lift, by_divisor = _lifted(_divisor(counted, size, g, P))
+                loss *= lift
             tl.store(g.loss_ptr, loss * by_divisor)
 
 
@@ -713,7 +752,7 @@ def _elements(g, b, P: tl.constexpr):
             term = slope * (slope * 0.5)  # slope² overflows first.
             if b.upstream_ptr is not None:
                 upstream_ptr = _column(b.upstream_ptr) + k * g.upstream_strides[1]
-                mask = _column(b.is_there) & in_row
+                mask = _column(b.is_used) & in_row
                 weight *= tl.load(upstream_ptr, mask=mask, other=0).to(P.DTYPE)
             slope *= weight
         else:
@@ -904,12 +943,20 @@ def _softmax(g, b, P: tl.constexpr):
 
 
 @triton.jit
-def _rescale_kernel(gradient_ptr, grad_loss_ptr, numel, BLOCK: tl.constexpr):
-    """R and W the gradient, but R the factor alone if it is 1."""
+def _rescale_kernel(
+    gradient_ptr, grad_loss_ptr, target_ptr, numel, ignore_index, row, inner, BLOCK: tl.constexpr
+):
+    """R and W the gradient, but R the factor alone if it is 1, and labels if it is not finite."""
     factor = tl.load(grad_loss_ptr)
     if factor != 1:
         first_block = tl.program_id(0).to(tl.int64)
         for block in range(first_block, tl.cdiv(numel, BLOCK), tl.num_programs(0)):
             offsets = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
             gradient = tl.load(gradient_ptr + offsets, mask=offsets < numel).to(factor.dtype)
-            tl.store(gradient_ptr + offsets, gradient * factor, mask=offsets < numel)
+            gradient *= factor
+            if target_ptr is not None:  # noqa: SIM102 - Only this one is known to the compiler.
+                if not tl.abs(factor) < float("inf"):  # 0 times it is NaN.
+                    samples = offsets // row * inner + offsets % inner
+                    label = tl.load(target_ptr + samples, mask=offsets < numel)
+                    gradient = tl.where(_is_ignored(label, ignore_index), 0, gradient)
+            tl.store(gradient_ptr + offsets, gradient, mask=offsets < numel)
