@@ -26,7 +26,14 @@ from samples import REDUCTIONS, SAMPLES, Sample
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchlosses import CrossEntropyError, LinearCrossEntropyError, SumSquaredError, linear
+from torchlosses import (
+    CrossEntropyError,
+    LinearCrossEntropyError,
+    SumSquaredError,
+    formulas,
+    linear,
+    sharded,
+)
 from torchlosses.functional import (
     cross_entropy_error,
     linear_cross_entropy_error,
@@ -36,9 +43,17 @@ from torchlosses.functional import (
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    placement_types,
+)
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
@@ -525,26 +540,355 @@ def a_second_derivative_is_an_error() -> None:
                 torch.autograd.grad(value, y, create_graph=True)
 
 
-@case("squares", "logits", worlds=(2,))
-def compiled(form: str) -> None:
-    loss, options = FORMS[form]
-    mesh, _ = one_dimension(None)
-    # Of an uneven shard, torch's own compiler lays the gradient out anew.
-    y, t = torch.rand(8, 8), torch.randint(8, (8,))
-    leaf = y.clone().requires_grad_()
-    expected = loss(leaf, t, **options)
-    expected.backward()
-    for placement in (Shard(0), Shard(1)):
+@case(Shard(0), Shard(1), worlds=(2,))
+def compiled(placement: Any) -> None:
+    """All losses in one graph, since each takes seconds; of whole shards.
+
+    Of an uneven one, torch's own compiler lays the gradient out anew.
+    """
+    mesh, placements = one_dimension(placement)
+    y, t = torch.rand(8, 6).double().softmax(1), torch.randint(6, (8,))
+    x, w = torch.randn(8, 3).double(), torch.randn(6, 3).double()
+
+    def losses(y: Tensor, soft: Tensor, t: Tensor, x: Tensor, w: Tensor) -> list[Any]:
+        return [
+            sum_squared_error(y, soft, reduction="mean"),
+            sum_squared_error(y, t),
+            cross_entropy_error(y, soft, reduction="mean"),
+            cross_entropy_error(y, soft, from_logits=True, reduction="mean", label_smoothing=0.1),
+            cross_entropy_error(y, t, from_logits=True, reduction="mean"),
+            linear_cross_entropy_error(x, w, soft, reduction="mean"),
+            linear_cross_entropy_error(x, w, t, reduction="mean"),
+        ]
+
+    leaves = [tensor.clone().requires_grad_() for tensor in (y, x, w)]
+    expected = losses(leaves[0], y.flip(0), t, *leaves[1:])
+    factors = torch.rand(len(expected)).double()
+    (torch.stack(expected) * factors).sum().backward()
+    by_row: list[Any] = [placement if placement == Shard(0) else Replicate()]
+    by_class: list[Any] = [Replicate() if placement == Shard(0) else Shard(0)]
+    own: list[Any] = [
+        spread(tensor, mesh, p).requires_grad_()
+        for tensor, p in ((y, placements), (x, by_row), (w, by_class))
+    ]
+    torch._dynamo.reset()
+    function = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    soft, index = spread(y.flip(0), mesh, placements), spread(t, mesh, by_row)
+    actual = function(own[0], soft, index, *own[1:])
+    for value, other in zip(actual, expected, strict=True):
+        close(value, other.detach(), mesh, [Replicate()])
+    sum(value * factor for value, factor in zip(actual, factors.tolist(), strict=True)).backward()
+    for leaf, tensor in zip(own, leaves, strict=True):
+        close(leaf.grad, tensor.grad, mesh, leaf.placements)
+
+
+def under_way(tensor: Tensor) -> Tensor:
+    """The tensor, as a layer that is cut by row puts it out: what adds it up is not waited for."""
+    mesh = meshes()[0]
+    share = tensor if tensor.is_floating_point() else tensor * (dist.get_rank() == 0)
+    if tensor.is_floating_point():
+        share = tensor / mesh.size()
+    made = DTensor.from_local(share, mesh, [Partial()], run_check=False)
+    local = made.redistribute(placements=[Replicate()], async_op=True).to_local()
+    assert type(local) is AsyncCollectiveTensor
+    return local
+
+
+LOSSES: dict[str, tuple[Any, dict[str, Any]]] = FORMS | {
+    "linear": (
+        lambda x, t, **options: linear_cross_entropy_error(x, torch.eye(5).double(), t, **options),
+        {},
+    )
+}
+
+
+@case(*LOSSES, worlds=(2,))
+def what_a_collective_is_under_way_to(form: str) -> None:
+    """It takes the kernels, as a plain tensor does, and the linear loss its chunks."""
+    loss, options = LOSSES[form]
+    for is_index, reduction in itertools.product((False, True), REDUCTIONS):
+        y = torch.rand(8, 5).double().softmax(1)
+        t = torch.randint(5, (8,)) if is_index else y.flip(0)
+        weights = torch.rand(8).double()
+        if form == "squares" and not is_index:
+            weights = weights.unsqueeze(1)
+        leaf, other = y.clone().requires_grad_(), y.clone().requires_grad_()
+        named = options | {"reduction": reduction}
+        expected = loss(leaf, t, sample_weight=weights, **named)
+        upstream = torch.rand_like(expected)
+        expected.backward(upstream)
+        no_formula = mock.patch.object(formulas, "compute", side_effect=AssertionError("formula"))
+        with no_formula, chunks_of(3):
+            actual = loss(under_way(other), under_way(t), sample_weight=under_way(weights), **named)
+            assert type(actual) is Tensor
+            torch.testing.assert_close(actual, expected)
+            actual.backward(upstream)
+            with torch.no_grad():
+                torch.testing.assert_close(loss(under_way(y), t, **named), loss(y, t, **named))
+        # Each process has a share of the sum, and its gradient is that of the whole.
+        grad: Any = other.grad
+        torch.testing.assert_close(grad * dist.get_world_size(), leaf.grad)
+        tensor, target = under_way(other), under_way(t)
+        value = loss(tensor, target, **named)
+        with torch.no_grad():
+            target.zero_()
+        torch.testing.assert_close(
+            torch.autograd.grad(value, tensor, upstream, retain_graph=True),
+            torch.autograd.grad(loss(leaf, t, **named), leaf, upstream),
+        )
+        tensor = under_way(y).detach().requires_grad_()
+        value = loss(tensor, t, **named)
+        with torch.no_grad():
+            tensor.zero_()
+        with raised(RuntimeError, "modified by an inplace operation"):
+            value.backward(upstream)
+        (first,) = torch.autograd.grad(loss(leaf, t, **named).sum(), leaf, create_graph=True)
+        tensor = under_way(other)
+        (second,) = torch.autograd.grad(loss(tensor, t, **named).sum(), tensor, create_graph=True)
+        torch.testing.assert_close(
+            torch.autograd.grad(second.square().sum(), tensor, allow_unused=True),
+            torch.autograd.grad(first.square().sum(), leaf, allow_unused=True),
+        )
+    made = DTensor.from_local(y / 2, meshes()[0], [Partial()], run_check=False)
+    made = made.redistribute(placements=[Replicate()], async_op=True)
+    if form != "linear":
+        with mock.patch.object(formulas, "compute", side_effect=AssertionError("formula")):
+            torch.testing.assert_close(loss(made, t, **options).to_local(), loss(y, t, **options))
+
+
+@case(worlds=(2,))
+def what_a_collective_is_under_way_to_in_a_graph() -> None:
+    """It goes to the operator if a plain tensor does."""
+    x, w, t = torch.rand(8, 5).double(), torch.rand(7, 5).double(), torch.randint(7, (8,))
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph.code)
+        return graph
+
+    for input in (x, under_way(x)):
         torch._dynamo.reset()
-        function = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        sharded = spread(y, mesh, [placement]).requires_grad_()
-        target = spread(t, mesh, beside([placement], [0]))
-        value = function(sharded, target, **options)
-        value.backward()
-        torch.testing.assert_close(value.full_tensor(), expected)
-        grad: Any = sharded.grad
-        assert grad.placements == (placement,)
-        torch.testing.assert_close(grad.full_tensor(), leaf.grad)
+        function = torch.compile(linear_cross_entropy_error, fullgraph=True, backend=backend)
+        torch.testing.assert_close(function(input, w, t), linear_cross_entropy_error(x, w, t))
+    with_operator = ["ops.torchlosses" in graph for graph in graphs]
+    assert with_operator in ([True, True], [False, False])
+
+
+# First compiled: after an embedding of such DTensors in eager mode torch does not trace one.
+@case("compiled", "eager", worlds=(2,))
+def hidden_states_of_an_embedding_that_is_cut(mode: str) -> None:
+    """They are a sum that is still to be made, of a placement that is private."""
+    mesh = meshes()[0]
+    words, w, b = torch.randn(8, 4).double(), torch.randn(8, 4).double(), torch.randn(8).double()
+    ids, t, soft = torch.arange(8).flip(0), torch.randint(8, (8,)), torch.rand(8, 8).double()
+
+    def losses(words: Tensor, w: Tensor, b: Tensor, ids: Tensor, *targets: Tensor) -> list[Any]:
+        made = [  # Embedded anew for each: torch itself reads such a sum once.
+            linear_cross_entropy_error(
+                F.embedding(ids, words), weight, target, linear_bias=b, reduction="mean"
+            )
+            for target in targets
+            for weight in (w, words)  # Tied, too.
+        ]
+        if mode == "compiled":
+            return made
+        return [*made, cross_entropy_error(F.embedding(ids, words), t % 4, from_logits=True)]
+
+    leaves = [tensor.clone().requires_grad_() for tensor in (words, w, b)]
+    own: list[Any] = [spread(tensor, mesh, [Shard(0)]).requires_grad_() for tensor in (words, w, b)]
+    everywhere: Any = spread(ids, mesh, [Replicate()])
+    targets = [(t, spread(t, mesh, [Replicate()]))]
+    function: Any = losses
+    if mode == "compiled":
+        torch._dynamo.reset()
+        function = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    else:
+        targets.append((soft, spread(soft, mesh, [Shard(1)])))
+        hidden: Any = F.embedding(everywhere, own[0])
+        assert type(hidden.placements[0]).__name__ == "_MaskPartial"
+    expected = losses(*leaves, ids, *(whole for whole, _ in targets))
+    with chunks_of(3):
+        actual = function(*own, everywhere, *(part for _, part in targets))
+    for value, other in zip(actual, expected, strict=True):
+        close(value, other.detach(), mesh, [Replicate()])
+    sum(expected).backward()
+    sum(actual).backward()
+    for leaf, tensor in zip(own, leaves, strict=True):
+        close(leaf.grad, tensor.grad, mesh, [Shard(0)])
+
+
+def flattens_over_time() -> bool:
+    """Whether torch itself does, where the second of two dimensions is cut."""
+    if torch.__version__ >= "2.14":
+        return True
+    try:
+        spread(torch.ones(2, 2), meshes()[0], [Shard(1)]).flatten()
+    except RuntimeError:
+        return False
+    return True
+
+
+@case("eager")
+@case("compiled", worlds=(2,))
+def logits_cut_over_time_and_flattened(mode: str) -> None:
+    if not flattens_over_time():
+        return
+
+    # A graph takes longer the more there is in it, and two processes suffice for the rest.
+    few = mode == "compiled" or dist.get_world_size() > 2
+    forms = {"smooth": FORMS["smooth"]} if few else FORMS
+    reductions = ("mean",) if mode == "compiled" else ("none", "mean")
+
+    def losses(y: Tensor, soft: Tensor, t: Tensor, w: Tensor, x: Tensor, v: Tensor) -> list[Any]:
+        y, soft, t, w, x = (tensor.flatten(0, 1) for tensor in (y, soft, t, w, x))
+        made = [
+            loss(
+                y, target, reduction=reduction, **options,
+                sample_weight=w[:, None] if target is soft and form == "squares" else w,
+            )
+            for form, (loss, options) in forms.items()
+            for target in ((soft, t) if few else (soft, t, whole.flatten()))
+            for reduction in reductions
+        ]  # fmt: skip
+        return [*made, linear_cross_entropy_error(x, v, t, reduction="mean")]
+
+    for mesh in meshes():
+        ways = [[Shard(1)]] if mesh.ndim == 1 else [[Shard(0), Shard(1)], [Shard(2), Shard(1)]]
+        # Of an uneven shard, torch's own compiler lays the gradient out anew.
+        times = 7 if mesh.ndim == 1 and mode == "eager" else 6
+        y = torch.rand(4, times, 6).double().softmax(2)
+        whole, w = torch.randint(6, (4, times)), torch.rand(4, times).double()
+        x, v = torch.rand(4, times, 3).double(), torch.rand(6, 3).double()
+        tensors = (y, y.flip(0), whole, w, x, v)
+        leaves = [v.clone().requires_grad_(v.is_floating_point()) for v in tensors]
+        expected = losses(*leaves)
+        sum(value.sum() for value in expected).backward()
+        for placements in ways:
+            rows = beside(placements, [0, 1])
+            by_class = [Shard(0) if p == Shard(2) else Replicate() for p in placements]
+            own: list[Any] = [
+                spread(tensor, mesh, p).requires_grad_(tensor.is_floating_point())
+                for tensor, p in zip(
+                    tensors, (placements, placements, rows, rows, rows, by_class), strict=True
+                )
+            ]
+            function: Any = losses
+            if mode == "compiled":
+                torch._dynamo.reset()
+                function = torch.compile(losses, fullgraph=True, backend="aot_eager")
+            else:
+                assert "_StridedShard" in {
+                    type(p).__name__ for p in own[0].flatten(0, 1).placements
+                }
+            actual = function(*own)
+            for value, other in zip(actual, expected, strict=True):
+                torch.testing.assert_close(value.full_tensor(), other)
+            sum(value.sum() for value in actual).backward()
+            for leaf, tensor in zip(own, leaves, strict=True):
+                if tensor.is_floating_point():
+                    close(leaf.grad, tensor.grad, mesh, leaf.placements)
+
+
+@case(worlds=(2,))
+def pixels_cut_over_the_width_and_flattened() -> None:
+    """Classes come before the dimension that is flattened, so that a target has it elsewhere."""
+    if not flattens_over_time():
+        return
+    mesh = meshes()[0]
+    y, t = torch.rand(2, 3, 4, 6).double().softmax(1), torch.randint(3, (2, 4, 6))
+    for (loss, options), is_index in itertools.product(FORMS.values(), (False, True)):
+        leaf, own = y.clone().requires_grad_(), spread(y, mesh, [Shard(3)]).requires_grad_()
+        target = t if is_index else y.flip(0)
+        named = options | {"reduction": "none"}
+        expected = loss(leaf.flatten(2), target.flatten(-2), **named)
+        cut = spread(target, mesh, [Shard(target.dim() - 1)])
+        actual = loss(own.flatten(2), cut.flatten(-2), **named)
+        torch.testing.assert_close(actual.full_tensor(), expected)
+        upstream = torch.rand_like(expected)
+        expected.backward(upstream)
+        actual.backward(spread(upstream, mesh, actual.placements))
+        close(own.grad, leaf.grad, mesh, [Shard(3)])
+    classes = spread(y, mesh, [Shard(3)]).flatten(2).transpose(1, 2)
+    with raised(ValueError, "input: got placements", "_StridedShard where it does not cut classes"):
+        cross_entropy_error(classes, t.flatten(1)[:, :3] * 0, from_logits=True, dim=1)
+
+
+@functools.cache
+def half() -> DeviceMesh:
+    return DeviceMesh("cpu", list(range(dist.get_world_size() // 2)))
+
+
+@case()
+def a_process_outside_of_the_mesh_has_nothing() -> None:
+    """As in all operations of torch; within it the loss is what it is."""
+    mesh = half()
+    is_outside = mesh.get_coordinate() is None
+    assert is_outside == (dist.get_rank() >= mesh.size())
+
+    def check(actual: Any, expected: Any, placements: Any) -> None:
+        assert actual.shape == expected.shape
+        assert actual.dtype == expected.dtype
+        if is_outside:
+            assert not actual.to_local().any()
+        else:
+            close(actual, expected, mesh, placements)
+
+    for (loss, options), is_index, reduction, placement in itertools.product(
+        FORMS.values(), (False, True), ("mean", "none"), (Shard(0), Shard(1))
+    ):
+        y = torch.rand(6, 4).double().softmax(1)
+        t = torch.randint(4, (6,)) if is_index else y.flip(0)
+        leaf, own = y.clone().requires_grad_(), spread(y, mesh, [placement]).requires_grad_()
+        expected, actual = (loss(v, t, reduction=reduction, **options) for v in (leaf, own))
+        dims = [0, 1] if loss is sum_squared_error else [0]
+        lost = beside([placement], dims) if reduction == "none" else [Replicate()]
+        check(actual, expected.detach(), lost)
+        expected.sum().backward()
+        actual.sum().backward()
+        check(own.grad, leaf.grad, [placement])
+    x, w, t = torch.randn(6, 3).double(), torch.randn(4, 3).double(), torch.randint(4, (6,))
+    own = spread(x, mesh, [Replicate()]).requires_grad_()
+    layer = spread(w, mesh, [Shard(0)]).requires_grad_()
+    actual = linear_cross_entropy_error(own, layer, t)
+    expected = linear_cross_entropy_error(x.requires_grad_(), w.requires_grad_(), t)
+    check(actual, expected.detach(), [Replicate()])
+    actual.backward()
+    expected.backward()
+    check(own.grad, x.grad, [Replicate()])
+    check(layer.grad, w.grad, [Shard(0)])
+
+
+@case(worlds=(2,))
+def a_transform_is_an_error() -> None:
+    mesh, placements = one_dimension(Shard(0))
+    y, t = torch.rand(8, 5).softmax(1), torch.randint(5, (8,))
+    x, w = spread(y, mesh, placements), spread(torch.rand(5, 5), mesh, [Replicate()])
+    for loss, options in LOSSES.values():
+        if loss is not LOSSES["linear"][0]:
+            for target in (t, spread(t, mesh, placements)):
+                for transform in (torch.func.grad, torch.func.jacrev):
+                    with raised(NotImplementedError, "torch.func: got a transform"):
+                        transform(functools.partial(loss, target=target, **options))(x)
+            of_weight = functools.partial(loss, x, t, **options)
+            with raised(NotImplementedError, "torch.func: got a transform"):
+                torch.func.grad(lambda s, loss=of_weight: loss(sample_weight=s))(torch.rand(8))
+    for position in (0, 1):
+        with raised(NotImplementedError, "torch.func: got a transform"):
+            torch.func.grad(linear_cross_entropy_error, argnums=position)(x, w, t)
+
+
+def test_what_is_private_to_torch_is_there() -> None:
+    """Without these names a loss would not know what it is given, and nobody would notice."""
+    assert issubclass(placement_types._StridedShard, placement_types.Placement)
+    assert callable(AsyncCollectiveTensor.wait)
+    tensor = torch.ones(2)
+
+    def unwrap(x: Tensor) -> Tensor:
+        assert x is not tensor
+        assert sharded._unwrapped(x) is tensor
+        return x
+
+    torch.vmap(unwrap)(tensor)
 
 
 def sizes() -> list[int]:

@@ -120,6 +120,7 @@ def linear_cross_entropy_error(
     dtype = torch.float64 if double else torch.float32
     call = Call("logits", is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing)
     arguments = (input, linear_weight, linear_bias, target, weight, sample_weight)
+    arguments = sharded.waited(arguments)
     if sharded.is_sharded(*arguments):
         return sharded.compute_linear(call, *arguments)
     if torch.compiler.is_compiling():
@@ -185,7 +186,7 @@ def _compute(
     double = input.dtype == torch.float64 or target.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
     call = Call(kind, is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing)
-    arguments = (input, target, weight, sample_weight)
+    arguments = sharded.waited((input, target, weight, sample_weight))
     if sharded.is_sharded(*arguments):
         return sharded.compute(call, *arguments)
     if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():

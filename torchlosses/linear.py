@@ -6,7 +6,6 @@ Where no kernel serves, the formula does, and in eager autograd a chunk at a tim
 are made again in backward.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -319,8 +318,8 @@ def losses_of(
     """`formulas.losses_of` logits, in chunks of rows whose logits backward makes again."""
     samples = input.shape[:-1]
     dtype = product_dtype(input)
-    rows = copy.copy(rows)
-    rows.dim = 1
+    flat = Rows(rows.num_classes, 1)
+    flat.over_classes = rows.over_classes  # type: ignore[method-assign]
     call = call._replace(dim=1)
     count = samples.numel()
     x = input.reshape(count, input.shape[-1])
@@ -334,7 +333,7 @@ def losses_of(
             is_here = None if at.is_here is None else at.is_here.reshape(-1)[chunk]
             at = Place(at.position.reshape(-1, 1)[chunk], 1, is_here)
         logits = _logits(dtype, x[chunk], linear_weight, linear_bias, of)
-        return formulas.losses_of(call, logits, t[chunk], weight, rows, of, at)
+        return formulas.losses_of(call, logits, t[chunk], weight, flat, of, at)
 
     if torch.compiler.is_compiling() or step >= count:
         return part(slice(None)).view(samples)

@@ -7,8 +7,8 @@ what takes a whole row (the maximum and the normaliser of logits) is reduced ove
 
 import math
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,15 +22,84 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
 
+_PLAIN = (*checks.PLAIN, type(None))
+
+
 def is_sharded(*tensors: Tensor | None) -> bool:
-    """Whether one of the tensors is a DTensor."""
-    for tensor in tensors:
-        if type(tensor) is not Tensor and tensor is not None:
-            # Its import takes longer than that of this package, and who has one has done it.
-            module = sys.modules.get("torch.distributed.tensor")
-            if module is not None and isinstance(tensor, module.DTensor):
-                return True
-    return False
+    """Whether one of the tensors is a DTensor, or what a transform of torch.func makes of one."""
+    if _are_transformed():
+        tensors = tuple(_unwrapped(tensor) for tensor in tensors)
+    return any(_is_dtensor(tensor) for tensor in tensors if type(tensor) not in _PLAIN)
+
+
+def _is_dtensor(argument: Any) -> bool:
+    return _is_a(argument, "torch.distributed.tensor", "DTensor")
+
+
+def _is_under_way(argument: Any) -> bool:
+    # Private, but what `to_local` returns where a collective is asynchronous.
+    return _is_a(argument, "torch.distributed._functional_collectives", "AsyncCollectiveTensor")
+
+
+def _is_a(argument: Any, module: str, name: str) -> bool:
+    # The import takes longer than that of this package, and who has such a tensor has done it.
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(argument, kind)
+
+
+def _are_transformed() -> bool:
+    return not torch.compiler.is_compiling() and bool(checks.are_transforms_active())
+
+
+# Private, for want of a public twin; without it such a DTensor gets an error of torch's own.
+_is_wrapped: Callable[[Tensor], bool] = getattr(
+    torch._C._functorch, "is_functorch_wrapped_tensor", lambda tensor: False
+)
+
+
+def _unwrapped(tensor: Tensor | None) -> Tensor | None:
+    while tensor is not None and _is_wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+class _Wait(Function):
+    """A tensor that a collective is under way to, once it is there.
+
+    Its own `wait` detaches. What is written to it does not show in what it holds, so it is saved
+    itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Any) -> Tensor:
+        ctx.save_for_backward(tensor)
+        waited: Tensor = tensor.wait()
+        return waited.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        _ = ctx.saved_tensors  # Raises if it has changed.
+        return grad
+
+
+Arguments = TypeVar("Arguments", bound=tuple[Any, ...])
+
+
+def waited(arguments: Arguments) -> Arguments:
+    """The arguments, as plain tensors where a collective was under way to them.
+
+    So kernels serve them.
+    """
+    if not any(_is_under_way(a) for a in arguments if type(a) not in _PLAIN):
+        return arguments
+    return cast("Arguments", tuple(_waited(a) if _is_under_way(a) else a for a in arguments))
+
+
+def _waited(tensor: Tensor) -> Tensor:
+    if checks.is_eager() and (tensor.requires_grad or not torch.is_grad_enabled()):
+        waited: Tensor = _Wait.apply(tensor)
+        return waited
+    return tensor.clone()  # Of which it is no matter whether the tensor itself changes.
 
 
 class _Saved(Function):
@@ -51,20 +120,42 @@ class _Saved(Function):
         return grad, *(None for _ in arguments)
 
 
-def _saving(loss: Tensor, *arguments: Tensor | None) -> Tensor:
+def compute(call: Call, *arguments: Any) -> Tensor:
+    """The loss."""
+    return _compute_by(_compute, call, arguments)
+
+
+def compute_linear(call: Call, *arguments: Any) -> Tensor:
+    """The loss of a linear layer's logits, cut by class as its weight is, or by row."""
+    return _compute_by(_compute_linear, call, arguments)
+
+
+def _compute_by(way: Callable[..., Tensor], call: Call, arguments: Sequence[Any]) -> Tensor:
+    if _are_transformed():
+        raise NotImplementedError(
+            "torch.func: got a transform of a loss of DTensors; expected backward or "
+            "torch.autograd.grad, since only its first derivative is there"
+        )
+    meshes = [argument.device_mesh for argument in arguments if _is_dtensor(argument)]
+    if all(mesh.get_coordinate() is None for mesh in meshes):
+        way = _compute_outside
+    loss = way(call, *arguments)
     if loss.requires_grad and checks.is_eager():
         loss = _Saved.apply(loss, *arguments)
     return loss
 
 
-def compute(call: Call, *arguments: Any) -> Tensor:
-    """The loss."""
-    return _saving(_compute(call, *arguments), *arguments)
-
-
-def compute_linear(call: Call, *arguments: Any) -> Tensor:
-    """The loss of a linear layer's logits, cut by class as its weight is, or by row."""
-    return _saving(_compute_linear(call, *arguments), *arguments)
+def _compute_outside(call: Call, input: Tensor, *rest: Any) -> Tensor:
+    """The loss on a process that is not in the mesh, where DTensors have a shape and no numbers."""
+    losses = input if call.is_per_element else input.sum(call.dim)
+    losses = losses.to(call.dtype)
+    if call.reduction != "none":
+        losses = losses.sum()
+    for other in rest:  # Backward is for them too.
+        if _is_dtensor(other) and other.requires_grad:
+            losses = losses + other.sum()
+    whole: Any = losses
+    return _reduced(whole)
 
 
 def _compute(
@@ -141,7 +232,7 @@ def _compute(
         weight_of_all, count = shards.join(sums)
         divisor: Any = weight_of_all.where(count > 0, 1)  # The mean over nothing is 0.
     elif call.reduction == "mean":
-        divisor = formulas.at_least_one(math.prod(input.shape[d] for d in lost), y, dtype)
+        divisor = formulas.at_least_one(math.prod([input.shape[d] for d in lost]), y, dtype)
     elif call.reduction == "batchmean" and input.dim() > 1:
         divisor = formulas.at_least_one(input.shape[0], y, dtype)
     else:
@@ -182,7 +273,7 @@ def _compute_linear(
     # As in all operations that are not linear, a sum that is still to be made is made now.
     by_row = [Replicate() if p.is_partial() else p for p in input.placements]
     for p, q in zip(by_row, by_class, strict=True):
-        if p.is_shard(call.dim) or not (p.is_replicate() or q.is_replicate()):
+        if _is_cut(p, call.dim) or not (p.is_replicate() or q.is_replicate()):
             raise ValueError(
                 f"input: got placements {input.placements} for a linear_weight of placements "
                 f"{by_class}; expected Replicate where the weight is cut, and no features cut"
@@ -192,8 +283,9 @@ def _compute_linear(
         linear_bias = DTensor.from_local(linear_bias, mesh, everywhere, run_check=False)
     # What is the same on processes with different shards has on each a share of its gradient.
     shares = [Partial() if q.is_shard() else p for p, q in zip(by_row, by_class, strict=True)]
-    x = _local(input, by_row, shares)
-    shares = [Partial() if p.is_shard() else q for p, q in zip(by_row, by_class, strict=True)]
+    # Made first: not every sum, as that of an embedding, takes shares for a gradient.
+    x = _local(input.redistribute(placements=by_row), by_row, shares)
+    shares = [Partial() if _is_cut(p) else q for p, q in zip(by_row, by_class, strict=True)]
     layer = Layer(
         x,
         _local(linear_weight, by_class, shares),
@@ -222,22 +314,30 @@ class Shards(formulas.Rows):
     """How an input lies on its mesh, and what goes with the shard of this process."""
 
     def __init__(self, input: Tensor, dim: int) -> None:
-        from torch.distributed.tensor import DTensor, Replicate, Shard
+        from torch.distributed.tensor import DTensor, Replicate, Shard, placement_types
 
         if not isinstance(input, DTensor):
             raise ValueError(
                 f"input: got {type(input).__name__} beside a DTensor; expected a DTensor too"
             )
         # As in all operations that are not linear, a sum that is still to be made is made now.
-        self.placements = [Replicate() if p.is_partial() else p for p in input.placements]
-        if any(type(p) is not Replicate and type(p) is not Shard for p in self.placements):
+        self.placements: list[Any] = [
+            Replicate() if p.is_partial() else p for p in input.placements
+        ]
+        # Private, but what cuts a dimension that is several, flattened, one of which was cut.
+        strided = getattr(placement_types, "_StridedShard", ())
+        if any(
+            not isinstance(p, (Replicate, Shard)) and (not isinstance(p, strided) or p.dim == dim)
+            for p in self.placements
+        ):
             raise ValueError(
-                f"input: got placements {input.placements}; expected Shard, Replicate or Partial"
+                f"input: got placements {input.placements}; expected Shard, Replicate or Partial, "
+                f"or _StridedShard where it does not cut classes"
             )
         super().__init__(input.shape[dim] if input.dim() else 1, dim)
         self.mesh = input.device_mesh
         self.shape = input.shape
-        self.is_cut = [p.is_shard(dim) for p in self.placements]
+        self.is_cut = [_is_cut(p, dim) for p in self.placements]
         # Of the processes that have the same rows, and other classes of them.
         self.is_first = all(
             self.mesh.get_local_rank(i) == 0 for i, cut in enumerate(self.is_cut) if cut
@@ -246,7 +346,7 @@ class Shards(formulas.Rows):
 
     def part(self, name: str, tensor: Tensor, dims: Sequence[int]) -> Tensor:
         """What of a tensor goes with the shard. Its dimensions are the input's `dims`."""
-        from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+        from torch.distributed.tensor import DTensor, Partial, Replicate
 
         if not isinstance(tensor, DTensor):  # It is the same on every process.
             everywhere = [Replicate()] * self.mesh.ndim
@@ -258,7 +358,7 @@ class Shards(formulas.Rows):
         # A dimension that broadcasts is on every process.
         own = {d: i for i, d in enumerate(dims) if tensor.shape[i] == self.shape[d]}
         placements = [
-            Shard(own[p.dim]) if isinstance(p, Shard) and p.dim in own else Replicate()
+            _along(p, own[p.dim]) if _is_cut(p) and p.dim in own else Replicate()
             for p in self.placements
         ]
         if any(
@@ -270,7 +370,7 @@ class Shards(formulas.Rows):
             )
         # What is the same on processes with different shards has on each a share of its gradient.
         gradients = [
-            Partial() if p.is_shard() and q.is_replicate() else q
+            Partial() if _is_cut(p) and q.is_replicate() else q
             for p, q in zip(self.placements, placements, strict=True)
         ]
         part = _local(tensor, placements, gradients)
@@ -311,14 +411,14 @@ class Shards(formulas.Rows):
 
         It is summed over what else the input is cut in. Without `dims` it has the part's shape.
         """
-        from torch.distributed.tensor import Partial, Replicate, Shard
+        from torch.distributed.tensor import Partial, Replicate
 
         placements: list[Placement] = []
         for p in self.placements:
-            if not isinstance(p, Shard):
+            if not _is_cut(p):
                 placements.append(Replicate())
             elif dims is not None and p.dim in dims:
-                placements.append(Shard(dims.index(p.dim)))
+                placements.append(_along(p, dims.index(p.dim)))
             else:
                 placements.append(Partial())
         shape = part.shape if dims is None else torch.Size([self.shape[d] for d in dims])
@@ -327,6 +427,24 @@ class Shards(formulas.Rows):
         if joined.requires_grad and not torch.compiler.is_compiling():
             joined.register_hook(_refuse_second_derivative)
         return joined
+
+
+def _is_cut(placement: Any, dim: int | None = None) -> bool:
+    """Whether a placement, of which no sum is still to be made, cuts the dimension, or any."""
+    return not placement.is_replicate() and (dim is None or placement.dim == dim)
+
+
+def _along(placement: Any, dim: int) -> "Placement":
+    """The same cut of a tensor that has the dimension in another place."""
+    from torch.distributed.tensor import Shard
+
+    moved: Placement = placement
+    if placement.dim != dim:  # Else as it is: the compiler does not see within a private one.
+        is_plain = isinstance(placement, Shard)
+        moved = (
+            Shard(dim) if is_plain else type(placement)(dim, split_factor=placement.split_factor)
+        )
+    return moved
 
 
 def _from_local(
@@ -351,7 +469,8 @@ def _local(
         placed.register_hook(
             lambda grad: _from_local(grad.to_local(), grad.device_mesh, grad.placements, grad.shape)
         )
-    return placed.to_local(grad_placements=gradients)
+    local = placed.to_local(grad_placements=gradients)
+    return _waited(local) if _is_under_way(local) else local
 
 
 def _reduced(tensor: "DTensor") -> "DTensor":
