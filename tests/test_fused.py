@@ -159,7 +159,7 @@ def test_a_signal_in_a_kernel_says_nothing_of_the_device(monkeypatch: pytest.Mon
     def compute(*arguments: Any) -> Any:
         raise TimeoutError("enough")
 
-    guarded = fused.Guarded(SimpleNamespace(compute=compute))
+    guarded = fused.Guarded(SimpleNamespace(LOSSES=cpu.LOSSES, compute=compute))
     monkeypatch.setattr(fused, "KERNELS", {"cpu": lambda device: guarded})
     with pytest.raises(TimeoutError, match="enough"):
         sum_squared_error(torch.rand(4, 5), torch.rand(4, 5))
@@ -414,7 +414,7 @@ def test_where_a_kernel_fails_the_formula_serves_and_says_so_once(
         return cpu.compute(*arguments)
 
     called: list[Any] = []
-    failing = SimpleNamespace(compute=compute)
+    failing = SimpleNamespace(LOSSES=cpu.LOSSES, compute=compute)
     monkeypatch.setattr(fused, "KERNELS", {"cpu": lambda device: fused.Guarded(failing)})
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")

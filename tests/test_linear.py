@@ -27,9 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchlosses import LinearCrossEntropyError, checks, fused, linear, operators
+from torchlosses import LinearCrossEntropyError, checks, fused, linear
 from torchlosses.formulas import Call
 from torchlosses.functional import cross_entropy_error, linear_cross_entropy_error
+from torchlosses.kernels import cpu
 
 FUZZ_CASES = int(os.environ.get("FUZZ_CASES", "100000"))
 NAMES = ("input", "linear_weight", "linear_bias", "target", "weight", "sample_weight")
@@ -633,9 +634,9 @@ def test_compiled_second_derivatives(reduction: Any, device: str) -> None:
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The kernels of the CPU, as ones that may fail."""
-    kernels = fused.kernels_of(torch.device("cpu"))
+    kernels = fused.kernels_of(torch.device("cpu"), "logits")
     assert kernels is not None
-    module = SimpleNamespace(compute=kernels.compute, rescale=kernels.rescale)
+    module = SimpleNamespace(LOSSES=cpu.LOSSES, compute=kernels.compute, rescale=kernels.rescale)
     monkeypatch.setattr(fused, "KERNELS", {"cpu": lambda device: fused.Guarded(module)})
     return module
 
@@ -656,20 +657,6 @@ def test_a_graph_says_so_when_its_kernels_have_failed(path: str, failing: Simple
         compiled(x, w, t)
     torch.compiler.reset()
     torch.testing.assert_close(compiled(x, w, t), apart(x, w, t))
-
-
-@pytest.mark.parametrize("path", ["kernels"], indirect=True)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_the_operator_is_one(reduction: str, device: str) -> None:
-    x = torch.randn(5, 4, device=device, requires_grad=True)
-    w = torch.randn(3, 4, device=device, requires_grad=True)
-    t = torch.randint(3, (5,), device=device)
-    torch.library.opcheck(
-        operators._operator,
-        (x, w, None, t, None, None, None, None, [True, True, False, False], reduction == "none",
-         torch.float32, True, 1, reduction, -100, torch.float32, 1e-7, 0.0),
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-    )  # fmt: skip
 
 
 class Called(nn.Module):
@@ -821,7 +808,7 @@ def test_a_bad_class_has_its_position_in_the_whole(path: str) -> None:
 
 def test_a_class_beyond_int64_is_not_what_is_ignored(path: str, device: str) -> None:
     """To the kernels, which get it from an operator, where no value is looked at before."""
-    kernels = fused.kernels_of(torch.device(device))
+    kernels = fused.kernels_of(torch.device(device), "logits")
     call = Call("logits", True, 1, "none", 2**63 - 1, torch.float32, 1e-7)
     t = torch.tensor([0, 2**63 - 1, 2**63], dtype=torch.uint64, device=device)
     x, w = torch.ones(3, 4, device=device), torch.ones(2, 4, device=device)

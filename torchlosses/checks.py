@@ -226,6 +226,11 @@ def warn_of_one_class(dim: int) -> None:
     )
 
 
+# A graph can hold no warning: it comes while the graph is compiled. What
+# torch.compiler.assume_constant_result does, but for the import of the compiler.
+warn_of_one_class._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def warn(message: str) -> None:
     """Warns at the line of the user: the nearest one outside of this package and of torch."""
     frame, level = sys._getframe(1), 2

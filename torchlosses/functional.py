@@ -123,12 +123,7 @@ def linear_cross_entropy_error(
     arguments = sharded.waited(arguments)
     if sharded.is_sharded(*arguments):
         return sharded.compute_linear(call, *arguments)
-    if torch.compiler.is_compiling():
-        from torchlosses import operators
-
-        if operators.serves(call, *arguments):
-            return operators.compute(call, *arguments)
-    elif torch.is_anomaly_enabled():
+    if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
         checks.check_target_values(call, target, sample_weight)
     return linear.compute(call, *arguments)
 
@@ -143,12 +138,7 @@ def _warn_of_one_class(num_classes: int, dim: int) -> bool:
     """Whether there is one class alone, of which the user is warned."""
     if type(num_classes) is not int or num_classes != 1:
         return False
-    if torch.compiler.is_compiling():
-        from torchlosses import operators
-
-        operators.warn_of_one_class(dim)
-    else:
-        checks.warn_of_one_class(dim)
+    checks.warn_of_one_class(dim)
     return True
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torchlosses import checks, formulas
-from torchlosses.formulas import Call
+from torchlosses.formulas import Call, Classes
 
 # What kernels raise that no formula would mend; the handler of a signal raises a TimeoutError.
 OF_THE_CALLER = (MemoryError, torch.OutOfMemoryError, TimeoutError)
@@ -29,7 +29,9 @@ class Kernels(Protocol):
     def compute(self, call: Call, /, *arguments: Any) -> Any:
         """The loss and its gradients: by arguments, needs and, if given, that from upstream.
 
-        Needs say which arguments have a gradient; the last two, the weights, never do.
+        Needs say which arguments have a gradient; the last two, the weights, never do. A class that
+        is none makes NaN of its sample; where the kernels see it and are to complain, it is an
+        error.
         """
 
     def rescale(
@@ -50,6 +52,10 @@ class Guarded(NamedTuple):
     """
 
     kernels: Any
+
+    @property
+    def LOSSES(self) -> Any:  # noqa: N802
+        return self.kernels.LOSSES
 
     def compute(self, *arguments: Any) -> Any:
         return _run(self.kernels.compute, *arguments)
@@ -106,9 +112,9 @@ def _find_triton(device: torch.device) -> Kernels | None:
     return Guarded(triton)
 
 
-# What finds the kernels of each kind of device; the formulas serve all others, and the devices
-# whose kernels have failed.
-KERNELS: dict[str, Callable[[torch.device], Kernels | None]] = {
+# What finds the kernels of each kind of device, which list the LOSSES that they know; the formulas
+# serve all others, and the devices whose kernels have failed.
+KERNELS: dict[str, Callable[[torch.device], Any]] = {
     "cpu": lambda device: _load_extension(),
     "cuda": _find_triton,
 }
@@ -127,10 +133,11 @@ def give_up(device: torch.device, error: KernelError) -> None:
         )
 
 
-def kernels_of(device: torch.device) -> Kernels | None:
-    """The kernels of a device, if there are any and none has failed."""
+def kernels_of(device: torch.device, kind: str) -> Kernels | None:
+    """The kernels of a device for a kind of loss, if there are any and none has failed."""
     find = KERNELS.get(device.type)
-    return None if find is None or device in _failed else find(device)
+    kernels = None if find is None or device in _failed else find(device)
+    return kernels if kernels is not None and kind in kernels.LOSSES else None
 
 
 def fits(
@@ -184,7 +191,7 @@ def find_kernels(
         or not (sample_weight is None or _has_numbers(sample_weight))
     ):
         return None
-    return kernels_of(input.device)
+    return kernels_of(input.device, call.kind)
 
 
 # The ways of calls, by what decides them: a training loop asks the same of each batch. Beside a way
@@ -241,11 +248,13 @@ def compute(
 ) -> Tensor:
     """The loss, by a kernel where one serves, for calls of that form to come too."""
     arguments = (input, target, weight, sample_weight)
+    if torch.compiler.is_compiling() and serves_graph(call, *arguments):
+        return LOSS(call, (), *arguments)
     kernels = find_kernels(call, *arguments)
     if kernels is not None:
         learns = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
-        half = torch.float16 in (input.dtype, target.dtype)
-        way = (kernels, call, formulas.compute, half or call.reduction == "none")
+        waits = waits_for_upstream(call, input.dtype, target.dtype)
+        way = (kernels, call, formulas.compute, waits)
         extension = _load_extension()
         key = None if form is None or extension is None else extension.find_key(form, *arguments)
         if key is not None:
@@ -259,6 +268,11 @@ def compute(
     if call.is_index:
         classes = checks.check_classes(target, input.shape[call.dim], call.ignore_index)
     return formulas.compute(call, *arguments, classes)
+
+
+def waits_for_upstream(call: Call, *dtypes: torch.dtype) -> bool:
+    """Whether the gradients of tensors of these dtypes are made in backward; see `OnePass`."""
+    return call.reduction == "none" or torch.float16 in dtypes
 
 
 class OnePass(Function):
@@ -369,3 +383,184 @@ def by_formula(
     wanted = [argument for argument, needed in zip(fresh, needs, strict=False) if needed]
     gradients = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=is_differentiable))
     return [next(gradients) if needed else None for needed in needs]
+
+
+# ---- In compiled graphs
+
+
+def serves_graph(
+    call: Call,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    *others: Tensor | None,
+) -> bool:
+    """Whether an operator stands for the call in a graph that is being compiled.
+
+    An exported graph has operations of torch alone: it may run where this package is not there.
+    """
+    return (
+        not formulas.is_exporting()
+        and not checks.is_transformed()
+        and fits(call, input, target, weight, sample_weight)
+        and all(t is None or (type(t) in checks.PLAIN and t.dtype in DTYPES) for t in others)
+        and _has_kernels(input.device, call.kind)
+    )
+
+
+def _has_kernels(device: torch.device, kind: str) -> bool:
+    return kernels_of(device, kind) is not None
+
+
+# What torch.compiler.assume_constant_result does, but for the import of the compiler: the answer,
+# which takes an import and a look at files, is that of when the graph is compiled.
+_has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+# torch caches a compiled graph with the backward of its operators, and knows them by their names: one
+# whose backward becomes another needs another name.
+LIBRARY = torch.library.Library("torchlosses", "DEF")
+CALL = (
+    "str kind, bool is_index, int dim, str reduction, int ignore_index, ScalarType dtype, "
+    "float delta, float label_smoothing"
+)
+
+
+# The upstream gradient again, as what depends on tensors: a compiler that has no second derivative
+# says so only if its backward reads what that derivative is by, and a gradient that is there
+# already reads nothing.
+LIBRARY.define("depending(Tensor upstream, Tensor[] tensors) -> Tensor")
+LIBRARY.impl("depending", lambda upstream, tensors: upstream.clone(), "CompositeExplicitAutograd")
+
+
+class Operator:
+    """A loss and its gradients as one operator of torch, by the kernels of eager calls.
+
+    Its first tensors are `layer`, which have gradients, the target last; then come weights. It
+    gives the loss, and gradients that `needs` asks for: at once, or, where they are late, from the
+    backward of the operator, which runs it again, times that of upstream. `numbers` are δ and ε of
+    a graph for many, since a graph is compiled for each number of an operator. `bind` makes of the
+    kernels of a device what computes the loss, and `formula` is what that stands for; both take
+    `extra`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: Sequence[str],
+        extra: Sequence[str],
+        bind: Callable[..., Any],
+        formula: Callable[..., Callable[..., Tensor]],
+    ) -> None:
+        tensors = [*layer, "Tensor? weight", "Tensor? sample_weight"]
+        self.count, self.tensors, self.extra = len(layer), len(tensors), len(extra)
+        self.bind, self.formula = bind, formula
+        options = ["Tensor? numbers", "Tensor? upstream", "bool[] needs", "bool is_late"]
+        LIBRARY.define(f"{name}({', '.join([*tensors, *options, *extra, CALL])}) -> Tensor[]")
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, self._run, key)
+        qualified = f"torchlosses::{name}"
+        torch.library.register_fake(qualified, self._fake, lib=LIBRARY)
+        torch.library.register_autograd(
+            qualified, self._backward, setup_context=self._save, lib=LIBRARY
+        )
+        self.overload = getattr(torch.ops.torchlosses, name).default
+
+    def __call__(self, call: Call, extra: Sequence[Any], *tensors: Any) -> Tensor:
+        """The loss, for a graph to hold."""
+        layer = tensors[: self.count]
+        needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in layer]
+        dtypes = [t.dtype for t in layer if t is not None]
+        is_late = waits_for_upstream(call, *extra, *dtypes)
+        numbers = None
+        if formulas.is_symbolic(call.delta) or formulas.is_symbolic(call.label_smoothing):
+            numbers = torch.stack(
+                [formulas.scalar(call.delta), formulas.scalar(call.label_smoothing)]
+            )
+            call = call._replace(delta=0.0, label_smoothing=0.0)
+        loss: Tensor = self.overload(*tensors, numbers, None, needs, is_late, *extra, *call)[0]
+        return loss
+
+    def _split(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """Tensors, upstream, needs, is_late, extra and call of the operator's arguments."""
+        tensors, (numbers, upstream, needs, is_late, *rest) = (
+            inputs[: self.tensors], inputs[self.tensors :],
+        )  # fmt: skip
+        call = Call(*rest[self.extra :])
+        if numbers is not None:
+            delta, smoothing = numbers.tolist()
+            call = call._replace(delta=delta, label_smoothing=smoothing)
+        return tensors, upstream, needs, is_late, rest[: self.extra], call
+
+    def _run(self, *inputs: Any) -> list[Tensor]:
+        tensors, upstream, needs, is_late, extra, call = self._split(inputs)
+        input, device = tensors[0], tensors[0].device
+        if is_late and upstream is None:
+            needs = (False,) * self.count
+        if input.numel() == 0:  # Nothing to launch a kernel for: a sum, and no slopes.
+            loss = self.formula(*extra)(call, *tensors)
+            layer = zip(tensors[: self.count], needs, strict=True)
+            return [loss, *(torch.zeros_like(t) for t, needed in layer if needed)]
+        kernels = kernels_of(device, call.kind)
+        if kernels is not None:
+            try:
+                results = self.bind(kernels, *extra)(call, *tensors, tuple(needs), upstream)
+                return [result for result in results if result is not None]
+            except KernelError as error:
+                give_up(device, error)
+        # Within an operator there is no autograd, and so no gradient by a formula.
+        raise RuntimeError(
+            f"a kernel of torchlosses has failed on {device}, and this graph was compiled for it; "
+            f"torch.compiler.reset(), and compile it again: it is then compiled for the formula"
+        )
+
+    def _fake(self, *inputs: Any) -> list[Tensor]:
+        tensors, (_, upstream, needs, is_late, *rest) = (
+            inputs[: self.tensors], inputs[self.tensors :],
+        )  # fmt: skip
+        call, input = Call(*rest[self.extra :]), tensors[0]
+        shape: Sequence[int] = ()
+        if call.reduction == "none":
+            shape = list(input.shape)
+            if not call.is_per_element:
+                del shape[call.dim]
+        loss = input.new_empty(shape, dtype=call.dtype)
+        if is_late and upstream is None:
+            return [loss]
+        layer = zip(tensors[: self.count], needs, strict=True)
+        return [loss, *(t.new_empty(t.shape) for t, needed in layer if needed)]
+
+    def _save(self, ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+        tensors = inputs[: self.tensors + 1]  # And numbers.
+        ctx.options = inputs[self.tensors + 2 :]
+        _, ctx.is_late, *_ = ctx.options
+        ctx.save_for_backward(*tensors, *(() if ctx.is_late else output[1:]))
+
+    def _backward(self, ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        saved, upstream = ctx.saved_tensors, grads[0]
+        inputs = (*saved[: self.tensors + 1], upstream, *ctx.options)
+        needs, call = ctx.options[0], Call(*ctx.options[2 + self.extra :])
+        if torch.is_grad_enabled():  # To be differentiated again.
+            tensors, _, _, _, extra, call = self._split(inputs)
+            gradients = by_formula(self.formula(*extra), call, tensors, needs, upstream)
+        else:
+            if ctx.is_late:
+                made = self.overload(*inputs)[1:]
+            else:
+                layer = zip(saved[: self.count], needs, strict=True)
+                upstream = torch.ops.torchlosses.depending(upstream, [t for t, n in layer if n])
+                made = [gradient * upstream for gradient in saved[self.tensors + 1 :]]
+                if needs[0] and call.is_index:  # 0 times what is not finite is NaN.
+                    kept: Any = Classes(saved[self.count - 1], 1, call.ignore_index).kept
+                    made[0] = made[0].where(kept.unsqueeze(call.dim), 0)
+            remaining = iter(made)
+            gradients = [next(remaining) if needed else None for needed in needs]
+        return (*gradients, *[None] * (len(inputs) - self.count))
+
+
+def _bind(kernels: Kernels) -> Callable[..., Any]:
+    over_input = complains = False  # No class is an error in a graph.
+    return lambda *arguments: kernels.compute(*arguments, over_input, complains)
+
+
+LOSS = Operator("loss", ["Tensor input", "Tensor target"], [], _bind, lambda: formulas.compute)

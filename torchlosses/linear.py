@@ -68,6 +68,12 @@ def compute(
     """The loss of the logits of a linear layer, in chunks of rows wherever that can be."""
     dtype = product_dtype(input)
     arguments = (input, linear_weight, linear_bias, target, weight, sample_weight)
+    if (
+        torch.compiler.is_compiling()
+        and fused.serves_graph(call, input, target, weight, sample_weight, *arguments[1:3])
+        and 0 not in linear_weight.shape
+    ):
+        return LINEAR_LOSS(call, (dtype,), *arguments)
     present = [argument for argument in arguments if argument is not None]
     if not all(type(argument) in checks.PLAIN for argument in present):
         return formula(dtype, call, *arguments)
@@ -77,8 +83,8 @@ def compute(
     kernels = fused.find_kernels(call, input, target, weight, sample_weight)
     if kernels is not None and linear_weight.dtype in fused.DTYPES and linear_weight.numel() > 0:
         learns = torch.is_grad_enabled() and any(argument.requires_grad for argument in present)
-        layer = [argument for argument in arguments[:4] if argument is not None]
-        waits = waits_for_upstream(call, dtype, layer)
+        dtypes = [argument.dtype for argument in arguments[:4] if argument is not None]
+        waits = fused.waits_for_upstream(call, dtype, *dtypes)
         whole = functools.partial(formula, dtype)
         loss = fused.attempt((Chunks(kernels, dtype), call, whole, waits), learns, *arguments)
         if loss is not None:
@@ -137,12 +143,6 @@ class Chunks(NamedTuple):
                     kept = None
                 else:
                     places = kept.nonzero()[:, 0]
-                valid: Any = classes.valid
-                if not valid.all():  # Seen by an operator alone: else it is an error by now.
-                    valid = valid.reshape(-1)
-                    s = like.new_full((), torch.nan).where(~valid, 1 if s is None else s)
-                    t = formulas.long(t).where(valid, 0)
-                    call = call._replace(ignore_index=-1)  # Not 0; the ignored are left out.
         shape = samples + linear_weight.shape[:1]
         divisor = formulas.find_divisor(call, like, shape, weight, sample_weight, classes)
         if s is not None and sample_weight is not None and call.reduction == "mean":
@@ -183,10 +183,11 @@ class Chunks(NamedTuple):
                 torch.mm(x_part, w.t(), out=z)
             else:
                 torch.addmm(b, x_part, w.t(), out=z)
-            over_input = True
+            over_input, complains = True, False  # Of a class; but for a graph they are seen before.
             loss, grad_z, grad_t_part = self.kernels.compute(
                 chunk_call, z, t[chunk], weight, None if s is None else s[chunk],
-                (any(needs[:3]), needs[3]), upstream if u is None else u[chunk], over_input,
+                (any(needs[:3]), needs[3]), upstream if u is None else u[chunk],
+                over_input, complains,
             )  # fmt: skip
             if is_none:
                 losses.view(-1)[chunk] = loss
@@ -261,12 +262,6 @@ def product_dtype(input: Tensor) -> torch.dtype:
     if is_cast and input.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return input.dtype
-
-
-def waits_for_upstream(call: Call, dtype: torch.dtype, tensors: Sequence[Tensor]) -> bool:
-    """Whether gradients wait for that of upstream, as in `fused.OnePass`."""
-    dtypes = (dtype, *(tensor.dtype for tensor in tensors))
-    return call.reduction == "none" or torch.float16 in dtypes
 
 
 # ---- By the formula
@@ -360,3 +355,12 @@ def losses_of(
 def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
     """How often each tensor has been written to; those of inference mode do not count it."""
     return [t._version for t in tensors if t is not None and not t.is_inference()]
+
+
+LINEAR_LOSS = fused.Operator(
+    "linear_loss",
+    ["Tensor input", "Tensor linear_weight", "Tensor? linear_bias", "Tensor target"],
+    ["ScalarType product_dtype"],
+    lambda kernels, dtype: Chunks(kernels, dtype).compute,
+    lambda dtype: functools.partial(formula, dtype),
+)

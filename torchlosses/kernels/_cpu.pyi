@@ -17,6 +17,7 @@ def compute(
     needs: tuple[bool, bool],
     upstream: Tensor | None = None,
     over_input: bool = False,
+    complains: bool = True,
     /,
 ) -> Result: ...
 def empty(like: Tensor, size: int, /) -> Tensor: ...

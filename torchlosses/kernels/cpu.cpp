@@ -49,10 +49,12 @@ public:
     operator PyObject *() const { return object; }
 };
 
+// The place of a name among those that kernels know, or -1 and an error.
 template <int N> int choice(PyObject *name, const char *const (&names)[N]) {
-    int k = 0;
-    while (k < N - 1 && PyUnicode_CompareWithASCIIString(name, names[k]) != 0) k++;
-    return k;
+    for (int k = 0; k < N; k++)
+        if (PyUnicode_CompareWithASCIIString(name, names[k]) == 0) return k;
+    PyErr_Format(PyExc_ValueError, "no kernel knows %R", name);
+    return -1;
 }
 
 PyObject *get(PyObject *object, Name name) { return PyObject_GetAttr(object, names[name]); }
@@ -175,15 +177,19 @@ bool empty_gradient(Ordered &gradient, const Ordered &like, int64_t size) {
 }
 
 // The loss of a call, and the gradients by input and target that are needed, times `upstream` if it
-// is not None. The gradient by a contiguous input may be written over it.
+// is not None. The gradient by a contiguous input may be written over it. A class that is none makes
+// NaN of its sample, and is an error where that is wanted.
 bool make(PyObject *what, const Argument &input, const Argument &target, PyObject *weight,
           PyObject *sample_weight, bool needs_input, bool needs_target, PyObject *upstream,
-          bool over_input, Results &results) {
+          bool over_input, bool complains, Results &results) {
     Job job;
-    job.kind = Kind(choice(PyTuple_GetItem(what, 0), KINDS));
+    const int kind = choice(PyTuple_GetItem(what, 0), KINDS);
+    const int reduction = choice(PyTuple_GetItem(what, 3), REDUCTIONS);
+    if (kind < 0 || reduction < 0) return false;
+    job.kind = Kind(kind);
+    job.reduction = Reduction(reduction);
     job.is_index = PyObject_IsTrue(PyTuple_GetItem(what, 1)) == 1;
     const int64_t dim = PyLong_AsLongLong(PyTuple_GetItem(what, 2));
-    job.reduction = Reduction(choice(PyTuple_GetItem(what, 3), REDUCTIONS));
     int overflow;
     job.ignore_index = PyLong_AsLongLongAndOverflow(PyTuple_GetItem(what, 4), &overflow);
     PyObject *dtype = PyTuple_GetItem(what, 5);
@@ -248,23 +254,23 @@ bool make(PyObject *what, const Argument &input, const Argument &target, PyObjec
         Py_END_ALLOW_THREADS
     }
     if (job.bad == NO_MEMORY) PyErr_NoMemory();
-    else if (job.bad != INT64_MAX) {
+    else if (complains && job.bad != INT64_MAX) {
         Ref bad(PyLong_FromLongLong(job.bad));
         Ref none(call(complain, what, target.tensor, bad, input.shape));
     }
     return !PyErr_Occurred();
 }
 
-// compute(call, input, target, weight, sample_weight, needs, upstream = None, over_input = False):
-// loss, grad_input, grad_target, as `make` makes them.
+// compute(call, input, target, weight, sample_weight, needs, upstream = None, over_input = False,
+// complains = True): loss, grad_input, grad_target, as `make` makes them.
 PyObject *py_compute(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Argument input, target;
     Results results;
-    if ((count < 6 && !takes(6, count)) || (count > 8 && !takes(8, count)) || !input.look(args[1]) ||
+    if ((count < 6 && !takes(6, count)) || (count > 9 && !takes(9, count)) || !input.look(args[1]) ||
         !target.look(args[2]) ||
         !make(args[0], input, target, args[3], args[4], PyTuple_GetItem(args[5], 0) == Py_True,
               PyTuple_GetItem(args[5], 1) == Py_True, count > 6 ? args[6] : Py_None,
-              count > 7 && args[7] == Py_True, results))
+              count > 7 && args[7] == Py_True, count < 9 || args[8] == Py_True, results))
         return nullptr;
     const auto or_none = [](const Ordered &gradient) {
         return gradient.tensor ? (PyObject *)gradient.tensor : Py_None;
@@ -407,7 +413,7 @@ PyObject *py_serve(PyObject *, PyObject *const *args, Py_ssize_t count) {
     if (function == own_compute) {
         Results results;
         const bool is_made = make(what, arguments[0], arguments[1], tensors[2], tensors[3], false,
-                                  false, Py_None, false, results);
+                                  false, Py_None, false, true, results);
         return is_made ? Py_NewRef(results.losses.tensor) : nullptr;
     }
     Ref needs(PyTuple_Pack(2, Py_False, Py_False));

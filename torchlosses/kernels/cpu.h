@@ -261,7 +261,7 @@ constexpr int64_t ROW = 32768;    // Elements whose exponentials are kept betwee
 template <class F> struct Group {
     int64_t first;
     int count;
-    bool keeps_all;
+    bool keeps_all, has_bad;
     int64_t label[GROUP];                        // −1 where a sample does not count.
     F scale[GROUP], factor[GROUP], loss[GROUP];  // Of a sample's loss, and of its slopes.
 };
@@ -836,12 +836,16 @@ template <class F> void prepare(Job &job, Group<F> &group) {
     if (!job.has_upstreams || job.kind == SQUARES) upstream = nullptr;
     const int end = (group.count + 15) / 16 * 16;  // Of the widest vectors.
     group.keeps_all = group.count == end;
+    group.has_bad = false;
     if (job.is_index) {
         load_labels(job, group.first, group.count, group.label);
         for (int j = 0; j < group.count; j++) {
             const int64_t c = group.label[j];
             if (c >= 0 && c < job.classes && c != job.ignore_index) continue;
-            if (c != job.ignore_index) job.note_bad(group.first + j);
+            if (c != job.ignore_index) {
+                job.note_bad(group.first + j);
+                group.has_bad = true;
+            }
             group.label[j] = -1;
             group.keeps_all = false;
         }
@@ -885,6 +889,29 @@ template <class F, bool SIDE> void run_tile(Tile<F, SIDE> tile) {
     }
 }
 
+// Makes NaN of the losses and slopes of samples whose class is none.
+template <class F> void spoil(const Job &job, Group<F> &group) {
+    constexpr int MOST = 64;
+    const F nan = std::numeric_limits<F>::quiet_NaN();
+    F nans[MOST];
+    int64_t labels[GROUP];
+    for (F &each : nans) each = nan;
+    const auto fill = [&](void *tensor, Storage storage, int64_t sample) {
+        for (int64_t c = 0; tensor && c < job.classes; c += MOST) {
+            const int64_t n = job.classes - c < MOST ? job.classes - c : MOST;
+            STORES<F>[storage](nans, n, tensor, job.place(sample, c), job.inner);
+        }
+    };
+    load_labels(job, group.first, group.count, labels);
+    for (int j = 0; j < group.count; j++) {
+        if (group.label[j] >= 0 || labels[j] == job.ignore_index) continue;
+        group.loss[j] = nan;
+        fill(job.grad_input, job.input_storage, group.first + j);
+        if (job.kind == SQUARES && job.reduction == NONE)
+            fill(job.losses, OWN<F>, group.first + j);
+    }
+}
+
 // Stretches `begin` to `end` of a job.
 template <class F> void run_stretches(int64_t begin, int64_t end, void *context) {
     constexpr int W = Vectors<F>::W;
@@ -924,6 +951,7 @@ template <class F> void run_stretches(int64_t begin, int64_t end, void *context)
             if (job.is_of_class && job.kind == PROBABILITIES) probabilities_of_class(job, group);
             else if (job.is_side_by_side && !is_few) run_tile(Tile<F, true>(job, group, room, 0));
             else for (int j = 0; j < n; j++) run_tile(Tile<F, false>(job, group, room, j));
+            if (group.has_bad) spoil(job, group);
             for (int j = 0; j < n; j++) total += group.loss[j];
             if (job.reduction == NONE && job.kind != SQUARES)
                 std::memcpy((F *)job.losses + sample, group.loss, n * sizeof(F));

@@ -15,7 +15,9 @@ from torchlosses.formulas import Call
 from torchlosses.kernels import _cpu
 from torchlosses.kernels._cpu import compute, find_key, rescale, serve
 
-__all__ = ["compute", "empty", "find_key", "rescale", "serve"]
+__all__ = ["LOSSES", "compute", "empty", "find_key", "rescale", "serve"]
+
+LOSSES = ("squares", "probabilities", "logits")
 
 
 def empty(like: Tensor) -> Tensor:

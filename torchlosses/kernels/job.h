@@ -203,7 +203,7 @@ template <class F> void sum_weights(int64_t begin, int64_t end, void *context) {
                     if (c == job.ignore_index) continue;
                     if (c < 0 || c >= job.classes) {
                         job.note_bad(block + j);
-                        continue;
+                        c = 0;  // It counts, as in the formula.
                     }
                     if (weight) w *= weight[c];
                 }
@@ -243,7 +243,6 @@ void find_divisor(Job &job, int64_t outer) {
 
 void compute(Job &job, int64_t outer) {
     find_divisor(job, outer);
-    if (job.bad != INT64_MAX) return;
     TARGETS[target].plan(job);
     job.streams = job.grad_input && job.elements * SIZES[job.input_storage] >= STREAMED;
     // Of probabilities only the class's is read, and all of a gradient are written.
@@ -255,7 +254,7 @@ void compute(Job &job, int64_t outer) {
     if (job.is_side_by_side) job.stretch = divided_up(job.stretch, job.group) * job.group;
     const int64_t stretches = divided_up(job.samples, job.stretch);
     run(stretches, divided_up(GRAIN, job.stretch * work), job.run, job);
-    if (job.reduction == NONE || job.bad != INT64_MAX) return;
+    if (job.reduction == NONE || job.bad == NO_MEMORY) return;
     double total = 0;
     for (int64_t k = 0; k < stretches; k++) total += job.sums[k];
     total /= job.divisor;

@@ -51,6 +51,8 @@ FEW = 32
 COUNTERS = 2**16
 # The default differs by version, and Triton 3.9 warns of that where nothing is said.
 FUSION = {"enable_fp_fusion": True}
+LOSSES = ("squares", "probabilities", "logits")
+REDUCTIONS = ("sum", "mean", "batchmean", "none")
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -127,8 +129,11 @@ def compute(
     needs: tuple[bool, bool],
     upstream: Tensor | None = None,
     over_input: bool = False,
+    complains: bool = True,
 ) -> Result:
     """The loss, and the gradients that `needs` asks for, times `upstream` if that is given.
+
+    Nobody looks at the classes, so a class that is none makes NaN of its sample and is no error.
 
     The gradient by a contiguous input may be written over it: a program is done with a tile when it
     stores its slopes.
@@ -183,6 +188,9 @@ def _prepare(
     needs: tuple[bool, bool],
 ) -> Launch:
     """Cached: a training loop asks the same of each batch. `weights_shape`: of sample weights."""
+    for name, known in ((call.kind, LOSSES), (call.reduction, REDUCTIONS)):
+        if name not in known:
+            raise ValueError(f"got {name!r}; expected one of {known}, which the kernel knows")
     dim, dtype, is_index = call.dim, call.dtype, call.is_index
     is_square, is_smooth = call.kind == "squares", call.label_smoothing != 0
     is_reduced = call.reduction != "none"

@@ -1,0 +1,229 @@
+"""Compiled graphs run the kernels of eager calls, as operators of torch."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchlosses import LinearCrossEntropyError, formulas, fused, linear
+from torchlosses.formulas import Call
+from torchlosses.functional import (
+    cross_entropy_error,
+    linear_cross_entropy_error,
+    sum_squared_error,
+)
+
+KINDS = ("squares", "probabilities", "logits")
+LOSSES: dict[str, Any] = {
+    "squares": sum_squared_error,
+    "probabilities": cross_entropy_error,
+    "logits": lambda *args, **options: cross_entropy_error(*args, from_logits=True, **options),
+    "linear": lambda input, target, **options: linear_cross_entropy_error(
+        input, torch.eye(5).to(input), target, **options
+    ),
+}
+
+# Both ways of all that graphs hold are in the tests of transforms.
+pytestmark = pytest.mark.parametrize("path", ["kernels"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _anew() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def operators(call: Any, *arguments: Any) -> list[str]:
+    """The names of the package's operators in the graph of a call."""
+    graphs: list[Any] = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch.compile(call, fullgraph=True, backend=keep)(*arguments)
+    (graph,) = graphs
+    names = (str(node.target) for node in graph.graph.nodes)
+    return [name for name in names if name.startswith("torchlosses.")]
+
+
+def batch(is_index: bool) -> tuple[Tensor, Tensor]:
+    y = torch.rand(6, 5).softmax(1).requires_grad_()
+    return y, torch.randint(5, (6,)) if is_index else torch.rand(6, 5).softmax(1)
+
+
+@pytest.mark.parametrize("is_index", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_graph_holds_an_operator(name: str, is_index: bool, device: str) -> None:
+    y, t = (x.to(device) for x in batch(is_index))
+    loss = LOSSES[name]
+    operator = "linear_loss" if name == "linear" else "loss"
+    assert operators(loss, y, t) == [f"torchlosses.{operator}.default"]
+    learned = torch.rand(6, device=device, requires_grad=True)
+    if name != "squares" or is_index:  # A gradient by weights is the formula's.
+        assert operators(lambda *args: loss(*args, sample_weight=learned), y, t) == []
+        assert operators(lambda *args: loss(*args, sample_weight=learned.detach()), y, t) != []
+    assert operators(torch.func.grad(loss), y, t) == []
+
+
+def test_a_loss_that_no_kernel_knows_goes_to_the_formula(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    y, t = (x.to(device) for x in batch(is_index=False))
+    call = Call("cubes", False, 1, "sum", -100, torch.float32)
+
+    def cubes(input: Tensor, target: Tensor) -> Tensor:
+        return fused.compute(call, input, target, None, None)
+
+    def losses_of(call: Call, input: Tensor, target: Tensor, *_: Any) -> Tensor:
+        return (input - target) ** 3
+
+    monkeypatch.setattr(formulas, "losses_of", losses_of)
+    expected = ((y - t) ** 3).sum()
+    torch.testing.assert_close(cubes(y, t), expected)
+    assert operators(cubes, y, t) == []
+    (gradient,) = torch.autograd.grad(torch.compile(cubes, backend="aot_eager")(y, t), y)
+    torch.testing.assert_close(gradient, 3 * (y - t).detach() ** 2)
+
+
+@pytest.mark.parametrize("call", [("cubes", "sum"), ("squares", "median")])
+def test_a_kernel_knows_its_own_names_alone(call: tuple[str, str], device: str) -> None:
+    y, t = (x.detach().to(device) for x in batch(is_index=False))
+    kind, reduction = call
+    kernels: Any = fused.kernels_of(torch.device(device), "squares")
+    unknown = Call(kind, False, 1, reduction, -100, torch.float32)
+    with pytest.raises((ValueError, fused.KernelError), match=r"knows|one of") as caught:
+        kernels.compute(unknown, y, t, None, None, (False, False))
+    assert kind in str(caught.value) or reduction in str(caught.value)
+
+
+def options_of(kind: str, is_index: bool, reduction: str) -> tuple[Any, ...]:
+    return (kind, is_index, 1, reduction, -100, torch.float32, 1e-7, 0.0)
+
+
+# opcheck looks at gradients of what it cloned.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("is_index", [False, True])
+@pytest.mark.parametrize("kind", [*KINDS, "linear"])
+def test_the_operators_are_what_they_say(
+    kind: str, is_index: bool, is_late: bool, device: str
+) -> None:
+    y, t = (x.to(device) for x in batch(is_index))
+    reduction = "none" if is_late else "mean"
+    weights = (None, torch.rand(6, device=device))
+    if kind == "linear":
+        w = torch.randn(5, 5, device=device, requires_grad=True)
+        b = torch.randn(5, device=device)
+        options = options_of("logits", is_index, reduction)
+        for needs in ([True, True, False, False], [False, True, False, False]):
+            x = y if needs[0] else y.detach()
+            torch.library.opcheck(
+                linear.LINEAR_LOSS.overload,
+                (x, w, b, t, *weights, None, None, needs, is_late, torch.float32, *options),
+            )
+        return
+    if kind == "squares" and not is_index:
+        weights = (None, torch.rand(6, 1, device=device))
+    for wanted in itertools.product([False, True], [False, not is_index]):
+        leaves = [
+            x.detach().requires_grad_(needed) for x, needed in zip((y, t), wanted, strict=True)
+        ]
+        torch.library.opcheck(
+            fused.LOSS.overload,
+            (*leaves, *weights, None, None, list(wanted), is_late,
+             *options_of(kind, is_index, reduction)),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("name", ["squares", "probabilities", "logits"])
+def test_second_derivatives_are_there_or_refused(name: str, reduction: str, device: str) -> None:
+    y, t = (x.to(device) for x in batch(is_index=True))
+
+    def second(loss: Any) -> Tensor:
+        total = loss(y, t, reduction=reduction).sum()
+        (gradient,) = torch.autograd.grad(total, y, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), y)[0]
+
+    loss = LOSSES[name]
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(second(compiled), second(loss))
+    with pytest.raises(RuntimeError, match=r"does not currently support|requires create_graph"):
+        second(torch.compile(loss, fullgraph=True, backend="aot_eager"))
+
+
+def test_one_graph_serves_batches_of_any_size(device: str) -> None:
+    def losses(y: Tensor, t: Tensor) -> list[Tensor]:
+        return [LOSSES[kind](y, t) for kind in KINDS]
+
+    compiled = torch.compile(losses, fullgraph=True, dynamic=True, backend="aot_eager")
+    y, t = (x.detach().to(device) for x in batch(is_index=True))
+    for size in (6, 4, 2, 0):
+        leaf, label = y[:size].clone().requires_grad_(), t[:size].clone()
+        with torch.compiler.set_stance("fail_on_recompile" if size in (4, 2) else "default"):
+            results = compiled(leaf, label)
+        expected = losses(leaf, label)
+        torch.testing.assert_close(results, expected)
+        (gradient,), (right,) = (torch.autograd.grad(sum(r), leaf) for r in (results, expected))  # type: ignore[arg-type]
+        torch.testing.assert_close(gradient, right)
+
+
+def test_reduced_overhead(device: str) -> None:
+    layer = LinearCrossEntropyError(5, 5, reduction="mean", device=device)
+
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        result: Tensor = LOSSES["logits"](x, t, reduction="mean") + layer(x, t)
+        return result
+
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    x, t = (x.to(device) for x in batch(is_index=True))
+    for _ in range(3):
+        expected = torch.autograd.grad(step(x, t), x)
+        torch.testing.assert_close(torch.autograd.grad(compiled(x, t), x), expected)
+
+
+def test_a_gradient_that_is_not_finite_from_upstream_leaves_what_is_ignored(device: str) -> None:
+    y, _ = (x.to(device) for x in batch(is_index=True))
+    t = torch.tensor([1, -100, 0, 2, 3, 4], device=device)
+    for kind in KINDS:
+        loss = torch.compile(LOSSES[kind], fullgraph=True, backend="aot_eager")(y, t)
+        (gradient,) = torch.autograd.grad(loss, y, torch.full_like(loss, torch.inf))
+        assert not gradient[1].any()
+        assert not gradient[[0, 2, 3, 4, 5]].isfinite().all()
+
+
+def test_a_graph_keeps_the_gradient_and_no_more(device: str) -> None:
+    y, t = torch.rand(64, 50, device=device, requires_grad=True), torch.randint(50, (64,))
+    t = t.to(device)
+    for kind, reduction in itertools.product(KINDS, ("sum", "none")):
+        sizes: list[int] = []
+
+        def pack(x: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(x.nbytes if x.data_ptr() not in (y.data_ptr(), t.data_ptr()) else 0)
+            return x
+
+        compiled = torch.compile(LOSSES[kind], fullgraph=True, backend="aot_eager")
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = compiled(y, t, reduction=reduction)
+        ignored = t.numel()  # A byte each.
+        assert sum(sizes) <= ignored + (y.nbytes if reduction == "sum" else 0)
+        torch.autograd.grad(loss.sum(), y)
+
+
+def test_a_module_with_a_loss_trains(device: str) -> None:
+    network = nn.Linear(5, 5, device=device)
+    x, t = (x.detach().to(device) for x in batch(is_index=True))
+
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        result: Tensor = cross_entropy_error(network(x), t, from_logits=True, reduction="mean")
+        return result
+
+    compiled = torch.compile(step, fullgraph=True)
+    parameters = list(network.parameters())
+    expected = torch.autograd.grad(step(x, t), parameters)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x, t), parameters), expected)
