@@ -45,7 +45,7 @@ Array = NDArray[Any]
 STABLE = {
     "PyBool_Type", "PyDict_GetItemWithError", "PyErr_Clear", "PyErr_ExceptionMatches",
     "PyErr_Format", "PyErr_NoMemory", "PyErr_Occurred", "PyErr_SetString",
-    "PyEval_RestoreThread", "PyEval_SaveThread", "PyExc_RuntimeError", "PyExc_TypeError",
+    "PyEval_RestoreThread", "PyEval_SaveThread", "PyExc_RuntimeError", "PyExc_TypeError PyExc_ValueError",
     "PyFloat_AsDouble", "PyFloat_Type", "PyLong_AsLong", "PyLong_AsLongLong",
     "PyLong_AsLongLongAndOverflow", "PyLong_AsSize_t", "PyLong_AsVoidPtr", "PyLong_FromLong",
     "PyLong_FromLongLong", "PyLong_Type", "PyModule_Create2", "PyObject_CallFunctionObjArgs",
@@ -314,7 +314,7 @@ def test_without_a_compiler(tmp_path: Path) -> None:
     environment = os.environ | {"CC": "false", "CXX": "false"}
     install = [*pip, "install", "--no-deps", "--no-build-isolation", str(source)]
     subprocess.run(install, env=environment, check=True)
-    (wheel,) = packages.glob("torchlosses-*.dist-info/WHEEL")
+    (wheel,) = packages.glob("torchlosses_guarded-*.dist-info/WHEEL")
     assert "Tag: cp311-abi3-" in wheel.read_text()
     assert not list(packages.rglob("*.so"))
     script = TRAINING.format(folder=str(folder))
