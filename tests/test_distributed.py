@@ -1106,15 +1106,13 @@ def what_changes_before_backward_is_an_error(reduction: Any) -> None:
 
 @case("mean", "none")
 def a_linear_layer_in_a_model_that_frees_it_between(reduction: Any) -> None:
-    def model() -> nn.ModuleDict:
+    def model() -> Layered:
         torch.manual_seed(0)
-        own: Any = {"dtype": torch.float64}
-        criterion = LinearCrossEntropyError(4, 9, bias=True, reduction=reduction, **own)
-        return Layered({"body": nn.Linear(4, 4, **own), "criterion": criterion})
+        return Layered(reduction)
 
     x, t = torch.randn(8, 4).double(), torch.randint(9, (8,))
     alone, together, world = model(), model(), dist.get_world_size()
-    fully_shard(together["criterion"], reshard_after_forward=True)
+    fully_shard(together.criterion, reshard_after_forward=True)
     fully_shard(together)
     alone(x, t).sum().backward()
     with chunks_of(1):
@@ -1127,9 +1125,15 @@ def a_linear_layer_in_a_model_that_frees_it_between(reduction: Any) -> None:
         torch.testing.assert_close(grad.full_tensor(), other.grad)
 
 
-class Layered(nn.ModuleDict):
+class Layered(nn.Module):
+    def __init__(self, reduction: Any) -> None:
+        super().__init__()
+        own: Any = {"dtype": torch.float64}
+        self.body = nn.Linear(4, 4, **own)
+        self.criterion = LinearCrossEntropyError(4, 9, bias=True, reduction=reduction, **own)
+
     def forward(self, x: Tensor, t: Tensor) -> Any:
-        return self["criterion"](self["body"](x), t)
+        return self.criterion(self.body(x), t)
 
 
 @case("ddp", "fsdp")

@@ -45,7 +45,8 @@ Array = NDArray[Any]
 STABLE = {
     "PyBool_Type", "PyDict_GetItemWithError", "PyErr_Clear", "PyErr_ExceptionMatches",
     "PyErr_Format", "PyErr_NoMemory", "PyErr_Occurred", "PyErr_SetString",
-    "PyEval_RestoreThread", "PyEval_SaveThread", "PyExc_RuntimeError", "PyExc_TypeError PyExc_ValueError",
+    "PyEval_RestoreThread", "PyEval_SaveThread", "PyExc_RuntimeError", "PyExc_TypeError",
+    "PyExc_ValueError",
     "PyFloat_AsDouble", "PyFloat_Type", "PyLong_AsLong", "PyLong_AsLongLong",
     "PyLong_AsLongLongAndOverflow", "PyLong_AsSize_t", "PyLong_AsVoidPtr", "PyLong_FromLong",
     "PyLong_FromLongLong", "PyLong_Type", "PyModule_Create2", "PyObject_CallFunctionObjArgs",

@@ -170,7 +170,7 @@ def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
 
 def _is_cast(device: str, *tensors: Tensor) -> bool:
     """Whether autocast brings the tensors to one dtype."""
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not torch.is_autocast_enabled(device):
         return False
     return all(t.is_floating_point() and t.dtype != torch.float64 for t in tensors)
 

@@ -417,8 +417,8 @@ def _has_kernels(device: torch.device, kind: str) -> bool:
 # which takes an import and a look at files, is that of when the graph is compiled.
 _has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-# torch caches a compiled graph with the backward of its operators, and knows them by their names: one
-# whose backward becomes another needs another name.
+# torch caches a compiled graph with the backward of its operators, and knows them by their names:
+# one whose backward becomes another needs another name.
 LIBRARY = torch.library.Library("torchlosses", "DEF")
 CALL = (
     "str kind, bool is_index, int dim, str reduction, int ignore_index, ScalarType dtype, "

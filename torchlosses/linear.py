@@ -258,8 +258,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) 
 def product_dtype(input: Tensor) -> torch.dtype:
     """The dtype of the products, as F.linear has it."""
     device = input.device.type
-    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if is_cast and input.dtype != torch.float64:
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return input.dtype
 

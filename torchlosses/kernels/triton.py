@@ -32,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from torchlosses import formulas
 from torchlosses.formulas import Call, Result
@@ -39,8 +40,8 @@ from torchlosses.formulas import Call, Result
 # Programs of a launch at most, and so partial sums: enough to fill every GPU several times over.
 MAX_PROGRAMS = 2**12
 COUNT_PROGRAMS = 2**9
-# Samples that are counted at a time, and at most by each program for itself, which takes less time
-# than another launch.
+# Samples of float32 that are counted at a time, and samples at most that each program counts for
+# itself, which takes less time than another launch.
 COUNT_BLOCK = tl.constexpr(2**10)
 COUNT_ALONE = 2**12
 # Elements of a block of `_rescale_kernel`.
@@ -58,6 +59,9 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 LEAST_DIVISOR = tl.constexpr(formulas.LEAST_DIVISOR)
 IS_INTERPRETED = triton.knobs.runtime.interpret
+# Among dimensions of equal contiguity Triton 3.6 gives threads to the first one first. Later
+# versions begin with the last, which the shape of a tile is made for.
+NEEDS_ORDER = tl.constexpr(TorchVersion(triton.__version__) < "3.7")
 
 _counter = itertools.cycle(range(COUNTERS))
 _counters: dict[torch.device, Tensor] = {}
@@ -77,11 +81,13 @@ class Tile(NamedTuple):
     alignment: int  # The most that may be known to divide the place of a sample.
 
 
-# What a kernel is given, but for numbers: tensors, or None, and how they are seen.
+# What a kernel is given, but for numbers: tensors, or None, and how they are seen. Strides are
+# fields of their own: Triton 3.6 loses a 1 in a tuple within a tuple.
 Given = collections.namedtuple(
     "Given",
     "input_ptr target_ptr class_weight_ptr sample_weight_ptr upstream_ptr divisor_ptr loss_ptr "
-    "grad_input_ptr grad_target_ptr outer classes inner sample_weight_strides upstream_strides "
+    "grad_input_ptr grad_target_ptr outer classes inner sample_weight_outer_stride "
+    "sample_weight_inner_stride upstream_outer_stride upstream_class_stride upstream_inner_stride "
     "ignore_index",
 )
 # What is known of a call when its kernel is compiled. INDEX is the type of what counts within a
@@ -154,8 +160,8 @@ def compute(
     given = Given(
         input, target, None if weight is None else weight.contiguous(), weights, slopes,
         torch.empty_like(loss) if launch.counting else None, loss, grad_input,
-        torch.empty_like(target) if needs[1] else None, *launch.sizes, weight_strides,
-        slope_strides, call.ignore_index,
+        torch.empty_like(target) if needs[1] else None, *launch.sizes, weight_strides[0],
+        weight_strides[2], *slope_strides, call.ignore_index,
     )  # fmt: skip
     partials = counters = None
     if plan.IS_REDUCED:
@@ -252,7 +258,7 @@ def _prepare(
         IS_FAST=is_fast and not (form == "probabilities" and is_exact),
         IS_WHOLE=tile.is_whole,
         IS_EVEN=classes % tile.classes == 0,
-        NUM_CLASSES=classes if tile.is_whole and inner == 1 and classes <= FEW else 0,
+        NUM_CLASSES=classes if tile.is_whole and classes <= FEW else 0,
         HAS_GRADIENT=any(needs),
     )
     # One of them in units, so that it is seen which loads and stores can be wide.
@@ -335,12 +341,13 @@ def _is_per_sample(weights_shape: torch.Size | None, shape: torch.Size, dim: int
 
 def _factor(
     factor: Tensor | None, shape: tuple[int, ...], layout: tuple[int, int, int]
-) -> tuple[Tensor | None, tuple[int, ...]]:
+) -> tuple[Tensor | None, tuple[int, int, int]]:
     """What broadcasts to `shape`, and its strides where that is seen as `layout`."""
     if factor is None or factor.numel() == 1:
         return factor, (0, 0, 0)
     factor = factor.expand(shape).reshape(layout)
-    return factor, factor.stride()
+    outer_stride, class_stride, inner_stride = factor.stride()
+    return factor, (outer_stride, class_stride, inner_stride)
 
 
 def _kind(tensor: Tensor | None) -> tuple[torch.dtype, bool] | None:
@@ -510,9 +517,11 @@ def _samples(g, block, P: tl.constexpr, BLOCK: tl.constexpr):
         outside = first + i
         inside = 0
         is_there = i < tl.minimum(g.outer - first, BLOCK).to(tl.int32)
+        if BLOCK == 1:  # Every block has one.
+            is_there = tl.full((), True, tl.int1)
     weight = tl.where(is_there, 1, 0).to(P.DTYPE)
     if g.sample_weight_ptr is not None:
-        offsets = outside * g.sample_weight_strides[0] + inside * g.sample_weight_strides[2]
+        offsets = outside * g.sample_weight_outer_stride + inside * g.sample_weight_inner_stride
         weight = tl.load(g.sample_weight_ptr + offsets, mask=is_there, other=0).to(P.DTYPE)
     counted = weight
     is_used = is_there
@@ -534,10 +543,12 @@ def _samples(g, block, P: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _count(g, first, step, P: tl.constexpr):
     """Σ of the weights of samples, and of their sizes, from a block on: R labels and weights."""
-    weights = tl.full((COUNT_BLOCK,), 0, P.DTYPE)
-    sizes = tl.full((COUNT_BLOCK,), 0, P.DTYPE)
-    for block in range(first, _blocks(g, P, COUNT_BLOCK), step):
-        counted = _samples(g, block, P, COUNT_BLOCK)[8]
+    # As many bytes in registers, whatever the dtype.
+    BLOCK: tl.constexpr = COUNT_BLOCK // (P.DTYPE.primitive_bitwidth // 32)  # noqa: N806
+    weights = tl.full((BLOCK,), 0, P.DTYPE)
+    sizes = tl.full((BLOCK,), 0, P.DTYPE)
+    for block in range(first, _blocks(g, P, BLOCK), step):
+        counted = _samples(g, block, P, BLOCK)[8]
         weights += counted
         sizes += tl.abs(counted)
     return tl.sum(weights), tl.sum(sizes)
@@ -601,8 +612,9 @@ def _loss_kernel(
     by_divisor = tl.full((), factor, P.DTYPE)
     if P.IS_COUNTED and P.HAS_GRADIENT:
         if g.divisor_ptr is None:
-            counted, sizes = _count(g, 0, 1, P)
-            lift, by_divisor = _lifted(_divisor(counted, sizes, g, P))
+            # Names of their own: in Triton 3.6 none is a scalar here and a block in the loop.
+            all_weights, all_sizes = _count(g, 0, 1, P)
+            lift, by_divisor = _lifted(_divisor(all_weights, all_sizes, g, P))
         else:
             lift, by_divisor = _lifted(tl.load(g.divisor_ptr))
 
@@ -626,7 +638,7 @@ def _loss_kernel(
         slope_weight = tl.where(is_used, weight * by_divisor, weight)
         upstream_ptr = g.upstream_ptr
         if g.upstream_ptr is not None:
-            offsets = outside * g.upstream_strides[0] + inside * g.upstream_strides[2]
+            offsets = outside * g.upstream_outer_stride + inside * g.upstream_inner_stride
             upstream_ptr = g.upstream_ptr + offsets
             if not P.IS_SQUARE:
                 slope_weight *= tl.load(upstream_ptr, mask=is_used, other=0).to(P.DTYPE)
@@ -679,10 +691,21 @@ def _tile(b, start, P: tl.constexpr):
 
 
 @triton.jit
+def _pointers(pointer, offsets, P: tl.constexpr):
+    """Pointers of a tile, the dimensions of which get threads from the last to the first."""
+    pointers = pointer + offsets
+    if NEEDS_ORDER and P.CLASSES > 1 and not P.IS_SPATIAL:
+        # Only an order: a dimension's size bounds how much of it a thread takes at once.
+        pointers = tl.max_contiguous(pointers, (1, 2, 4, 8))
+    return pointers
+
+
+@triton.jit
 def _load(g, b, offsets, in_row, OTHER: tl.constexpr, P: tl.constexpr):
     """A tile of the input, and OTHER where none is used."""
     mask = _column(b.is_read) & in_row
-    x = tl.load(g.input_ptr + b.base + offsets, mask=mask, other=OTHER).to(P.DTYPE)
+    pointers = _pointers(g.input_ptr + b.base, offsets, P)
+    x = tl.load(pointers, mask=mask, other=OTHER).to(P.DTYPE)
     return tl.where(_column(b.is_used), x, OTHER) if P.IS_EAGER else x
 
 
@@ -699,25 +722,28 @@ def _targets(g, b, k, in_row, offsets, is_label, P: tl.constexpr):
     if P.IS_INDEX:
         t = tl.where(is_label, 1, 0).to(P.DTYPE)
     else:
-        t = tl.load(g.target_ptr + b.base + offsets, mask=mask, other=0).to(P.DTYPE)
+        pointers = _pointers(g.target_ptr + b.base, offsets, P)
+        t = tl.load(pointers, mask=mask, other=0).to(P.DTYPE)
     by_target = tl.full((1, 1, 1, 1), 1, P.DTYPE)
     if P.IS_SMOOTH:
         t = tl.where(mask, t * b.kept + b.uniform, 0)
         by_target *= b.kept
     is_0 = t == 0
     if g.class_weight_ptr is not None:
-        class_weight = tl.load(g.class_weight_ptr + k, mask=in_row, other=0).to(P.DTYPE)
+        pointers = _pointers(g.class_weight_ptr, k, P)
+        class_weight = tl.load(pointers, mask=in_row, other=0).to(P.DTYPE)
         t *= class_weight
         by_target *= class_weight
     return t, is_0, by_target
 
 
 @triton.jit
-def _store(pointer, b, offsets, in_row, value):
+def _store(pointer, b, offsets, in_row, value, P: tl.constexpr):
     """Nothing reads it again here, so it shall not push from the cache what is looked at again."""
     if pointer is not None:
         mask = _column(b.is_there) & in_row
-        tl.store(pointer + b.base + offsets, value, mask=mask, eviction_policy="evict_first")
+        pointers = _pointers(pointer + b.base, offsets, P)
+        tl.store(pointers, value, mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -759,9 +785,10 @@ def _elements(g, b, P: tl.constexpr):
             target_slope = -slope
             term = slope * (slope * 0.5)  # slope² overflows first.
             if b.upstream_ptr is not None:
-                upstream_ptr = _column(b.upstream_ptr) + k * g.upstream_strides[1]
+                steps = k * g.upstream_class_stride
+                pointers = _pointers(_column(b.upstream_ptr), steps, P)
                 mask = _column(b.is_used) & in_row
-                weight *= tl.load(upstream_ptr, mask=mask, other=0).to(P.DTYPE)
+                weight *= tl.load(pointers, mask=mask, other=0).to(P.DTYPE)
             slope *= weight
         else:
             guarded = y + b.delta
@@ -772,11 +799,11 @@ def _elements(g, b, P: tl.constexpr):
             slope = slope * _reciprocal(guarded, P) if P.IS_FAST else slope / guarded
             target_slope = -log * by_target
             term = -t * log
-        _store(g.grad_input_ptr, b, offsets, in_row, slope)
-        _store(g.grad_target_ptr, b, offsets, in_row, target_slope * weight)
+        _store(g.grad_input_ptr, b, offsets, in_row, slope, P)
+        _store(g.grad_target_ptr, b, offsets, in_row, target_slope * weight, P)
         term *= _column(b.weight)
         if P.IS_SQUARE and not P.IS_REDUCED:
-            _store(g.loss_ptr, b, offsets, in_row, term)
+            _store(g.loss_ptr, b, offsets, in_row, term, P)
         else:
             total += term
     return _sum(total)
@@ -791,7 +818,7 @@ def _class(g, b, P: tl.constexpr):
         rest = _column(tl.where(b.is_used, 0, b.slope_weight))
         for start in range(0, b.classes, P.CLASSES):
             _k, in_row, offsets, is_label = _tile(b, start, P)
-            _store(g.grad_input_ptr, b, offsets, in_row, tl.where(is_label, slope, rest))
+            _store(g.grad_input_ptr, b, offsets, in_row, tl.where(is_label, slope, rest), P)
     return -tl.log(guarded) * b.weight
 
 
@@ -841,10 +868,10 @@ def _softmax_of_class(g, b, P: tl.constexpr):
     if P.IS_WHOLE:
         _k, in_row, offsets, is_label = _tile(b, 0, P)
         x = _load(g, b, offsets, in_row, float("-inf"), P)
-        if P.NUM_CLASSES:  # The row is in registers: no second load waits for the label.
-            x_c = _sum(tl.where(is_label, x, 0))
-        elif P.IS_SPATIAL:
+        if P.IS_SPATIAL:
             x_c = _load_of_class(g, b, P)
+        elif P.NUM_CLASSES:  # The row is in registers: no second load waits for the label.
+            x_c = _sum(tl.where(is_label, x, 0))
         maximum = tl.where(b.is_used, _max(x), 0)
         exponential = _exp(x - _column(maximum))
         normalizer = tl.where(b.is_used, _sum(exponential), 1)
@@ -864,7 +891,7 @@ def _softmax_of_class(g, b, P: tl.constexpr):
         gate = _column(gate)
         if P.IS_WHOLE:
             slope = exponential * by_exponential - tl.where(is_label, gate, 0)
-            _store(g.grad_input_ptr, b, offsets, in_row, slope)
+            _store(g.grad_input_ptr, b, offsets, in_row, slope, P)
         else:
             tiles = tl.cdiv(b.classes, P.CLASSES)
             for done in range(tiles):
@@ -872,7 +899,7 @@ def _softmax_of_class(g, b, P: tl.constexpr):
                 x = _load(g, b, offsets, in_row, float("-inf"), P)
                 exponential = _exp(x - _column(maximum))
                 slope = exponential * by_exponential - tl.where(is_label, gate, 0)
-                _store(g.grad_input_ptr, b, offsets, in_row, slope)
+                _store(g.grad_input_ptr, b, offsets, in_row, slope, P)
     return log2 * -LN_2 * b.weight
 
 
@@ -904,8 +931,8 @@ def _store_slopes(g, b, o, maximum, log2_normalizer, s, P: tl.constexpr):
     else:
         p, log2, reciprocal = _guarded(b, o.x, maximum, log2_normalizer, P)
         slope = p * (_column(s) - o.t * reciprocal) * weight
-    _store(g.grad_input_ptr, b, o.offsets, o.in_row, slope)
-    _store(g.grad_target_ptr, b, o.offsets, o.in_row, log2 * -LN_2 * o.by_target * weight)
+    _store(g.grad_input_ptr, b, o.offsets, o.in_row, slope, P)
+    _store(g.grad_target_ptr, b, o.offsets, o.in_row, log2 * -LN_2 * o.by_target * weight, P)
 
 
 @triton.jit
