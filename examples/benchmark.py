@@ -6,9 +6,11 @@
 
 The contenders of a workload take turns within one run, so that a machine whose speed drifts treats
 all alike, and the table gives ratios first: how many times as long as torchlosses another takes, by
-the medians. Liger-Kernel and quack, where they are installed, are beside it from logits. The floor
-reads each argument once, and allocates and writes the gradient once; beside it stands how many
-times as long as the floor torchlosses takes. `memory` is the peak of what is allocated beyond the
+the medians. The others are torch's own loss ("torch"), the formula by operations of torch
+("eager"), what torch.compile makes of it ("compiled") and of torch's own loss ("torch compiled"),
+and torchlosses in a compiled graph ("ours compiled"). Liger-Kernel and quack, where they are
+installed, are beside it from logits. The floor reads each argument once, and allocates and writes
+the gradient once; beside it stands how many times as long as the floor torchlosses takes. `memory` is the peak of what is allocated beyond the
 arguments, in units of the input's size. `GB/s` counts the same bytes as the floor, over the time of
 torchlosses, and `of copy` divides that by what a plain copy reads and writes a second. A CSV with
 all times, and a picture, go to `runs/`.
@@ -79,7 +81,7 @@ MALLOC: dict[str, dict[str, str]] = {
     "kept": {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"},
 }
 NAMES = ("workload", "shape", "dtype", "step", "malloc")
-RIVALS = ("torch", "eager", "compiled", *PEERS, "floor")
+RIVALS = ("torch", "eager", "compiled", "torch compiled", "ours compiled", *PEERS, "floor")
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -238,6 +240,8 @@ def measure(
         "torch": lambda: theirs,
         "eager": lambda: formula,
         "compiled": lambda: torch.compile(formula),
+        "torch compiled": lambda: torch.compile(theirs),
+        "ours compiled": lambda: torch.compile(ours),
     }
     if workload == "logits, index" and len(shape) == 2:
         contenders |= {name: functools.partial(peer, name) for name in PEERS}
