@@ -10,10 +10,10 @@ the medians. The others are torch's own loss ("torch"), the formula by operation
 ("eager"), what torch.compile makes of it ("compiled") and of torch's own loss ("torch compiled"),
 and torchlosses in a compiled graph ("ours compiled"). Liger-Kernel and quack, where they are
 installed, are beside it from logits. The floor reads each argument once, and allocates and writes
-the gradient once; beside it stands how many times as long as the floor torchlosses takes. `memory` is the peak of what is allocated beyond the
-arguments, in units of the input's size. `GB/s` counts the same bytes as the floor, over the time of
-torchlosses, and `of copy` divides that by what a plain copy reads and writes a second. A CSV with
-all times, and a picture, go to `runs/`.
+the gradient once; beside it stands how many times as long as the floor torchlosses takes. `memory`
+is the peak of what is allocated beyond the arguments, in units of the input's size. `GB/s` counts
+the same bytes as the floor, over the time of torchlosses, and `of copy` divides that by what a
+plain copy reads and writes a second. A CSV with all times, and a picture, go to `runs/`.
 
 On the CPU all is measured twice, in processes of their own: with malloc as it is ("default"), where
 the C library gives large tensors back at once and each new one pays for fresh pages, and with freed
