@@ -169,6 +169,8 @@ def test_logits_of_one_class(is_linear: bool, is_index: bool, device: str) -> No
     if is_index:
         target = torch.zeros(4, dtype=torch.int64, device=device)
     message = words("input", "one class, in dimension 1", "torch.cat", "BCEWithLogitsLoss")
+    if is_linear:
+        message = words("linear_weight", "one class", "nn.Linear", "BCEWithLogitsLoss")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("default")
         for _ in range(3):

@@ -117,15 +117,16 @@ def test_the_operators_are_what_they_say(
     reduction = "none" if is_late else "mean"
     weights = (None, torch.rand(6, device=device))
     if kind == "linear":
-        w = torch.randn(5, 5, device=device, requires_grad=True)
+        w = torch.randn(5, 5, device=device).t().requires_grad_()
         b = torch.randn(5, device=device)
         options = options_of("logits", is_index, reduction)
-        for needs in ([True, True, False, False], [False, True, False, False]):
-            x = y if needs[0] else y.detach()
+        for size, needs in ((6, [True, True, False, False]), (0, [False, True, False, False])):
+            x = y[:size].detach().requires_grad_(needs[0])
             torch.library.opcheck(
                 linear.LINEAR_LOSS.overload,
-                (x, w, b, t, *weights, None, None, needs, is_late, torch.float32, *options),
-            )
+                (x, w, b, t[:size], None, weights[1][:size], None, None, needs, is_late,
+                 torch.float32, *options),
+            )  # fmt: skip
         return
     if kind == "squares" and not is_index:
         weights = (None, torch.rand(6, 1, device=device))
@@ -227,3 +228,29 @@ def test_a_module_with_a_loss_trains(device: str) -> None:
     parameters = list(network.parameters())
     expected = torch.autograd.grad(step(x, t), parameters)
     torch.testing.assert_close(torch.autograd.grad(compiled(x, t), parameters), expected)
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_class_in_a_mean_spoils_its_own_sample(
+    kind: str, is_weighted: bool, device: str
+) -> None:
+    y, _ = (x.to(device) for x in batch(is_index=True))
+    t = torch.tensor([1, 7, -100, 2, -1, 0], device=device)
+    options: dict[str, Any] = {"reduction": "mean", "sample_weight": torch.rand(6, device=device)}
+    if is_weighted and kind != "squares":
+        options["weight"] = torch.rand(5, device=device)
+    loss = torch.compile(LOSSES[kind], fullgraph=True, backend="aot_eager")(y, t, **options)
+    assert loss.isnan()
+    (gradient,) = torch.autograd.grad(loss, y)
+    valid = (t >= 0) & (t < 5)
+    assert gradient.isnan().all(1).tolist() == [False, True, False, False, True, False]
+    counts = t.where(valid, 0)  # What names no class counts as the first in the divisor.
+    scale = options["sample_weight"]
+    if "weight" in options:
+        scale = scale * options["weight"][counts]
+    scale = scale.where(t != -100, 0).sum() * (5 if kind == "squares" else 1)
+    options["reduction"] = "sum"
+    right = LOSSES[kind](y, t.where(valid, -100), **options) / scale
+    (expected,) = torch.autograd.grad(right, y)
+    torch.testing.assert_close(gradient[valid], expected[valid])

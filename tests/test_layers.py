@@ -123,6 +123,10 @@ def offload(criterion: LinearCrossEntropyError) -> None:
     criterion.linear.forward = lambda input: forward(input * 3)  # type: ignore[method-assign]
 
 
+def script(criterion: LinearCrossEntropyError, way: Callable[[nn.Module], Any]) -> None:
+    criterion.linear = way(criterion.linear)
+
+
 def set_weight(criterion: LinearCrossEntropyError) -> None:
     weight = criterion.linear.weight.detach().as_subclass(OwnProduct)
     criterion.linear.weight = nn.Parameter(weight)
@@ -146,6 +150,13 @@ CHANGES: dict[str, tuple[Callable[[LinearCrossEntropyError], Any], bool]] = {
     "hook-backward": (functools.partial(hook, way="backward"), False),
     "hook-backward-pre": (functools.partial(hook, way="backward-pre"), False),
     "instance": (offload, False),
+    "scripted": (functools.partial(script, way=torch.jit.script), False),
+    "traced": (
+        functools.partial(
+            script, way=lambda layer: torch.jit.trace(layer, torch.rand(3, FEATURES).double())
+        ),
+        False,
+    ),
     "weight-subclass": (set_weight, True),
 }
 
@@ -202,8 +213,10 @@ def test_the_loss_is_that_of_the_layer(name: str, bias: bool, path: str) -> None
 
 
 # Dynamo calls no hook of a gradient within a graph and no __call__ of a subclass, and does not
-# trace what the subclass of a tensor does.
-UNTRACED = ("subclass-call", "hook-backward", "hook-backward-pre", "weight-subclass")
+# trace what the subclass of a tensor does, or a script.
+UNTRACED = (
+    "subclass-call", "hook-backward", "hook-backward-pre", "weight-subclass", "scripted", "traced",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in CHANGES if name not in UNTRACED])

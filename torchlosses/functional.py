@@ -114,7 +114,7 @@ def linear_cross_entropy_error(
     shape = checks.check_linear(input, linear_weight, linear_bias)
     dim = len(shape) - 1
     is_index = checks.is_class_index(input, shape, target, dim, ignore_index, "logits")
-    _warn_of_one_class(shape[dim], dim)
+    _warn_of_one_class(shape[dim], dim, is_linear=True)
     checks.check_weights(input, shape, weight, dim, sample_weight, shape[:-1], "logits")
     double = input.dtype == torch.float64 or target.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
@@ -134,11 +134,11 @@ torch.fx.wrap("cross_entropy_error")
 torch.fx.wrap("linear_cross_entropy_error")
 
 
-def _warn_of_one_class(num_classes: int, dim: int) -> bool:
+def _warn_of_one_class(num_classes: int, dim: int, *, is_linear: bool) -> bool:
     """Whether there is one class alone, of which the user is warned."""
     if type(num_classes) is not int or num_classes != 1:
         return False
-    checks.warn_of_one_class(dim)
+    checks.warn_of_one_class(dim, is_linear=is_linear)
     return True
 
 
@@ -167,7 +167,7 @@ def _compute(
     if kind != "squares" and input.dim() == 0 and target.shape == input.shape:
         input, target = input.unsqueeze(0), target.unsqueeze(0)  # One class, and no dimension.
     is_index = checks.is_class_index(input, input.shape, target, dim, ignore_index)
-    if kind == "logits" and _warn_of_one_class(input.shape[dim], dim):
+    if kind == "logits" and _warn_of_one_class(input.shape[dim], dim, is_linear=False):
         form = None  # Never a known call: a call from another place warns too.
     if weight is not None or sample_weight is not None:
         is_like_target = is_index or kind == "squares"

@@ -482,25 +482,22 @@ class Operator:
         return loss
 
     def _split(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """Tensors, upstream, needs, is_late, extra and call of the operator's arguments."""
-        tensors, (numbers, upstream, needs, is_late, *rest) = (
-            inputs[: self.tensors], inputs[self.tensors :],
-        )  # fmt: skip
+        """Tensors, numbers, upstream, needs, is_late, extra and call of the arguments."""
+        tensors, options = inputs[: self.tensors], inputs[self.tensors :]
+        numbers, upstream, needs, is_late, *rest = options
         call = Call(*rest[self.extra :])
-        if numbers is not None:
-            delta, smoothing = numbers.tolist()
-            call = call._replace(delta=delta, label_smoothing=smoothing)
-        return tensors, upstream, needs, is_late, rest[: self.extra], call
+        return tensors, numbers, upstream, needs, is_late, rest[: self.extra], call
 
     def _run(self, *inputs: Any) -> list[Tensor]:
-        tensors, upstream, needs, is_late, extra, call = self._split(inputs)
+        tensors, numbers, upstream, needs, is_late, extra, call = self._split(inputs)
+        call = _with_numbers(call, numbers)
         input, device = tensors[0], tensors[0].device
         if is_late and upstream is None:
             needs = (False,) * self.count
         if input.numel() == 0:  # Nothing to launch a kernel for: a sum, and no slopes.
             loss = self.formula(*extra)(call, *tensors)
             layer = zip(tensors[: self.count], needs, strict=True)
-            return [loss, *(torch.zeros_like(t) for t, needed in layer if needed)]
+            return [loss, *(t.new_zeros(t.shape) for t, needed in layer if needed)]
         kernels = kernels_of(device, call.kind)
         if kernels is not None:
             try:
@@ -515,10 +512,8 @@ class Operator:
         )
 
     def _fake(self, *inputs: Any) -> list[Tensor]:
-        tensors, (_, upstream, needs, is_late, *rest) = (
-            inputs[: self.tensors], inputs[self.tensors :],
-        )  # fmt: skip
-        call, input = Call(*rest[self.extra :]), tensors[0]
+        tensors, _, upstream, needs, is_late, _, call = self._split(inputs)
+        input = tensors[0]
         shape: Sequence[int] = ()
         if call.reduction == "none":
             shape = list(input.shape)
@@ -532,30 +527,36 @@ class Operator:
 
     def _save(self, ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
         tensors = inputs[: self.tensors + 1]  # And numbers.
-        ctx.options = inputs[self.tensors + 2 :]
-        _, ctx.is_late, *_ = ctx.options
-        ctx.save_for_backward(*tensors, *(() if ctx.is_late else output[1:]))
+        _, is_late, *_ = ctx.options = inputs[self.tensors + 2 :]
+        ctx.save_for_backward(*tensors, *(() if is_late else output[1:]))
 
     def _backward(self, ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         saved, upstream = ctx.saved_tensors, grads[0]
         inputs = (*saved[: self.tensors + 1], upstream, *ctx.options)
-        needs, call = ctx.options[0], Call(*ctx.options[2 + self.extra :])
+        tensors, numbers, _, needs, is_late, extra, call = self._split(inputs)
         if torch.is_grad_enabled():  # To be differentiated again.
-            tensors, _, _, _, extra, call = self._split(inputs)
+            call = _with_numbers(call, numbers)
             gradients = by_formula(self.formula(*extra), call, tensors, needs, upstream)
         else:
-            if ctx.is_late:
+            if is_late:
                 made = self.overload(*inputs)[1:]
             else:
-                layer = zip(saved[: self.count], needs, strict=True)
+                layer = zip(tensors[: self.count], needs, strict=True)
                 upstream = torch.ops.torchlosses.depending(upstream, [t for t, n in layer if n])
                 made = [gradient * upstream for gradient in saved[self.tensors + 1 :]]
                 if needs[0] and call.is_index:  # 0 times what is not finite is NaN.
-                    kept: Any = Classes(saved[self.count - 1], 1, call.ignore_index).kept
+                    kept: Any = Classes(tensors[self.count - 1], 1, call.ignore_index).kept
                     made[0] = made[0].where(kept.unsqueeze(call.dim), 0)
             remaining = iter(made)
             gradients = [next(remaining) if needed else None for needed in needs]
         return (*gradients, *[None] * (len(inputs) - self.count))
+
+
+def _with_numbers(call: Call, numbers: Tensor | None) -> Call:
+    if numbers is None:
+        return call
+    delta, smoothing = numbers.tolist()
+    return call._replace(delta=delta, label_smoothing=smoothing)
 
 
 def _bind(kernels: Kernels) -> Callable[..., Any]:

@@ -43,8 +43,8 @@ has_global_hook: Callable[[], int] = getattr(module, "_has_any_global_hook", che
 def is_plain(layer: nn.Module) -> bool:
     """Whether calling a layer is F.linear by its weight and bias, and nothing else."""
     return (
-        type(layer).forward is LINEAR_FORWARD
-        and type(layer).__call__ is nn.Module.__call__
+        getattr(type(layer), "forward", None) is LINEAR_FORWARD  # A scripted layer's has none.
+        and type(layer).__call__ is nn.Module.__call__  # Of now: torch.fx sets another.
         and "forward" not in vars(layer)  # As accelerate's offloading sets it.
         and not (
             layer._forward_hooks

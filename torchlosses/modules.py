@@ -289,11 +289,12 @@ class LinearCrossEntropyError(nn.Module):
     The layer is an :class:`torch.nn.Linear` by the name of ``linear``, as in
     :class:`torch.nn.LinearCrossEntropyLoss`, whose state dict can be loaded. The loss is that of
     ``self.linear(input)``, whatever another library puts there: an adapter, a quantized layer, one
-    with hooks. The logits of a layer that is not plain are all there at once. A weight that is
-    another module's too, such as an embedding's, is set as ``linear.weight``, or goes to
-    :func:`torchlosses.functional.linear_cross_entropy_error`. Several processes can share the
-    classes, with a weight that is a :class:`~torch.distributed.tensor.DTensor` of placement
-    ``Shard(0)``. Under `fully_shard`, wrap this module or one around it.
+    with hooks. The logits of a layer that is not plain are all there at once, and what ignored rows
+    hold goes through it. A weight that is another module's too, such as an embedding's, is set as
+    ``linear.weight``, or goes to :func:`torchlosses.functional.linear_cross_entropy_error`. Several
+    processes can share the classes, with a weight that is a
+    :class:`~torch.distributed.tensor.DTensor` of placement ``Shard(0)``. Under `fully_shard`, wrap
+    this module or one around it.
 
     Source: the formula, K. Saitō, *Deep Learning from Scratch*, ch. 4; to take it a part of the
     logits at a time, E. Wijmans et al., *Cut Your Losses in Large-Vocabulary Language Models*.

@@ -501,8 +501,9 @@ def _samples(g, block, P: tl.constexpr, BLOCK: tl.constexpr):
     """The samples of a block.
 
     Their numbers in it, that of the first, their places in outer and inner, which exist, which are
-    used, their class, their weight, and that times the weight of their class: 0 if ignored, NaN if
-    of no class.
+    used, their class, their weight, 0 if ignored and NaN if of no class, and what they count in a
+    mean: that times the weight of their class, where no class counts as the first, as in the
+    formula.
     """
     i = tl.cast(0, tl.int32) if BLOCK == 1 else tl.arange(0, BLOCK)
     if P.IS_SPATIAL:
@@ -532,10 +533,11 @@ def _samples(g, block, P: tl.constexpr, BLOCK: tl.constexpr):
         label = label.to(tl.int64)
         is_class = label.to(tl.uint64) < _classes(g, P).to(tl.uint64)  # And not below 0.
         is_used = is_kept & is_class
-        weight = tl.where(is_kept, tl.where(is_class, weight, float("nan")), 0)
-        counted = weight
+        counted = tl.where(is_kept, weight, 0)
+        weight = tl.where(is_class, counted, tl.where(is_kept, float("nan"), 0))
         if g.class_weight_ptr is not None:
-            counted *= tl.load(g.class_weight_ptr + label, mask=is_used, other=1).to(P.DTYPE)
+            pointers = g.class_weight_ptr + tl.where(is_class, label, 0)
+            counted *= tl.load(pointers, mask=is_kept, other=0).to(P.DTYPE)
         label = tl.where(is_used, label, -1).to(P.INDEX)
     return i, first, outside, inside, is_there, is_used, label, weight, counted
 
