@@ -1160,15 +1160,28 @@ def a_linear_layer_in_a_module(kind: str) -> None:
 
 
 @case()
+def a_linear_layer_that_is_cut_alone_puts_itself_together() -> None:
+    torch.manual_seed(0)
+    criterion = LinearCrossEntropyError(4, 8)
+    weight = criterion.linear.weight.detach().clone().requires_grad_()
+    x, t = torch.randn(8, 4), torch.randint(8, (8,))
+    fully_shard(criterion.linear)
+    loss, expected = criterion(x, t), linear_cross_entropy_error(x, weight, t)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    grad: Any = criterion.linear.weight.grad
+    torch.testing.assert_close(grad.full_tensor(), weight.grad)
+
+
+@case()
 def a_linear_layer_that_is_not_served_is_an_error() -> None:
     mesh = meshes()[0]
     x, w, t = torch.randn(8, 4), torch.randn(8, 4), torch.randint(8, (8,))
     by_class = spread(w, mesh, [Shard(0)])
     everywhere = spread(x, mesh, [Replicate()])
-    criterion = LinearCrossEntropyError(4, 8)
-    fully_shard(criterion.linear)
     with raised(ValueError, "input: got a plain tensor beside a DTensor", "fully_shard"):
-        criterion(x, t)
+        linear_cross_entropy_error(x, by_class, t)
     with raised(ValueError, "linear_weight: got a plain tensor"):
         linear_cross_entropy_error(everywhere, w, t)
     with raised(ValueError, "linear_weight: got placements", "expected", r"Shard\(0\)"):

@@ -279,8 +279,7 @@ class LinearCrossEntropyError(nn.Module):
         ValueError: an unknown `reduction`, a `delta` that is negative or not finite, a
             `label_smoothing` outside [0, 1] or a `weight` that is not (V,), when the module is
             made. In the call: shapes that do not fit, tensors on different devices, `ignore_index`
-            set beside a dense target, a layer whose weight
-            :func:`torch.distributed.fsdp.fully_shard` has cut and not put together.
+            set beside a dense target.
         TypeError: an `input` that is not floating or not in the layer's dtype, a complex tensor, a
             floating or boolean `target` where only class indices fit.
         IndexError: a class index out of range, on the CPU. On another device, under `torch.compile`
