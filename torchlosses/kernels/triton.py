@@ -534,7 +534,7 @@ def _samples(g, block, P: tl.constexpr, BLOCK: tl.constexpr):
         is_class = label.to(tl.uint64) < _classes(g, P).to(tl.uint64)  # And not below 0.
         is_used = is_kept & is_class
         counted = tl.where(is_kept, weight, 0)
-        weight = tl.where(is_class, counted, tl.where(is_kept, float("nan"), 0))
+        weight = tl.where(is_kept, tl.where(is_class, weight, float("nan")), 0)
         if g.class_weight_ptr is not None:
             pointers = g.class_weight_ptr + tl.where(is_class, label, 0)
             counted *= tl.load(pointers, mask=is_kept, other=0).to(P.DTYPE)
@@ -628,7 +628,7 @@ def _loss_kernel(
             g, block, P, P.SAMPLES
         )
         if not P.IS_SMOOTH:  # Which has the weights of all classes, each at its place.
-            weight = counted
+            weight = tl.where(weight == weight, counted, weight)  # NaN if of no class.
         if P.IS_COUNTED and P.HAS_GRADIENT:
             weight *= lift
         classes, inner = _classes(g, P), _inner(g, P)
