@@ -733,6 +733,8 @@ def flattens_over_time() -> bool:
 def logits_cut_over_time_and_flattened(mode: str) -> None:
     if not flattens_over_time():
         return
+    if mode == "compiled" and torch.__version__ < "2.13":
+        return  # torch 2.12 compiles no flattened DTensor, with or without a loss.
 
     # A graph takes longer the more there is in it, and two processes suffice for the rest.
     few = mode == "compiled" or dist.get_world_size() > 2
