@@ -218,12 +218,11 @@ def is_class_index(
 
 def warn_of_one_class(dim: int, *, is_linear: bool) -> None:
     """Warns that a softmax over one class learns nothing."""
-    got, remedy = (
-        f"input: got logits of one class, in dimension {dim}",
-        (f"pass torch.cat([torch.zeros_like(z), z], {dim}) with class indices, or "),
-    )
     if is_linear:
         got, remedy = "linear_weight: got one class", "use torch.nn.Linear and "
+    else:
+        got = f"input: got logits of one class, in dimension {dim}"
+        remedy = f"pass torch.cat([torch.zeros_like(z), z], {dim}) with class indices, or "
     warn(
         f"{got}; the softmax of one logit is 1, so the loss stays 0 and so does its gradient. "
         f"Expected at least 2 classes: for two classes by one logit z, {remedy}"
