@@ -4,7 +4,7 @@ What they compute is tested with the losses. To look for errors that no test of 
 
     FLAGS="-std=c++17 -O1 -g -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi"
     g++ $FLAGS -fsanitize=address,undefined -shared -fPIC $(python3-config --includes) \
-        torchlosses/kernels/cpu.cpp -o torchlosses/kernels/_cpu.abi3.so
+        torchlosses/kernels/cpu/module.cpp -o torchlosses/kernels/cpu/_cpu.abi3.so
     LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
         ASAN_OPTIONS=detect_leaks=0 FUZZ_CASES=10000 python -m pytest -m "fuzz or not fuzz" \
         tests/test_kernels.py tests/test_values.py tests/test_fuzz.py
@@ -33,10 +33,10 @@ from torchlosses import formulas
 from torchlosses.formulas import Call, Result
 from torchlosses.functional import sum_squared_error
 
-if importlib.util.find_spec("torchlosses.kernels._cpu") is None:
-    pytest.skip("there was no compiler", allow_module_level=True)
-
-from torchlosses.kernels import _cpu, cpu
+cpu: Any = pytest.importorskip(
+    "torchlosses.kernels.cpu", reason="there was no compiler", exc_type=ImportError
+)
+_cpu = cpu._cpu
 
 ROOT = Path(__file__).parents[1]
 Array = NDArray[Any]
@@ -106,7 +106,8 @@ def test_exponential_and_logarithm(dtype: Any, wide: Any, least: float) -> None:
 
 def squares(input: Tensor, target: Tensor, needs: tuple[bool, bool]) -> Result:
     call = Call("squares", False, input.dim() - 1, "none", -100, torch.float32)
-    return cpu.compute(call, input, target, None, None, needs)
+    result: Result = cpu.compute(call, input, target, None, None, needs)
+    return result
 
 
 @pytest.mark.usefixtures("_target")

@@ -1,106 +1,8 @@
-// A loss of tensors that lie in order, and its gradients: what a call is, how it is cut into stretches
-// for threads, and which instructions it is computed by.
+// How a call is run: by which instructions, and in which stretches for threads.
 
 #pragma once
 
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
-
-#define INLINE inline __attribute__((always_inline))
-#define INLINED __attribute__((always_inline))  // Of a lambda.
-
-namespace {
-
-// ---- What a call is
-
-enum Kind { SQUARES, PROBABILITIES, LOGITS };
-enum Reduction { SUM, MEAN, BATCHMEAN, NONE };
-enum Storage {
-    FLOAT32, FLOAT64, BFLOAT16, FLOAT16,
-    UINT8, INT8, INT16, INT32, INT64, UINT16, UINT32, UINT64, BOOL,
-};
-constexpr int64_t SIZES[] = {4, 8, 2, 2, 1, 1, 2, 4, 8, 2, 4, 8, 1};
-constexpr const char *KINDS[] = {"squares", "probabilities", "logits"};
-constexpr const char *REDUCTIONS[] = {"sum", "mean", "batchmean", "none"};
-
-// The stretches of a job are the same for any number of threads, and so is each one's sum.
-constexpr int64_t STRETCHES = 2048;   // At most.
-constexpr int64_t STRETCH = 16384;    // Elements in one, at least;
-constexpr int64_t GRAIN = 32768;      // and of what a thread is given.
-constexpr int64_t WITH_GIL = 16384;   // Elements that are done before another thread would wake.
-constexpr int64_t LEAST_ROW = 32;     // Classes from which a row fills vectors by itself.
-constexpr int64_t STREAMED = 1 << 25;  // Bytes of a gradient that leave the cache anyway.
-constexpr int64_t NO_MEMORY = -1;     // As a bad position.
-// Where weights add up to less, the inverse of their sum may overflow; see `lifted` in formulas.py.
-constexpr double LEAST_DIVISOR = 0x1p-120, LIFT = 0x1p64;
-
-struct Job {
-    Kind kind;
-    Reduction reduction;
-    bool is_index, is_double;
-    bool is_of_class;       // One entry of a row counts.
-    bool is_elementwise;    // Nothing depends on where in a row an element stands.
-    bool is_side_by_side;   // Samples are the lanes of vectors, not classes.
-    bool weighs_elements;   // By `sample_weight`.
-    bool has_upstreams;     // One per loss.
-    bool is_guarded, is_smooth;
-    bool streams = false;   // Gradients go to memory past the cache.
-    Storage input_storage, target_storage;
-    const void *input, *target;
-    const void *weight, *sample_weight, *upstream;  // Like losses in the dtype of computation.
-    void *losses, *grad_input, *grad_target;
-    int64_t classes, inner, samples, elements;  // samples = outer · inner
-    int64_t ignore_index;
-    double delta, smoothing, uniform, divisor;  // uniform = smoothing / classes
-    double lift;  // A factor of the weights, and within the divisor.
-    int64_t group, stretch;  // Samples in each.
-    void (*run)(int64_t, int64_t, void *);
-    double sums[STRETCHES];
-    std::atomic<int64_t> bad{INT64_MAX};  // The first sample whose class is none.
-
-    // The element of a class of a sample.
-    int64_t place(int64_t sample, int64_t c) const {
-        return inner == 1 ? sample * classes + c
-                          : (sample / inner * classes + c) * inner + sample % inner;
-    }
-    void note_bad(int64_t sample) {
-        int64_t known = bad.load(std::memory_order_relaxed);
-        while (sample < known && !bad.compare_exchange_weak(known, sample)) {
-        }
-    }
-};
-
-// Class indices as int64; for those beyond it, `none`.
-template <class T>
-void labels_as(const void *from, int64_t start, int64_t n, int64_t *to, int64_t none = 0) {
-    const T *values = (const T *)from + start;
-    for (int64_t i = 0; i < n; i++)
-        to[i] = sizeof(T) == 8 && T(-1) > T(0) && int64_t(values[i]) < 0 ? none
-                                                                         : int64_t(values[i]);
-}
-void load_labels(const Job &job, int64_t start, int64_t n, int64_t *to) {
-    switch (job.target_storage) {
-        case INT64: return labels_as<int64_t>(job.target, start, n, to);
-        case INT32: return labels_as<int32_t>(job.target, start, n, to);
-        case INT16: return labels_as<int16_t>(job.target, start, n, to);
-        case INT8: return labels_as<int8_t>(job.target, start, n, to);
-        case UINT8: return labels_as<uint8_t>(job.target, start, n, to);
-        case UINT16: return labels_as<uint16_t>(job.target, start, n, to);
-        case UINT32: return labels_as<uint32_t>(job.target, start, n, to);
-        default: break;
-    }
-    const int64_t none = job.ignore_index == INT64_MAX ? -1 : INT64_MAX;  // Not ignored either.
-    labels_as<uint64_t>(job.target, start, n, to, none);
-}
-
-}  // namespace
+#include "job.h"
 
 // ---- The kernels, for each instruction set
 
@@ -120,21 +22,21 @@ void load_labels(const Job &job, int64_t start, int64_t n, int64_t *to) {
 BEGIN_TARGET(AVX512)
 #define NAMESPACE avx512
 #define BYTES 64
-#include "cpu.h"
+#include "kernels.h"
 #undef NAMESPACE
 #undef BYTES
 END_TARGET
 BEGIN_TARGET(AVX2)
 #define NAMESPACE avx2
 #define BYTES 32
-#include "cpu.h"
+#include "kernels.h"
 #undef NAMESPACE
 #undef BYTES
 END_TARGET
 #endif
 #define NAMESPACE baseline
 #define BYTES 16
-#include "cpu.h"
+#include "kernels.h"
 
 namespace {
 

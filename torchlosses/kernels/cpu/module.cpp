@@ -13,7 +13,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "job.h"
+#include "run.h"
 
 namespace {
 
@@ -424,7 +424,7 @@ PyObject *py_serve(PyObject *, PyObject *const *args, Py_ssize_t count) {
 }
 
 // set_up(address of torch_parallel_for or None, dtypes in the order of Storage, 0-D tensors of
-// float32 and float64, torch.empty_like, functions of `cpu.py`, types of tensors, functions that say
+// float32 and float64, torch.empty_like, functions of `__init__.py`, types of tensors, functions that say
 // whether a call is seen, torch.is_grad_enabled, and the module torch.autograd.forward_ad)
 PyObject *py_set_up(PyObject *, PyObject *const *args, Py_ssize_t count) {
     PyObject **const given[] = {&dtypes, &scalars, &empty_like, &expand,

@@ -1,4 +1,4 @@
-"""Loss and gradient in one pass on the CPU: what the kernels of `cpu.cpp` need of Python.
+"""Loss and gradient in one pass on the CPU: what the kernels of `module.cpp` need of Python.
 
 Without a compiler at installation there are none, and this module cannot be imported.
 """
@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 
 from torchlosses import checks
 from torchlosses.formulas import Call
-from torchlosses.kernels import _cpu
-from torchlosses.kernels._cpu import compute, find_key, rescale, serve
+from torchlosses.kernels.cpu import _cpu
+from torchlosses.kernels.cpu._cpu import compute, find_key, rescale, serve
 
 __all__ = ["LOSSES", "compute", "empty", "find_key", "rescale", "serve"]
 

@@ -1,4 +1,4 @@
-"""The extension module of `cpu.cpp`; there is none where no compiler was."""
+"""The extension module of `module.cpp`; there is none where no compiler was."""
 
 from collections.abc import Callable, Sequence
 from types import ModuleType

@@ -1,0 +1,328 @@
+// The losses.
+
+namespace NAMESPACE {
+namespace {
+
+template <class F, bool SIDE, bool INDEX> void squares(const Job &job, Tile<F, SIDE> &tile) {
+    using S = Vectors<F>;
+    using V = typename S::V;
+    const Room<F> &room = tile.room;
+    Group<F> &group = tile.group;
+    const bool has_losses = job.reduction == NONE;
+    void *each_loss = has_losses ? job.losses : nullptr;
+    const auto scale = tile.of_sample(group.scale), factor = tile.of_sample(group.factor);
+    const V one = S::splat(1), zero = {}, lift = S::splat(F(job.lift));
+    V losses[Tile<F, SIDE>::VECTORS] = {};
+    while (tile.next()) {
+        const auto y = tile.load(job.input, job.input_storage, room.input);
+        Block<F> t{}, w{}, u{};
+        if (!INDEX) t = tile.load(job.target, job.target_storage, room.target);
+        if (job.weighs_elements) w = tile.direct(job.sample_weight);
+        if (has_losses && job.has_upstreams) u = tile.load(job.upstream, OWN<F>, room.gated);
+        const auto slope = tile.place(job.grad_input, job.input_storage, room.grad_input);
+        const auto slope_t = tile.place(job.grad_target, job.target_storage, room.grad_target);
+        const auto loss = tile.place(each_loss, OWN<F>, room.exponentials);
+        const auto difference = [&](auto at) INLINED {
+            return y.get(at) - (INDEX ? tile.one_hot(at, one, zero) : t.get(at));
+        };
+        const auto half_square = [](V d) INLINED { return d * F(0.5) * d; };
+        // Apart, so that nothing is decided for each vector in the loops that training runs.
+        if (w || u || loss || slope_t) {
+            tile.add(losses, [&](V &total, auto at) INLINED {
+                V d = difference(at), f = factor(at), term = half_square(d);
+                if (w) {
+                    const V weight = w.get(at) * lift;
+                    term = weight * d * (d * F(0.5)), f *= weight;
+                }
+                if (u) f *= u.get(at);
+                if (loss) loss.set(at, tile.kept(scale(at) * term, at));
+                total += at.unseen(term);
+                if (slope) slope.set(at, tile.kept(d * f, at));
+                if (slope_t) slope_t.set(at, -d * f);
+            });
+        } else if (slope) {
+            tile.add(losses, [&](V &total, auto at) INLINED {
+                V d = difference(at);
+                total += at.unseen(half_square(d));
+                slope.set(at, tile.kept(d * factor(at), at));
+            });
+        } else {
+            tile.add(losses, [&](V &total, auto at) INLINED {
+                total += at.unseen(half_square(difference(at)));
+            });
+        }
+        tile.store(job.grad_input, job.input_storage, room.grad_input);
+        tile.store(job.grad_target, job.target_storage, room.grad_target);
+        tile.store(each_loss, OWN<F>, room.exponentials);
+    }
+    tile.each_sample([&](int64_t v, auto at) INLINED {
+        tile.set_loss(tile.over_lanes(losses[v]), at);
+    });
+}
+
+// Targets as the cross-entropy takes them: smoothed, and made on the spot from class indices.
+template <class F, bool SIDE, bool INDEX> struct Soft {
+    using S = Vectors<F>;
+    using V = typename S::V;
+    const Tile<F, SIDE> &tile;
+    const F *weight;
+    const typename Tile<F, SIDE>::OfSample factor;
+    V rest, uniform, on;
+    bool is_smooth;
+    Block<F> target{};
+
+    Soft(const Job &job, const Tile<F, SIDE> &tile)
+        : tile(tile), weight((const F *)job.weight), factor(tile.of_sample(tile.group.factor)),
+          rest(S::splat(F(1 - job.smoothing))), uniform(S::splat(F(job.uniform))),
+          on(rest + uniform), is_smooth(job.is_smooth) {
+        if (!INDEX) target = tile.load(job.target, job.target_storage, tile.room.target);
+    }
+    template <class At> INLINE V value(At at) const {
+        if constexpr (INDEX) return tile.one_hot(at, on, uniform);
+        V t = target.get(at);
+        return is_smooth ? t * rest + uniform : t;
+    }
+    template <class At> INLINE V weighted(V t, At at) const {
+        return weight ? t * tile.of_class(weight, at) : t;
+    }
+    // The gradient by a target.
+    template <class At> INLINE V slope(V log, At at) const {
+        return weighted(log, at) * -rest * factor(at);
+    }
+};
+
+template <class F, bool SIDE, bool INDEX> void probabilities(const Job &job, Tile<F, SIDE> &tile) {
+    using V = typename Vectors<F>::V;
+    const Room<F> &room = tile.room;
+    const V delta = V{} + F(job.delta), one = V{} + F(1);
+    const bool is_guarded = job.is_guarded;
+    V losses[Tile<F, SIDE>::VECTORS] = {};
+    while (tile.next()) {
+        const auto y = tile.load(job.input, job.input_storage, room.input);
+        const Soft<F, SIDE, INDEX> soft(job, tile);
+        const auto slope = tile.place(job.grad_input, job.input_storage, room.grad_input);
+        const auto slope_t = tile.place(job.grad_target, job.target_storage, room.grad_target);
+        tile.add(losses, [&](V &total, auto at) INLINED {
+            V guarded = y.get(at) + delta, t = soft.value(at), wt = soft.weighted(t, at);
+            // Without a guard 0·log 0 is 0, but a class weight of 0 leaves it NaN.
+            if (!is_guarded) guarded = ((t == F(0)) & (guarded == F(0))) ? one : guarded;
+            V log = logarithm<F>(guarded);
+            total -= at.unseen(wt * log);
+            if (slope) slope.set(at, tile.kept(-wt * soft.factor(at) / guarded, at));
+            if (slope_t) slope_t.set(at, soft.slope(log, at));
+        });
+        tile.store(job.grad_input, job.input_storage, room.grad_input);
+        tile.store(job.grad_target, job.target_storage, room.grad_target);
+    }
+    tile.each_sample([&](int64_t v, auto at) INLINED {
+        tile.set_loss(tile.over_lanes(losses[v]), at);
+    });
+}
+
+// The exponentials of a tile's logits, less the greatest, and their sums.
+template <class F, bool SIDE> struct Softmax {
+    using S = Vectors<F>;
+    using V = typename S::V;
+    Tile<F, SIDE> &tile;
+    const Job &job;
+    const bool keeps;  // The exponentials, for later passes.
+    V most[Tile<F, SIDE>::VECTORS], sum[Tile<F, SIDE>::VECTORS];
+
+    Softmax(const Job &job, Tile<F, SIDE> &tile, bool is_needed)
+        : tile(tile), job(job), keeps(is_needed && tile.classes * tile.width <= ROW) {
+        // What has to be brought together, or converted, is kept from the first pass on.
+        const bool copies = keeps && (SIDE || !tile.is_direct(job.input_storage));
+        for (int v = 0; v < tile.vectors; v++) most[v] = S::splat(-F(INFINITY)), sum[v] = V{};
+        while (tile.next()) {
+            const auto x = logits(), copy = kept();
+            tile.fold(most, [&](V &m, auto at) INLINED {
+                V z = x.get(at);
+                m = S::larger(z, m);
+                if (copies) copy.set(at, z);
+            });
+        }
+        if (!SIDE) most[0] = S::splat(S::largest(most[0]));
+        while (tile.next()) {
+            const auto e = kept(), x = copies ? e : logits();
+            tile.add(sum, [&](V &total, auto at) INLINED {
+                V value = exponential<F>(x.get(at) - most[at.v]);
+                if (keeps) e.set(at, value);
+                total += at.unseen(value);
+            });
+        }
+        for (int v = 0; v < tile.vectors; v++) sum[v] = tile.over_lanes(sum[v]);
+    }
+    Block<F> logits() const { return tile.load(job.input, job.input_storage, tile.room.input); }
+    Block<F> kept() const { return tile.whole(tile.room.exponentials); }
+    // Of the block at hand, from what is kept or else from logits.
+    INLINE Block<F> source() const { return keeps ? kept() : logits(); }
+    template <class At> INLINE V exponent(const Block<F> &source, At at) const {
+        V value = source.get(at);
+        return keeps ? value : exponential<F>(value - most[at.v]);
+    }
+};
+
+template <class F, bool SIDE, bool INDEX> void logits(const Job &job, Tile<F, SIDE> &tile) {
+    using S = Vectors<F>;
+    using V = typename S::V;
+    struct Sums {
+        V loss, gated;
+        INLINE void operator+=(const Sums &part) { loss += part.loss, gated += part.gated; }
+    };
+    const Room<F> &room = tile.room;
+    const V delta = V{} + F(job.delta), least = V{} - F(INFINITY);
+    const bool is_guarded = job.is_guarded, is_learning = job.grad_input != nullptr;
+    const auto factor = tile.of_sample(tile.group.factor);
+    const Softmax<F, SIDE> softmax(job, tile, true);
+    const bool keeps = softmax.keeps && is_learning;
+    V inverse[Tile<F, SIDE>::VECTORS], log_sum[Tile<F, SIDE>::VECTORS];
+    Sums sums[Tile<F, SIDE>::VECTORS];
+    tile.each_sample([&](int64_t v, auto) INLINED {
+        inverse[v] = F(1) / softmax.sum[v];
+        log_sum[v] = logarithm<F>(softmax.sum[v]);
+        sums[v] = Sums{V{}, V{}};
+    });
+    while (tile.next()) {
+        const auto x = is_guarded ? softmax.source() : softmax.logits();
+        const Soft<F, SIDE, INDEX> soft(job, tile);
+        const auto gated = tile.whole(room.gated);
+        const auto slope_t = tile.place(job.grad_target, job.target_storage, room.grad_target);
+        tile.add(sums, [&](Sums &total, auto at) INLINED {
+            V t = soft.value(at), wt = soft.weighted(t, at), log, g = wt;
+            if (is_guarded) {
+                V p = softmax.exponent(x, at) * inverse[at.v], guarded = p + delta;
+                log = logarithm_of_normal<F>(guarded, V{});
+                if (is_learning) g = wt * (p / guarded);
+            } else {
+                log = x.get(at) - softmax.most[at.v] - log_sum[at.v];
+                log = ((t == F(0)) & (log == least)) ? V{} : log;
+            }
+            total.loss -= at.unseen(wt * log);
+            total.gated += at.unseen(g);
+            if (keeps) gated.set(at, g);
+            if (slope_t) slope_t.set(at, soft.slope(log, at));
+        });
+        tile.store(job.grad_target, job.target_storage, room.grad_target);
+    }
+    tile.each_sample([&](int64_t v, auto at) INLINED {
+        tile.set_loss(tile.over_lanes(sums[v].loss), at);
+        sums[v].gated = tile.over_lanes(sums[v].gated);
+    });
+    if (!is_learning) return;
+    while (tile.next()) {
+        const auto x = softmax.source();
+        const auto slope = tile.place(job.grad_input, job.input_storage, room.grad_input);
+        const auto write = [&](auto gated) INLINED {
+            tile.each([&](auto at) INLINED {
+                V p = softmax.exponent(x, at) * inverse[at.v];
+                V g = (p * sums[at.v].gated - gated(p, at)) * factor(at);
+                slope.set(at, tile.kept(g, at));
+            });
+        };
+        if (keeps) {
+            const auto gated = tile.whole(room.gated);
+            write([&](V, auto at) INLINED { return gated.get(at); });
+        } else {
+            const Soft<F, SIDE, INDEX> soft(job, tile);
+            write([&](V p, auto at) INLINED {
+                V wt = soft.weighted(soft.value(at), at);
+                return is_guarded ? wt * (p / (p + delta)) : wt;
+            });
+        }
+        tile.store(job.grad_input, job.input_storage, room.grad_input);
+    }
+}
+
+// −log(p_c + δ) of one class per sample.
+template <class F, bool SIDE> void logits_of_class(const Job &job, Tile<F, SIDE> &tile) {
+    using S = Vectors<F>;
+    using V = typename S::V;
+    const Room<F> &room = tile.room;
+    const Group<F> &group = tile.group;
+    const Softmax<F, SIDE> softmax(job, tile, SIDE || job.grad_input);
+    const bool is_kept = softmax.keeps && job.is_guarded;
+    V gates[Tile<F, SIDE>::VECTORS], factors[Tile<F, SIDE>::VECTORS];
+    tile.each_sample([&](int64_t v, auto at) INLINED {
+        F z[S::W] = {};  // Of the class, or its exponential.
+        for (int k = 0; k < (SIDE ? S::W : 1); k++) {
+            const int j = SIDE ? int(v) * S::W + k : tile.index;
+            const int64_t c = group.label[j];
+            if (c < 0) continue;
+            if (is_kept) z[k] = room.exponentials[c * tile.width + (SIDE ? j : 0)];
+            else LOADS<F>[job.input_storage](job.input, job.place(group.first + j, c), 1, z + k, 1);
+        }
+        V value = SIDE ? S::load(z) : S::splat(z[0]), gate = S::splat(1), log;
+        if (!is_kept) value -= softmax.most[v];
+        if (job.is_guarded) {
+            V p = (is_kept ? value : exponential<F>(value)) / softmax.sum[v];
+            V guarded = p + F(job.delta);
+            log = logarithm<F>(guarded);
+            gate = p / guarded;
+        } else {
+            log = value - logarithm<F>(softmax.sum[v]);
+        }
+        tile.set_loss(-log, at);
+        gates[v] = gate * tile.of_sample(group.factor)(at);
+        factors[v] = gates[v] / softmax.sum[v];
+    });
+    if (!job.grad_input) return;
+    while (tile.next()) {
+        const auto x = softmax.source();
+        const auto slope = tile.place(job.grad_input, job.input_storage, room.grad_input);
+        tile.each([&](auto at) INLINED {
+            V g = softmax.exponent(x, at) * factors[at.v] - tile.one_hot(at, gates[at.v], V{});
+            slope.set(at, tile.kept(g, at));
+        });
+        tile.store(job.grad_input, job.input_storage, room.grad_input);
+    }
+}
+
+// Sets `size` bytes to 0.
+template <class F> void clear(char *start, int64_t size, bool streams) {
+    int64_t i = 0;
+    if (streams && (uintptr_t)start % BYTES == 0)
+        for (; i + BYTES <= size; i += BYTES)
+            Vectors<F>::stream((F *)(start + i), typename Vectors<F>::V{});
+    std::memset(start + i, 0, size - i);
+}
+
+// −log(y_c + δ) of one class per sample; no other element is read.
+template <class F> void probabilities_of_class(const Job &job, Group<F> &group) {
+    using S = Vectors<F>;
+    using V = typename S::V;
+    F y[GROUP];
+    for (int j = 0; j < (group.count + S::W - 1) / S::W * S::W; j++) {
+        const int64_t c = group.label[j];
+        y[j] = 1;
+        if (c < 0) continue;
+        LOADS<F>[job.input_storage](job.input, job.place(group.first + j, c), 1, y + j, 1);
+    }
+    for (int j = 0; j < group.count; j += S::W) {
+        V guarded = S::load(y + j) + F(job.delta);
+        S::store(group.loss + j, -logarithm<F>(guarded) * S::load(group.scale + j));
+        S::store(y + j, -S::load(group.factor + j) / guarded);
+    }
+    for (int j = 0; j < group.count; j++)
+        if (group.label[j] < 0) group.loss[j] = 0;
+    if (!job.grad_input) return;
+    const int64_t size = SIZES[job.input_storage];
+    char *grad = (char *)job.grad_input;
+    if (job.inner == 1)
+        clear<F>(grad + job.place(group.first, 0) * size, group.count * job.classes * size,
+                 job.streams);
+    for (int j = 0; job.inner > 1 && j < group.count;) {
+        const int64_t sample = group.first + j, left = job.inner - sample % job.inner;
+        const int64_t n = left < group.count - j ? left : group.count - j;
+        for (int64_t c = 0; c < job.classes; c++)
+            std::memset(grad + job.place(sample, c) * size, 0, n * size);
+        j += int(n);
+    }
+    for (int j = 0; j < group.count; j++) {
+        const int64_t c = group.label[j];
+        if (c < 0) continue;
+        STORES<F>[job.input_storage](y + j, 1, grad, job.place(group.first + j, c), 1);
+    }
+}
+
+}  // namespace
+}  // namespace NAMESPACE

@@ -1,0 +1,184 @@
+// Groups of samples, and the stretches that threads are given.
+
+namespace NAMESPACE {
+namespace {
+
+// Looks up the labels and weights of samples.
+template <class F> void prepare(Job &job, Group<F> &group) {
+    const F *sample_weight = job.weighs_elements ? nullptr : (const F *)job.sample_weight;
+    const F *weight = job.is_of_class ? (const F *)job.weight : nullptr;
+    const F *upstream = (const F *)job.upstream;
+    const F factor = F((upstream && !job.has_upstreams ? *upstream : F(1)) / job.divisor);
+    const F lift = F(job.weighs_elements ? 1 : job.lift);
+    if (!job.has_upstreams || job.kind == SQUARES) upstream = nullptr;
+    const int end = (group.count + 15) / 16 * 16;  // Of the widest vectors.
+    group.keeps_all = group.count == end;
+    group.has_bad = false;
+    if (job.is_index) {
+        load_labels(job, group.first, group.count, group.label);
+        for (int j = 0; j < group.count; j++) {
+            const int64_t c = group.label[j];
+            if (c >= 0 && c < job.classes && c != job.ignore_index) continue;
+            if (c != job.ignore_index) {
+                job.note_bad(group.first + j);
+                group.has_bad = true;
+            }
+            group.label[j] = -1;
+            group.keeps_all = false;
+        }
+    } else {
+        std::memset(group.label, 0, group.count * sizeof(int64_t));
+    }
+    for (int j = 0; j < group.count; j++) {
+        F scale = sample_weight ? sample_weight[group.first + j] * lift : lift;
+        if (weight && group.label[j] >= 0) scale *= weight[group.label[j]];
+        group.scale[j] = scale;
+        group.factor[j] = scale * factor * (upstream ? upstream[group.first + j] : F(1));
+    }
+    for (int j = group.count; j < end; j++) {
+        group.scale[j] = group.factor[j] = 0;
+        group.label[j] = -1;
+    }
+}
+
+template <class F, bool SIDE> void run_tile(Tile<F, SIDE> tile) {
+    const Job &job = tile.job;
+    const Room<F> &room = tile.room;
+    if (!SIDE && job.is_index && tile.group.label[tile.index] < 0) {
+        void *losses = job.kind == SQUARES && job.reduction == NONE ? job.losses : nullptr;
+        tile.group.loss[tile.index] = 0;
+        while (tile.next()) {
+            const auto slope = tile.place(job.grad_input, job.input_storage, room.grad_input);
+            const auto loss = tile.place(losses, OWN<F>, room.exponentials);
+            if (slope) std::memset(slope.start, 0, tile.count * sizeof(F));
+            if (loss) std::memset(loss.start, 0, tile.count * sizeof(F));
+            tile.store(job.grad_input, job.input_storage, room.grad_input);
+        }
+    } else if (job.kind == SQUARES) {
+        job.is_index ? squares<F, SIDE, true>(job, tile) : squares<F, SIDE, false>(job, tile);
+    } else if (job.kind == PROBABILITIES) {
+        job.is_index ? probabilities<F, SIDE, true>(job, tile)
+                     : probabilities<F, SIDE, false>(job, tile);
+    } else if (job.is_of_class) {
+        logits_of_class<F, SIDE>(job, tile);
+    } else {
+        job.is_index ? logits<F, SIDE, true>(job, tile) : logits<F, SIDE, false>(job, tile);
+    }
+}
+
+// Makes NaN of the losses and slopes of samples whose class is none.
+template <class F> void spoil(const Job &job, Group<F> &group) {
+    constexpr int MOST = 64;
+    const F nan = std::numeric_limits<F>::quiet_NaN();
+    F nans[MOST];
+    int64_t labels[GROUP];
+    for (F &each : nans) each = nan;
+    const auto fill = [&](void *tensor, Storage storage, int64_t sample) {
+        for (int64_t c = 0; tensor && c < job.classes; c += MOST) {
+            const int64_t n = job.classes - c < MOST ? job.classes - c : MOST;
+            STORES<F>[storage](nans, n, tensor, job.place(sample, c), job.inner);
+        }
+    };
+    load_labels(job, group.first, group.count, labels);
+    for (int j = 0; j < group.count; j++) {
+        if (group.label[j] >= 0 || labels[j] == job.ignore_index) continue;
+        group.loss[j] = nan;
+        fill(job.grad_input, job.input_storage, group.first + j);
+        if (job.kind == SQUARES && job.reduction == NONE)
+            fill(job.losses, OWN<F>, group.first + j);
+    }
+}
+
+// Stretches `begin` to `end` of a job.
+template <class F> void run_stretches(int64_t begin, int64_t end, void *context) {
+    constexpr int W = Vectors<F>::W;
+    Job &job = *(Job *)context;
+    const int64_t most = job.samples < job.group ? job.samples : job.group;
+    const int64_t width = job.is_side_by_side ? (most + 15) / 16 * 16 : 1;
+    int64_t block = BLOCK + Vectors<F>::W, row = job.classes * width;
+    if (job.is_side_by_side) block = row < ROOM ? row : ROOM;
+    row = row > ROW ? ROW : row < block ? block : row;
+    F *memory = (F *)std::malloc((5 * block + 2 * row) * sizeof(F));
+    if (!memory) return job.note_bad(NO_MEMORY);
+    F *rows = memory + 5 * block;
+    const Room<F> room = {memory,
+                          memory + block,
+                          memory + 2 * block,
+                          memory + 3 * block,
+                          memory + 4 * block,
+                          rows,
+                          rows + row};
+    Group<F> group;
+    for (int64_t stretch = begin; stretch < end; stretch++) {
+        int64_t last = (stretch + 1) * job.stretch;
+        if (last > job.samples) last = job.samples;
+        double total = 0;
+        for (int64_t sample = stretch * job.stretch; sample < last; sample += group.count) {
+            int64_t n = last - sample < job.group ? last - sample : job.group;
+            bool is_few = false;
+            if (job.is_side_by_side && job.inner >= SIDE_BY_SIDE) {
+                const int64_t left = job.inner - sample % job.inner;
+                if (left < n) n = left;
+                if (n > W && job.classes >= LEAST_ROW) n -= n % W;  // Full vectors, then the rest.
+                is_few = n < W && n <= FEW && job.classes >= LEAST_ROW;
+            }
+            group.first = sample;
+            group.count = int(n);
+            prepare(job, group);
+            if (job.is_of_class && job.kind == PROBABILITIES) probabilities_of_class(job, group);
+            else if (job.is_side_by_side && !is_few) run_tile(Tile<F, true>(job, group, room, 0));
+            else for (int j = 0; j < n; j++) run_tile(Tile<F, false>(job, group, room, j));
+            if (group.has_bad) spoil(job, group);
+            for (int j = 0; j < n; j++) total += group.loss[j];
+            if (job.reduction == NONE && job.kind != SQUARES)
+                std::memcpy((F *)job.losses + sample, group.loss, n * sizeof(F));
+        }
+        job.sums[stretch] = total;
+    }
+    std::free(memory);
+    if (job.streams) Vectors<F>::end_streams();
+}
+
+}  // namespace
+
+// How a job is cut into groups, and what runs its stretches.
+void plan(Job &job) {
+    if (job.is_elementwise) {  // Rows of any length will do, and the last takes what remains.
+        const int width = BYTES / (job.is_double ? 8 : 4);
+        job.inner = 1;
+        job.classes = job.elements < width ? 1 : job.elements < 4096 ? job.elements : 4096;
+        job.samples = job.elements / job.classes;
+        job.weighs_elements &= job.classes > 1;
+    }
+    job.is_side_by_side = job.inner > 1 || job.classes < (job.is_elementwise ? 2 : LEAST_ROW);
+    if (job.inner <= FEW && job.classes > ROOM / 16) job.is_side_by_side = false;
+    job.group = 64;
+    if (job.is_side_by_side) {
+        const int64_t fitting = ROOM / job.classes / 16 * 16;
+        job.group = fitting < 16 ? 16 : fitting > GROUP ? GROUP : fitting;
+        if (job.inner < SIDE_BY_SIDE) {
+            if (job.group > 64) job.group = 64;
+            job.group = job.group / job.inner * job.inner;
+        }
+    }
+    job.run = job.is_double ? run_stretches<double> : run_stretches<float>;
+}
+
+// For the tests: exp or log of n numbers.
+template <class F> void apply(bool is_log, const F *from, F *to, int64_t n) {
+    using S = Vectors<F>;
+    F buffer[S::W] = {};
+    for (int64_t i = 0; i < n; i += S::W) {
+        const int64_t size = (n - i < S::W ? n - i : S::W) * sizeof(F);
+        std::memcpy(buffer, from + i, size);
+        const auto x = S::load(buffer);
+        S::store(buffer, is_log ? logarithm<F>(x) : exponential<F>(x));
+        std::memcpy(to + i, buffer, size);
+    }
+}
+void apply(bool is_log, bool is_double, const void *from, void *to, int64_t n) {
+    if (is_double) apply(is_log, (const double *)from, (double *)to, n);
+    else apply(is_log, (const float *)from, (float *)to, n);
+}
+
+}  // namespace NAMESPACE

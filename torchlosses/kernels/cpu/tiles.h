@@ -1,0 +1,258 @@
+// Tiles: some classes of some samples, as the losses see them.
+
+namespace NAMESPACE {
+namespace {
+
+constexpr int GROUP = 256;        // Samples whose labels and weights are looked up together, at most.
+constexpr int SIDE_BY_SIDE = 16;  // From here on neighbouring samples are read as they lie.
+constexpr int FEW = 8;            // So few neighbours, of many classes, are faster one by one.
+constexpr int64_t BLOCK = 1024;   // Classes of a row that are summed in one register.
+constexpr int64_t ROOM = 8192;   // Elements of a tile of samples side by side, at most.
+constexpr int64_t ROW = 32768;    // Elements whose exponentials are kept between passes, at most.
+
+// What is known of each sample of a group; the last lanes may belong to none.
+template <class F> struct Group {
+    int64_t first;
+    int count;
+    bool keeps_all, has_bad;
+    int64_t label[GROUP];                        // −1 where a sample does not count.
+    F scale[GROUP], factor[GROUP], loss[GROUP];  // Of a sample's loss, and of its slopes.
+};
+
+// The buffers of a thread, for one block of each tensor and for the exponentials of whole rows.
+template <class F> struct Room {
+    F *input, *target, *grad_input, *grad_target, *storage, *exponentials, *gated;
+};
+
+// The place of a vector in a block: its class or that of its first lane, and its number among the
+// vectors of samples. In a last vector that overlaps the one before, the first lanes have been seen.
+template <class F, bool OVERLAPS> struct At {
+    int64_t k, v;
+    int seen;
+    INLINE typename Vectors<F>::V unseen(typename Vectors<F>::V value) const {
+        if constexpr (!OVERLAPS) return value;
+        using Lane = typename Bits<F>::Signed;
+        return Vectors<F>::lanes() >= Lane(seen) ? value : typename Vectors<F>::V{};
+    }
+    // What is written over what was read must not be taken for it once more.
+    INLINE typename Vectors<F>::V unseen(typename Vectors<F>::V value, const F *seen_before) const {
+        if constexpr (!OVERLAPS) return value;
+        using Lane = typename Bits<F>::Signed;
+        return Vectors<F>::lanes() >= Lane(seen) ? value : Vectors<F>::load(seen_before);
+    }
+};
+
+// A block of a tensor as F: in its own memory or in a buffer, with so many elements from class to
+// class.
+template <class F> struct Block {
+    F *start;
+    int64_t stride;
+    bool streams;  // What is set goes past the cache.
+
+    INLINE explicit operator bool() const { return start; }
+    template <class At> INLINE F *place(At at) const {
+        return start + at.k * stride + at.v * Vectors<F>::W;
+    }
+    template <class At> INLINE typename Vectors<F>::V get(At at) const {
+        return Vectors<F>::load(place(at));
+    }
+    template <class At> INLINE void set(At at, typename Vectors<F>::V value) const {
+        value = at.unseen(value, place(at));
+        streams ? Vectors<F>::stream(place(at), value) : Vectors<F>::store(place(at), value);
+    }
+};
+
+// The samples that are worked on together, and the block of their classes that is at hand: one
+// sample with its classes in the lanes of a vector, or many samples side by side.
+template <class F, bool SIDE> struct Tile {
+    using S = Vectors<F>;
+    using V = typename S::V;
+    using I = typename S::I;
+    using Lane = typename Bits<F>::Signed;
+    static constexpr int W = S::W, VECTORS = SIDE ? GROUP / W : 1;
+
+    const Job &job;
+    Group<F> &group;
+    const Room<F> &room;
+    int64_t first;       // Its first sample,
+    int index;           // and the place of that in the group.
+    int width, vectors;  // Samples in buffers, full vectors of them; and the number of vectors.
+    int64_t classes, begin = 0, count = 0;  // Of all and of this block.
+    Lane label[SIDE ? GROUP : W];           // Each lane's class, counted from this block's first,
+    Lane counts[SIDE ? GROUP : 1];          // and whether it counts, as a mask.
+
+    Tile(const Job &job, Group<F> &group, const Room<F> &room, int index)
+        : job(job), group(group), room(room), first(group.first + index), index(index) {
+        width = SIDE ? (group.count + W - 1) / W * W : 1;
+        vectors = SIDE ? width / W : 1;
+        // The last row of a flat tensor takes what remains.
+        const bool is_last = !SIDE && first == job.samples - 1;
+        classes = is_last ? job.elements - first * job.classes : job.classes;
+        if (SIDE && !group.keeps_all)
+            for (int k = 0; k < width; k++) counts[k] = group.label[k] < 0 ? 0 : -1;
+    }
+
+    // Goes on to the next block, if there is one; a block of a row has a vector's lanes at least.
+    bool next() {
+        begin += count;
+        const int64_t left = classes - begin, most = SIDE ? ROOM / width : BLOCK;
+        count = left < most + (SIDE ? 1 : W) ? left : most;
+        if (count <= 0) {
+            begin = count = 0;
+            return false;
+        }
+        if (job.is_index)
+            for (int k = 0; k < (SIDE ? width : W); k++) {
+                const int64_t c = group.label[SIDE ? k : index] - begin;
+                label[k] = Lane(c >= 0 && c < count ? c : -1);
+            }
+        return true;
+    }
+
+    // The block of a tensor where it is in memory, if that can be: in F and full vectors.
+    bool is_direct(Storage storage) const {
+        if (storage != OWN<F>) return false;
+        return SIDE ? job.inner >= SIDE_BY_SIDE && group.count == width : job.inner == 1;
+    }
+    Block<F> direct(const void *tensor) const {
+        return {(F *)tensor + job.place(first, begin), SIDE ? job.inner : 1, false};
+    }
+    // In a buffer for whole rows.
+    Block<F> whole(F *buffer) const { return {buffer + begin * width, width, false}; }
+
+    Block<F> load(const void *tensor, Storage storage, F *buffer) const {
+        if (is_direct(storage)) return direct(tensor);
+        each_part([&](int64_t start, int64_t place, int64_t items, int64_t n) INLINED {
+            if (is_contiguous()) {
+                LOADS<F>[storage](tensor, start, n, buffer + place, stride());
+                return;
+            }
+            const F *values = (const F *)tensor + start;
+            if (storage != OWN<F>) LOADS<F>[storage](tensor, start, n, room.storage, 1);
+            if (storage != OWN<F>) values = room.storage;
+            permute(items, [&](int64_t i, int64_t j) INLINED { buffer[place + j] = values[i]; });
+        });
+        if (group.count < width && SIDE)
+            for (int64_t k = 0; k < count; k++)
+                for (int j = group.count; j < width; j++) buffer[k * width + j] = 0;
+        return {buffer, width, false};
+    }
+    // Where the block of a result is to be written, before `store` takes it to its place.
+    Block<F> place(void *tensor, Storage storage, F *buffer) const {
+        if (!tensor) return {nullptr, 0, false};
+        if (!is_direct(storage)) return {buffer, width, false};
+        Block<F> block = direct(tensor);
+        const int64_t size = SIDE ? block.stride : count;
+        block.streams = job.streams && size % W == 0 && (uintptr_t)block.start % BYTES == 0;
+        return block;
+    }
+    void store(void *tensor, Storage storage, const F *buffer) const {
+        if (!tensor || is_direct(storage)) return;
+        each_part([&](int64_t start, int64_t place, int64_t items, int64_t n) INLINED {
+            if (is_contiguous()) {
+                STORES<F>[storage](buffer + place, n, tensor, start, stride());
+                return;
+            }
+            F *values = storage == OWN<F> ? (F *)tensor + start : room.storage;
+            permute(items, [&](int64_t i, int64_t j) INLINED { values[i] = buffer[place + j]; });
+            if (storage != OWN<F>) STORES<F>[storage](values, n, tensor, start, 1);
+        });
+    }
+
+    // Whether a part has the same order in the buffer as in memory.
+    bool is_contiguous() const { return !SIDE || job.inner >= SIDE_BY_SIDE; }
+    // From element to element of a part, in memory.
+    int64_t stride() const { return SIDE ? 1 : job.inner; }
+    // Calls a body for the parts of the block that lie together in memory: their first element,
+    // its place in the buffer, and the numbers of outer items and of elements.
+    template <class Body> INLINE void each_part(Body body) const {
+        if constexpr (!SIDE) {
+            body(job.place(first, begin), int64_t(0), int64_t(1), count);
+        } else if (is_contiguous()) {
+            for (int64_t k = 0; k < count; k++)
+                body(job.place(first, begin + k), k * width, int64_t(1), int64_t(group.count));
+        } else {
+            const int64_t items = group.count / job.inner;
+            const int64_t each = count == classes ? items : 1;
+            for (int64_t o = 0; o < items; o += each)
+                body(job.place(first + o * job.inner, begin), o * job.inner, each,
+                     each * count * job.inner);
+        }
+    }
+    // Calls a body for each element of such a part, with its place in memory and in the buffer.
+    template <class Body> INLINE void permute(int64_t items, Body body) const {
+        const int64_t count = this->count, inner = job.inner, width = this->width;
+        if (inner == 1) {
+            for (int64_t k = 0; k < count; k++)
+                for (int64_t o = 0; o < items; o++) body(o * count + k, k * width + o);
+            return;
+        }
+        int64_t i = 0;
+        for (int64_t o = 0; o < items; o++)
+            for (int64_t k = 0; k < count; k++)
+                for (int64_t j = 0; j < inner; j++) body(i++, k * width + o * inner + j);
+    }
+
+    // Calls a body for each vector, with the accumulator of its samples.
+    template <class A, class Body> INLINE void fold(A *total, Body body) const {
+        const int64_t count = this->count, vectors = this->vectors;
+        if constexpr (SIDE) {
+            for (int64_t k = 0; k < count; k++)
+                for (int64_t v = 0; v < vectors; v++) body(total[v], At<F, false>{k, v, 0});
+        } else {
+            A a = total[0];
+            int64_t k = 0;
+            for (; k + W <= count; k += W) body(a, At<F, false>{k, 0, 0});
+            if (k < count) body(a, At<F, true>{count - W, 0, int(k + W - count)});
+            total[0] = a;
+        }
+    }
+    // Likewise, with accumulators that are 0 at the start of each block.
+    template <class A, class Body> INLINE void add(A *total, Body body) const {
+        A part[VECTORS];
+        for (int v = 0; v < vectors; v++) part[v] = A{};
+        fold(part, body);
+        for (int v = 0; v < vectors; v++) total[v] += part[v];
+    }
+    template <class Body> INLINE void each(Body body) const {
+        char none[VECTORS];
+        fold(none, [&](char, auto at) INLINED { body(at); });
+    }
+
+    // What each sample has, as a vector; that of a row is loaded once.
+    struct OfSample {
+        const F *values;
+        V own;
+        template <class At> INLINE V operator()(At at) const {
+            return SIDE ? S::load(values + at.v * W) : own;
+        }
+    };
+    INLINE OfSample of_sample(const F *values) const { return {values, S::splat(values[index])}; }
+    // What each class has.
+    template <class At> INLINE V of_class(const F *values, At at) const {
+        return SIDE ? S::splat(values[begin + at.k]) : S::load(values + begin + at.k);
+    }
+    template <class At> INLINE V one_hot(At at, V on, V off) const {
+        const I own = SIDE ? I{} + Lane(at.k) : S::lanes() + Lane(at.k);
+        return own == S::load(label + at.v * W) ? on : off;
+    }
+    // A value of samples that count, and else 0.
+    template <class At> INLINE V kept(V value, At at) const {
+        if (!SIDE || group.keeps_all) return value;
+        return S::load(counts + at.v * W) ? value : V{};
+    }
+    // From a sum per lane to one per sample, in all its lanes.
+    static INLINE V over_lanes(V value) { return SIDE ? value : S::splat(S::sum(value)); }
+
+    template <class Body> INLINE void each_sample(Body body) const {
+        for (int64_t v = 0; v < vectors; v++) body(v, At<F, false>{0, v, 0});
+    }
+    template <class At> INLINE void set_loss(V loss, At at) const {
+        loss = kept(loss * of_sample(group.scale)(at), at);
+        if constexpr (SIDE) S::store(group.loss + at.v * W, loss);
+        else group.loss[index] = loss[0];
+    }
+};
+
+}  // namespace
+}  // namespace NAMESPACE
