@@ -10,8 +10,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # Its processes share the cores, as tor
 
 import pytest
 import torch
+from paths import use_kernels
 
-from torchlosses import checks, fused
+from torchlosses import checks, ops
 
 DEVICES = ["cpu"]
 if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py has such a process.
@@ -19,16 +20,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py has such a proce
 
     from torchlosses.kernels import triton
 
-    class Interpreted(fused.Guarded):
-        def compute(self, call: Any, *arguments: Any) -> Any:
-            """Complains of a bad class, as the kernels of a CPU do."""
-            input, target, *_ = arguments
-            complains = arguments[7] if len(arguments) > 7 else True
-            if call.is_index and complains:
-                checks.check_classes(target, input.shape[call.dim], call.ignore_index)
-            return super().compute(call, *arguments)
+    compute = triton.Launch.compute
 
-    fused.KERNELS["cpu"] = lambda device: Interpreted(triton)
+    def complaining(launch: Any, *arguments: Any) -> Any:
+        """Complains of a bad class, as the kernels of a CPU do."""
+        input, target, *_ = arguments
+        complains = arguments[7] if len(arguments) > 7 else True
+        call = launch.call
+        if call.is_index and complains:
+            checks.check_classes(target, input.shape[call.dim], call.ignore_index)
+        return compute(launch, *arguments)
+
+    triton.Launch.compute = complaining  # type: ignore[method-assign, assignment]
+    ops.KERNELS["cpu"] = lambda device: triton
 
     # With every call within a kernel the interpreter replaces Triton's whole language again, and
     # spends most of its time there. Other versions than those with such a scope are as slow as
@@ -70,7 +74,7 @@ def pytest_collection_finish() -> None:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which way is taken wherever there is a choice."""
     if request.param == "formula":
-        monkeypatch.setattr(fused, "KERNELS", {})
+        use_kernels(monkeypatch, {})
     return str(request.param)
 
 
@@ -82,4 +86,4 @@ def device(request: pytest.FixtureRequest, path: str) -> str:
 @pytest.fixture(autouse=True)
 def _start_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(fused, "_failed", set())  # Of one test's kernels the next knows nothing.
+    monkeypatch.setattr(ops, "_failed", set())  # Of one test's kernels the next knows nothing.

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from paths import use_kernels
 from torch import Tensor
 
-from torchlosses import fused, linear
+from torchlosses import linear, ops
 from torchlosses.functional import (
     cross_entropy_error,
     linear_cross_entropy_error,
@@ -75,9 +76,9 @@ def test_every_kernel_gives_what_the_formula_gives(
 ) -> None:
     ulp = torch.finfo(dtype).eps
     for name, loss, y, arguments in calls(shape, dtype, reduction):
-        assert fused.KERNELS["cuda"](y.device) is not None
+        assert ops.KERNELS["cuda"](y.device) is not None
         value, grad = gradient(loss, y, arguments)
-        assert not fused._failed
+        assert not ops._failed
         exact = {
             key: given.double()
             if isinstance(given, Tensor) and given.is_floating_point()
@@ -85,7 +86,7 @@ def test_every_kernel_gives_what_the_formula_gives(
             for key, given in arguments.items()
         }
         with monkeypatch.context() as patch:
-            patch.setattr(fused, "KERNELS", {})
+            use_kernels(patch, {})
             expected = gradient(loss, y.detach().double().requires_grad_(), exact)
         for ours, theirs, rtol in ((value, expected[0], 3e-6), (grad, expected[1], max(ulp, 2e-5))):
             limit = torch.finfo(ours.dtype).max
@@ -300,4 +301,4 @@ def test_a_graph_captures_a_linear_layer(form: str, reduction: Any) -> None:
     for ours, theirs in zip(captured, expected, strict=True):
         scale = float(theirs.abs().max())
         torch.testing.assert_close(ours.double(), theirs, rtol=8 * near, atol=8 * near * scale)
-    assert not fused._failed
+    assert not ops._failed

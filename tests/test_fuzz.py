@@ -27,12 +27,12 @@ from samples import reference
 from test_parity import UNITS
 from torch import Tensor
 
-from torchlosses import functional, fused
+from torchlosses import functional, ops
 
 Arguments = dict[str, Any]
 
-# What `fused.KERNELS` is on each way to the same numbers.
-PATHS: dict[str, dict[str, Any]] = {"formula": {}, "kernels": fused.KERNELS}
+# What `ops.KERNELS` is on each way to the same numbers.
+PATHS: dict[str, dict[str, Any]] = {"formula": {}, "kernels": ops.KERNELS}
 CASES = int(os.environ.get("FUZZ_CASES", "100000"))
 CHUNK = 1000
 STEP = 1e-5  # Of a difference in float64.
@@ -44,7 +44,8 @@ def check(call: Call) -> None:
     for path, kernels in PATHS.items():
         hypothesis.note(path)
         with (
-            mock.patch.object(fused, "KERNELS", kernels),
+            mock.patch.object(ops, "KERNELS", kernels),
+            mock.patch.object(ops, "_prepared", {}),
             np.errstate(all="ignore"),
         ):
             check_transform(call, call.arguments())
@@ -87,7 +88,7 @@ class Expected:
             stored = torch.finfo(grad.dtype)
             # Rounded at the end, and by kernels also before the gradient from upstream comes, which
             # is rounded itself if it is float64.
-            roundings = (3 if self.dtype == torch.float64 else 2) if fused.KERNELS else 1
+            roundings = (3 if self.dtype == torch.float64 else 2) if ops.KERNELS else 1
             rtol += roundings * UNITS * stored.eps
             atol += stored.smallest_normal * stored.eps
         is_odd = np.isfinite(grad.detach().double().numpy()) != np.isfinite(expected)

@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -27,10 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchlosses import LinearCrossEntropyError, checks, fused, linear
+from torchlosses import LinearCrossEntropyError, checks, linear, ops
 from torchlosses.formulas import Call
 from torchlosses.functional import cross_entropy_error, linear_cross_entropy_error
-from torchlosses.kernels import cpu
 
 FUZZ_CASES = int(os.environ.get("FUZZ_CASES", "100000"))
 NAMES = ("input", "linear_weight", "linear_bias", "target", "weight", "sample_weight")
@@ -632,17 +630,15 @@ def test_compiled_second_derivatives(reduction: Any, device: str) -> None:
 
 
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The kernels of the CPU, as ones that may fail."""
-    kernels = fused.kernels_of(torch.device("cpu"), "logits")
-    assert kernels is not None
-    module = SimpleNamespace(LOSSES=cpu.LOSSES, compute=kernels.compute, rescale=kernels.rescale)
-    monkeypatch.setattr(fused, "KERNELS", {"cpu": lambda device: fused.Guarded(module)})
-    return module
+    kernels: Any = ops.kernels_of(torch.device("cpu"), "logits")
+    monkeypatch.setattr(kernels, "CAN_FAIL", True)
+    return kernels.Launch
 
 
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
-def test_a_graph_says_so_when_its_kernels_have_failed(path: str, failing: SimpleNamespace) -> None:
+def test_a_graph_says_so_when_its_kernels_have_failed(path: str, failing: Any) -> None:
     torch._dynamo.reset()
     x, w, t = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4), torch.zeros(5).long()
     compiled = torch.compile(linear_cross_entropy_error, fullgraph=True, backend="aot_eager")
@@ -808,13 +804,14 @@ def test_a_bad_class_has_its_position_in_the_whole(path: str) -> None:
 
 def test_a_class_beyond_int64_is_not_what_is_ignored(path: str, device: str) -> None:
     """To the kernels, which get it from an operator, where no value is looked at before."""
-    kernels = fused.kernels_of(torch.device(device), "logits")
+    kernels = ops.kernels_of(torch.device(device), "logits")
     call = Call("logits", True, 1, "none", 2**63 - 1, torch.float32, 1e-7)
     t = torch.tensor([0, 2**63 - 1, 2**63], dtype=torch.uint64, device=device)
     x, w = torch.ones(3, 4, device=device), torch.ones(2, 4, device=device)
     if kernels is not None:
-        chunks = linear.Chunks(kernels, torch.float32)
-        losses, *_ = chunks.compute(call, x, w, None, t, None, None, (False,) * 4)
+        tensors = (x, w, None, t, None, None)
+        launch = linear.LayerKernels(torch.float32, kernels).prepare(call, *tensors)
+        losses, *_ = launch.compute(*tensors, (False,) * 4)
         assert losses.isnan().tolist() == [False, False, True]
 
 
@@ -831,7 +828,7 @@ def test_soft_targets_are_looked_at_on_request(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
-def test_goes_on_by_the_formula_where_a_kernel_fails(path: str, failing: SimpleNamespace) -> None:
+def test_goes_on_by_the_formula_where_a_kernel_fails(path: str, failing: Any) -> None:
     x, w, t = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4), torch.zeros(5).long()
     for value in (None, linear_cross_entropy_error(x, w, t, reduction="none").sum()):
 
@@ -841,7 +838,7 @@ def test_goes_on_by_the_formula_where_a_kernel_fails(path: str, failing: SimpleN
 
         with (
             mock.patch.object(failing, "compute", side_effect=RuntimeError("no")),
-            mock.patch.object(fused, "_failed", set()),
+            mock.patch.object(ops, "_failed", set()),
             pytest.warns(UserWarning, match="a kernel failed"),
         ):
             found = step()
@@ -863,7 +860,7 @@ def test_what_else_fails_is_no_failure_of_a_kernel(path: str) -> None:
             pytest.raises(RuntimeError, match="allocate"),
         ):
             step()
-    assert not fused._failed
+    assert not ops._failed
 
 
 # ---- The module

@@ -22,13 +22,14 @@ import numpy as np
 import pytest
 import test_linear
 import torch
+from paths import use_kernels
 from samples import LINEAR_CROSS_ENTROPIES, REDUCTIONS, SAMPLES, Sample
 from test_parity import assert_matches_reference
 from torch import Tensor
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchlosses import fused
+from torchlosses import ops
 from torchlosses.formulas import Call
 from torchlosses.functional import cross_entropy_error, sum_squared_error
 
@@ -148,7 +149,7 @@ def test_gradients_by_the_target(
         if is_soft(s.name) and s.options["reduction"] == "none" and s.input.size <= 24
     ]  # fmt: skip
     ours = list(map(by_target, soft))
-    monkeypatch.setattr(fused, "KERNELS", {})
+    use_kernels(monkeypatch, {})
     for sample, grad in zip(soft, ours, strict=True):
         torch.testing.assert_close(grad, by_target(sample), msg=sample.name)
 
@@ -184,7 +185,7 @@ def test_gradients_that_wait_are_taken_with_those_of_the_losses(
                         yield torch.autograd.grad(value, y, upstream)[0]
 
     ours = list(gradients())
-    monkeypatch.setattr(fused, "KERNELS", {})
+    use_kernels(monkeypatch, {})
     for grad, expected in zip(ours, gradients(), strict=True):
         torch.testing.assert_close(grad, expected, rtol=2**-10, atol=2**-24)
 
@@ -206,7 +207,7 @@ def test_sizes_around_a_tile(shape: tuple[int, ...], dtype: torch.dtype, is_inde
         value = loss(ours, target, **options)
         value.backward()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fused, "KERNELS", {})
+            use_kernels(patch, {})
             expected = loss(exact, target if is_index else target.double(), **options)
             expected.backward()
         torch.testing.assert_close(value.double(), expected, rtol=3e-6, atol=1e-6)
@@ -536,9 +537,9 @@ def test_where_triton_cannot_build_the_formula_serves(monkeypatch: pytest.Monkey
 
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    find = fused._find_triton.__wrapped__
+    find = ops._find_triton.__wrapped__
     monkeypatch.setattr(kernels, "rescale", lambda gradients, grad_loss: gradients)
-    assert find(torch.device("cpu")) == fused.Guarded(kernels)
+    assert find(torch.device("cpu")) is kernels
     monkeypatch.setattr(kernels, "rescale", rescale)
     with pytest.warns(UserWarning, match="RuntimeError: Failed to find C compiler"):
         assert find(torch.device("cpu")) is None

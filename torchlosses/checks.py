@@ -10,13 +10,13 @@ import operator
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from torchlosses.formulas import Call, Classes, long
+from torchlosses.formulas import Arguments, Call, Classes, long
 
 PLAIN = (Tensor, nn.Parameter)
 IGNORE_INDEX = -100  # The default.
@@ -77,6 +77,16 @@ def is_eager() -> bool:
     return not (is_traced() or is_transformed())
 
 
+class Options(NamedTuple):
+    """The options of a loss, the numbers among them as Python's own."""
+
+    reduction: str
+    dim: int | None
+    ignore_index: int
+    delta: float
+    label_smoothing: float
+
+
 def check_options(
     reduction: str,
     dim: int | None,
@@ -84,8 +94,7 @@ def check_options(
     delta: float = 0.0,
     label_smoothing: float = 0.0,
     from_logits: bool = False,
-) -> tuple[int | None, int, float, float]:
-    """Complains about options; returns the numbers among them as Python's own."""
+) -> Options:
     if reduction not in REDUCTIONS:
         expected = ", ".join(map(repr, REDUCTIONS))
         raise ValueError(f"reduction: got {reduction!r}; expected one of {expected}")
@@ -105,7 +114,21 @@ def check_options(
         raise ValueError(f"label_smoothing: got {label_smoothing!r}; expected a number in [0, 1]")
     if from_logits is not False and from_logits is not True:
         raise TypeError(f"from_logits: got {from_logits!r}; expected a bool")
-    return dim, ignore_index, delta, label_smoothing
+    return Options(reduction, dim, ignore_index, delta, label_smoothing)
+
+
+# Typed: 1, 1.0 and True are equal.
+_checked = functools.lru_cache(maxsize=1024, typed=True)(check_options)
+
+
+def known_options(*options: Any) -> Options:
+    """`check_options`, once for each set of options."""
+    if not torch.compiler.is_compiling():
+        try:
+            return _checked(*options)
+        except TypeError:  # Of what is not hashable, or a complaint.
+            pass
+    return check_options(*options)
 
 
 def _integer(name: str, value: Any, expected: str) -> int:
@@ -322,13 +345,7 @@ def bad_class(
 
 
 def check_values(
-    call: Call,
-    input: Tensor,
-    target: Tensor,
-    classes: Classes | None,
-    sample_weight: Tensor | None,
-    *,
-    is_whole: bool = True,
+    call: Call, arguments: Arguments, classes: Classes | None, *, is_whole: bool = True
 ) -> None:
     """Values that cannot be right, or are suspicious; a pass over the data, so only on request.
 
@@ -336,9 +353,11 @@ def check_values(
     those of a target of class indices. Samples that count for nothing may hold anything. Where
     `is_whole` is false, `input` has a part of each row, and no sum over it means anything.
     """
-    if call.kind == "squares" or not (can_look(input) and torch.is_anomaly_enabled()):
+    input, target, _, sample_weight = arguments
+    domain = call.loss.domain
+    if domain == "real" or not (can_look(input) and torch.is_anomaly_enabled()):
         return
-    dim, from_logits = call.dim, call.kind == "logits"
+    dim, from_logits = call.dim, domain == "logit"
     input = input.detach()
     kept = None if classes is None else classes.kept
     if kept is None:
@@ -354,9 +373,10 @@ def check_values(
                 f"input: got {input[position].item():g} at position {position}, which is no "
                 f"probability; expected 0 to 1 (for logits, pass from_logits=True)"
             )
-    if is_whole:
-        _check_softmax(input, dim, counts, from_logits)
-    if is_whole and classes is None:
+    if not is_whole or call.is_per_element:  # Rows need be no distributions.
+        return
+    _check_softmax(input, dim, counts, from_logits)
+    if classes is None:
         _check_soft_target(target, dim, counts)
 
 

@@ -5,6 +5,7 @@ to the same numbers is an optimisation, and wrong where it disagrees with this f
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +19,9 @@ LEAST_DIVISOR = 2.0**-120  # From here on 1/divisor is a number in float32, with
 
 
 class Call(NamedTuple):
-    """What a call of a loss is, beside its tensors."""
+    """The options of a call, checked."""
 
-    kind: str  # "squares", "probabilities" or "logits"
+    kind: str  # A name in LOSSES.
     is_index: bool
     dim: int  # The class dimension, counted from the front.
     reduction: str
@@ -30,14 +31,27 @@ class Call(NamedTuple):
     label_smoothing: float = 0.0
 
     @property
+    def loss(self) -> "Loss":
+        return LOSSES[self.kind]
+
+    @property
     def is_per_element(self) -> bool:
         """Whether there is a loss for each element, and not for each sample."""
-        return self.kind == "squares"
+        return LOSSES[self.kind].is_per_element
 
     @property
     def is_plain_delta(self) -> bool:
         """Whether float32 holds δ to full precision."""
         return self.delta == 0 or LEAST_DELTA <= self.delta <= GREATEST_DELTA
+
+
+class Arguments(NamedTuple):
+    """The tensors of a call."""
+
+    input: Tensor
+    target: Tensor
+    weight: Tensor | None = None
+    sample_weight: Tensor | None = None
 
 
 # A loss, and its gradients by input and target, as far as they were asked for.
@@ -86,18 +100,30 @@ class Classes(NamedTuple):
 
 
 class Rows:
-    """Rows that are here as a whole; `sharded.Shards` are those with classes elsewhere too."""
+    """The rows of an input that are whole here; those of `sharded.Shards` may lie elsewhere too.
 
-    def __init__(self, num_classes: int, dim: int) -> None:
-        self.num_classes = num_classes
+    `shape` is that of the input, and `own` that of its part here.
+    """
+
+    def __init__(self, shape: Sequence[int], dim: int) -> None:
+        self.shape = self.own = torch.Size(shape)
         self.dim = dim
+        self.num_classes = shape[dim] if len(shape) else 1
 
     def find(self, classes: Classes) -> "Place":
         return Place(classes.label.unsqueeze(self.dim), self.dim)
 
     def over_classes(self, values: Tensor, operation: str = "sum") -> Tensor:
-        """What is reduced over the classes here, reduced over those elsewhere."""
+        """All-reduces over the processes that hold other classes: here, none."""
         return values
+
+    def counted(self, call: Call, weights: Tensor, place: "Place | None") -> Tensor:
+        """The weights of the samples that are counted here, and 0 for those counted elsewhere."""
+        return weights
+
+    def total(self, parts: Tensor) -> Tensor:
+        """The sum over all processes: here, one."""
+        return parts
 
 
 class Place(NamedTuple):
@@ -124,35 +150,29 @@ class Place(NamedTuple):
         return picked if self.is_here is None else picked.where(self.is_here, 0)
 
 
-def compute(
-    call: Call,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    classes: Classes | None = None,
-) -> Tensor:
+def compute(call: Call, arguments: Arguments, classes: Classes | None = None) -> Tensor:
     """The loss. `classes` are those of the target, where more is known of them than their range."""
+    input, target, *_ = arguments
+    rows = Rows(input.shape, call.dim)
     if call.is_index and classes is None:
-        classes = Classes(target, input.shape[call.dim], call.ignore_index)
-    rows = Rows(input.shape[call.dim] if input.dim() else 1, call.dim)
+        classes = Classes(target, rows.num_classes, call.ignore_index)
     place = None if classes is None else rows.find(classes)
-    losses = losses_of(call, input, target, weight, rows, classes, place)
-    return reduced(call, losses, input.shape, weight, sample_weight, classes)
+    losses = losses_of(call, arguments, rows, classes, place)
+    return reduced(call, losses, rows, arguments, classes, place)
 
 
 def reduced(
     call: Call,
     losses: Tensor,
-    shape: torch.Size,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
+    rows: Rows,
+    arguments: Arguments,
     classes: Classes | None,
+    place: "Place | None",
 ) -> Tensor:
-    """The loss of an input of that shape, from its losses before sample weights."""
-    divisor = find_divisor(call, losses, shape, weight, sample_weight, classes)
-    if sample_weight is not None:
-        weights = sample_weight.to(losses.dtype)
+    """The loss of the rows, from their losses before sample weights."""
+    divisor = find_divisor(call, losses, rows, arguments, classes, place)
+    if arguments.sample_weight is not None:
+        weights = arguments.sample_weight.to(losses.dtype)
         if classes is not None:  # They broadcast to the samples.
             kept = classes.kept
             if kept is not None:
@@ -164,67 +184,62 @@ def reduced(
         losses = losses * weights
     if call.reduction == "none":
         return losses.to(call.dtype)
-    loss = losses.sum()
-    if divisor is not None:
-        loss = loss / divisor
-    return loss.to(call.dtype)
+    return divided(rows.total(losses.sum()), divisor).to(call.dtype)
+
+
+def divided(total: Tensor, divisor: Any) -> Tensor:
+    return total if divisor is None else total / divisor
 
 
 def find_divisor(
     call: Call,
     like: Tensor,
-    shape: torch.Size,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
+    rows: Rows,
+    arguments: Arguments,
     classes: Classes | None,
+    place: "Place | None",
 ) -> Any:
-    """What the sum of the losses of an input of that shape is divided by, if by anything.
+    """What the sum of the losses of all rows is divided by, if by anything.
 
     It is found in the dtype and on the device of `like`.
     """
-    if call.reduction == "batchmean" and len(shape) > 1:
-        return at_least_one(shape[0], like, call.dtype)
+    if call.reduction == "batchmean" and len(rows.shape) > 1:
+        return at_least_one(rows.shape[0], like, call.dtype)
     if call.reduction != "mean":
         return None
-    weights_of_class = None
-    if weight is not None and classes is not None:
-        place = Rows(shape[call.dim], call.dim).find(classes)
-        weights_of_class = place.weight(weight.to(like.dtype))
-    if sample_weight is not None:
-        sample_weight = sample_weight.to(like.dtype)
-    return _count(call, like, shape, sample_weight, weights_of_class, classes)
+    weights = arguments.sample_weight
+    if weights is not None:
+        weights = weights.to(like.dtype)
+    if arguments.weight is not None and place is not None:
+        of_class = place.weight(arguments.weight.to(like.dtype))
+        weights = of_class if weights is None else of_class * weights
+    return _count(call, like, rows, weights, classes, place)
 
 
 def losses_of(
     call: Call,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
+    arguments: Arguments,
     rows: Rows,
     classes: Classes | None,
-    place: Place | None,
+    place: "Place | None",
 ) -> Tensor:
     """The losses by element or by sample, before sample weights; `place` is that of the classes."""
     dtype = call.dtype if call.is_plain_delta else torch.float64
-    input = input.to(dtype)
+    input, weight = arguments.input.to(dtype), arguments.weight
     if weight is not None:
         weight = weight.to(dtype)
-    kept = None
-    if classes is None:
-        target = target.to(dtype)
-    else:
-        kept = classes.kept
-        input = _masked(input, classes, call.dim)
-    if call.kind == "squares":
-        losses = squared_error(input, target if place is None else place)
-    else:
-        losses = cross_entropy(call, input, target if place is None else place, weight, rows)
+    if classes is None or place is None:
+        return call.loss.formula(call, input, arguments.target.to(dtype), weight, rows)
+    kept = classes.kept
+    losses = call.loss.formula(call, _masked(input, classes, call.dim), place, weight, rows)
     if kept is None:
         return losses
     return losses.where(kept.unsqueeze(call.dim) if call.is_per_element else kept, 0)
 
 
-def squared_error(input: Tensor, target: Tensor | Place) -> Tensor:
+def squared_error(
+    call: Call, input: Tensor, target: Tensor | Place, weight: Tensor | None, rows: Rows
+) -> Tensor:
     """½ (y − t)², by element, where a class stands for its one-hot row."""
     if isinstance(target, Tensor):
         difference = input - target
@@ -238,18 +253,28 @@ def squared_error(input: Tensor, target: Tensor | Place) -> Tensor:
     return difference * (difference / 2)  # Not the square, which overflows before its half does.
 
 
-def cross_entropy(
-    call: Call, input: Tensor, target: Tensor | Place, weight: Tensor | None, rows: Rows
+def cross_entropy_of_logits(
+    call: Call, logits: Tensor, target: Tensor | Place, weight: Tensor | None, rows: Rows
 ) -> Tensor:
-    """− Σₖ wₖ · tₖ · log(yₖ + δ), by sample, with y = softmax(x) from logits."""
+    """`cross_entropy` with y = softmax(x)."""
+    shift, log_normalizer = shifted(logits, rows)
+    return cross_entropy(call, shift, target, weight, rows, log_normalizer)
+
+
+def cross_entropy(
+    call: Call,
+    input: Tensor,
+    target: Tensor | Place,
+    weight: Tensor | None,
+    rows: Rows,
+    log_normalizer: Tensor | None = None,
+) -> Tensor:
+    """− Σₖ wₖ · tₖ · log(yₖ + δ), by sample, with y as in `guarded_log`."""
     dim, smoothing = call.dim, call.label_smoothing
     if rows.num_classes == 0 and isinstance(target, Place):
         return input.sum(dim)
     share = number(smoothing, input) if smoothing else 0.0
     kept, uniform = 1 - share, share / max(rows.num_classes, 1)
-    log_normalizer = None
-    if call.kind == "logits":
-        input, log_normalizer = shifted(input, rows)
     if isinstance(target, Tensor):
         if smoothing:
             target = kept * target + uniform
@@ -303,6 +328,25 @@ def guarded_log(input: Tensor, log_normalizer: Tensor | None, delta: float) -> T
         return torch.logaddexp(log_p.clamp(min=log_delta - reach), log_delta)
     log_p = log_p.clamp(min=math.log(delta) - reach)
     return torch.logaddexp(log_p, log_p.new_full((1,), math.log(delta)))  # (1,) as in `number`.
+
+
+class Loss(NamedTuple):
+    """What the layers need to know of a loss: they ask for it, and compare no names."""
+
+    name: str  # Of its kernels too.
+    is_per_element: bool  # It has a value for each element, not for each sample.
+    domain: str  # "real", "probability" or "logit": what its input must be.
+    formula: Callable[[Call, Tensor, Tensor | Place, Tensor | None, Rows], Tensor]
+
+
+LOSSES = {
+    loss.name: loss
+    for loss in (
+        Loss("squares", True, "real", squared_error),
+        Loss("probabilities", False, "probability", cross_entropy),
+        Loss("logits", False, "logit", cross_entropy_of_logits),
+    )
+}
 
 
 def number(value: float, like: Tensor) -> Tensor | float:
@@ -378,31 +422,33 @@ def _masked(input: Tensor, classes: Classes, dim: int) -> Tensor:
 def _count(
     call: Call,
     like: Tensor,
-    shape: torch.Size,
-    sample_weight: Tensor | None,
-    weights_of_class: Tensor | None,
+    rows: Rows,
+    weights: Tensor | None,
     classes: Classes | None,
+    place: Place | None,
 ) -> Any:
     """What `'mean'` divides by: what the losses weigh together, or 1 if none weighs anything."""
-    sizes = list(shape)
-    repeats: Any = 1
+    kept = None if classes is None else classes.kept
+    sizes = list(rows.shape if weights is None and kept is None else rows.own)
+    num_classes: Any = 1
     if not call.is_per_element or call.is_index:
+        along_classes = sizes[call.dim : call.dim + 1]
         del sizes[call.dim : call.dim + 1]
         if call.is_per_element:
-            repeats = at_least_one(shape[call.dim], like, call.dtype)
-    kept = None if classes is None else classes.kept
-    weights = sample_weight
-    if weights_of_class is not None:
-        weights = weights_of_class if weights is None else weights_of_class * weights
+            num_classes = math.prod(along_classes)
     if weights is None:
-        if kept is not None:
-            return kept.sum(dtype=call.dtype).clamp(min=1) * repeats
-        return at_least_one(math.prod(sizes), like, call.dtype) * repeats
+        if kept is None:
+            return at_least_one(math.prod(sizes) * num_classes, like, call.dtype)
+        counted = rows.counted(call, kept, place).sum(dtype=call.dtype)
+        return rows.total(counted * num_classes).clamp(min=1)
     if kept is not None:
         weights = weights.where(kept, 0)
+    weights = rows.counted(call, weights, place)
     # Not expanded: torch adds what repeats one by one, and is a percent off at 10⁸ of them.
+    repeats = num_classes
     for d, size in enumerate(reversed(sizes)):
         if d >= weights.dim() or weights.shape[-1 - d] != size:
             repeats = repeats * size
-    total, count = weights.sum() * repeats, (weights != 0).sum() * repeats
+    sums = torch.stack((weights.sum(), (weights != 0).sum(dtype=weights.dtype)))
+    total, count = rows.total(sums * repeats)
     return total.where(count > 0, 1)

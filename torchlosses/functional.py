@@ -1,13 +1,11 @@
 """The losses as functions: check, then compute, then reduce."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from torchlosses import checks, fused, linear, sharded
-from torchlosses.checks import Reduction
-from torchlosses.formulas import Call
+from torchlosses import checks, linear, ops, sharded
+from torchlosses.checks import Options, Reduction
+from torchlosses.formulas import LOSSES, Arguments, Call
 
 __all__ = ["cross_entropy_error", "linear_cross_entropy_error", "sum_squared_error"]
 
@@ -32,16 +30,8 @@ def sum_squared_error(
     >>> sum_squared_error(y, torch.tensor(2))
     tensor(0.0975)
     """
-    return _compute(
-        "squares",
-        input,
-        target,
-        None,
-        sample_weight,
-        reduction,
-        dim,
-        ignore_index,
-    )
+    options = checks.known_options(reduction, dim, ignore_index)
+    return _compute("squares", options, input, target, None, sample_weight)
 
 
 def cross_entropy_error(
@@ -68,19 +58,11 @@ def cross_entropy_error(
     >>> cross_entropy_error(y, torch.tensor(2))
     tensor(0.5108)
     """
-    return _compute(
-        "logits" if from_logits else "probabilities",
-        input,
-        target,
-        weight,
-        sample_weight,
-        reduction,
-        dim,
-        ignore_index,
-        delta,
-        label_smoothing,
-        from_logits,
+    options = checks.known_options(
+        reduction, dim, ignore_index, delta, label_smoothing, from_logits
     )
+    kind = "logits" if from_logits else "probabilities"
+    return _compute(kind, options, input, target, weight, sample_weight)
 
 
 def linear_cross_entropy_error(
@@ -108,17 +90,13 @@ def linear_cross_entropy_error(
     >>> linear_cross_entropy_error(x, w, torch.tensor([1, 0]))
     tensor(1.6265)
     """
-    _, ignore_index, delta, label_smoothing = checks.check_options(
-        reduction, None, ignore_index, delta, label_smoothing
-    )
+    options = checks.known_options(reduction, None, ignore_index, delta, label_smoothing)
     shape = checks.check_linear(input, linear_weight, linear_bias)
     dim = len(shape) - 1
-    is_index = checks.is_class_index(input, shape, target, dim, ignore_index, "logits")
+    is_index = checks.is_class_index(input, shape, target, dim, options.ignore_index, "logits")
     _warn_of_one_class(shape[dim], dim, is_linear=True)
     checks.check_weights(input, shape, weight, dim, sample_weight, shape[:-1], "logits")
-    double = input.dtype == torch.float64 or target.dtype == torch.float64
-    dtype = torch.float64 if double else torch.float32
-    call = Call("logits", is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing)
+    call = _call("logits", options, is_index, dim, input, target)
     arguments = (input, linear_weight, linear_bias, target, weight, sample_weight)
     arguments = sharded.waited(arguments)
     if sharded.is_sharded(*arguments):
@@ -142,46 +120,48 @@ def _warn_of_one_class(num_classes: int, dim: int, *, is_linear: bool) -> bool:
     return True
 
 
+def _call(
+    kind: str, options: Options, is_index: bool, dim: int, input: Tensor, target: Tensor
+) -> Call:
+    reduction, _, ignore_index, delta, label_smoothing = options
+    is_double = input.dtype == torch.float64 or target.dtype == torch.float64
+    dtype = torch.float64 if is_double else torch.float32
+    return Call(kind, is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing)
+
+
 def _compute(
     kind: str,
+    options: Options,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     sample_weight: Tensor | None,
-    reduction: Reduction,
-    dim: int | None,
-    ignore_index: int,
-    delta: float = 0.0,
-    label_smoothing: float = 0.0,
-    from_logits: bool = False,
 ) -> Tensor:
-    form: tuple[Any, ...] | None
-    form = (kind, reduction, dim, ignore_index, delta, label_smoothing, from_logits)
-    loss = fused.compute_known(form, input, target, weight, sample_weight)
-    if loss is not None:
-        return loss
-    dim, ignore_index, delta, label_smoothing = checks.check_options(
-        reduction, dim, ignore_index, delta, label_smoothing, from_logits
-    )
-    dim = checks.check_dim(input, dim)
-    if kind != "squares" and input.dim() == 0 and target.shape == input.shape:
+    tensors = (input, target, weight, sample_weight)
+    prepared = ops.find(ops.key_of(kind, options, tensors))
+    if prepared is not None and not torch.is_anomaly_enabled():  # Then values are checked too.
+        loss = ops.run(prepared, tensors)
+        if loss is not None:
+            return loss
+    dim = checks.check_dim(input, options.dim)
+    is_per_element = LOSSES[kind].is_per_element
+    if not is_per_element and input.dim() == 0 and target.shape == input.shape:
         input, target = input.unsqueeze(0), target.unsqueeze(0)  # One class, and no dimension.
-    is_index = checks.is_class_index(input, input.shape, target, dim, ignore_index)
-    if kind == "logits" and _warn_of_one_class(input.shape[dim], dim, is_linear=False):
-        form = None  # Never a known call: a call from another place warns too.
+    is_index = checks.is_class_index(input, input.shape, target, dim, options.ignore_index)
+    has_softmax = LOSSES[kind].domain == "logit" and not is_per_element
+    # Never a known call: one from another place warns too.
+    is_warned = has_softmax and _warn_of_one_class(input.shape[dim], dim, is_linear=False)
     if weight is not None or sample_weight is not None:
-        is_like_target = is_index or kind == "squares"
+        is_like_target = is_index or is_per_element
         samples = target.shape if is_like_target else checks.samples_shape(input, dim)
         checks.check_weights(input, input.shape, weight, dim, sample_weight, samples)
-    double = input.dtype == torch.float64 or target.dtype == torch.float64
-    dtype = torch.float64 if double else torch.float32
-    call = Call(kind, is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing)
-    arguments = sharded.waited((input, target, weight, sample_weight))
+    call = _call(kind, options, is_index, dim, input, target)
+    arguments = Arguments(*sharded.waited((input, target, weight, sample_weight)))
     if sharded.is_sharded(*arguments):
-        return sharded.compute(call, *arguments)
+        return sharded.compute(call, arguments)
     if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
         classes = None
         if is_index:
-            classes = checks.check_classes(target, input.shape[dim], ignore_index)
-        checks.check_values(call, input, target, classes, sample_weight)
-    return fused.compute(call, *arguments, form)
+            classes = checks.check_classes(target, input.shape[dim], options.ignore_index)
+        checks.check_values(call, arguments, classes)
+    return ops.compute(call, arguments, ops.key_of(kind, options, arguments), not is_warned)

@@ -7,6 +7,7 @@ are made again in backward.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module
 from torch.utils.checkpoint import checkpoint
 
-from torchlosses import checks, formulas, fused
-from torchlosses.formulas import Call, Classes, Place, Rows
+from torchlosses import checks, formulas, ops
+from torchlosses.formulas import Arguments, Call, Classes, Place, Rows
 
 # Bytes that each class has in the logits of a chunk, of 1024 rows in float32 and 2048 in half
 # precision. On a GPU the products of 1024 rows by 32000 classes are 2000 tiles of 128 by 128, for
@@ -67,58 +68,84 @@ def compute(
 ) -> Tensor:
     """The loss of the logits of a linear layer, in chunks of rows wherever that can be."""
     dtype = product_dtype(input)
-    arguments = (input, linear_weight, linear_bias, target, weight, sample_weight)
+    tensors = (input, linear_weight, linear_bias, target, weight, sample_weight)
     if (
         torch.compiler.is_compiling()
-        and fused.serves_graph(call, input, target, weight, sample_weight, *arguments[1:3])
+        and ops.serves_graph(call, tensors)
         and 0 not in linear_weight.shape
     ):
-        return LINEAR_LOSS(call, (dtype,), *arguments)
-    present = [argument for argument in arguments if argument is not None]
-    if not all(type(argument) in checks.PLAIN for argument in present):
-        return formula(dtype, call, *arguments)
+        return LINEAR_LOSS(call, (dtype,), *tensors)
+    if not all(tensor is None or type(tensor) in checks.PLAIN for tensor in tensors):
+        return formula(dtype, call, *tensors)
     classes = None
     if call.is_index:
         classes = checks.check_classes(target, linear_weight.shape[0], call.ignore_index)
-    kernels = fused.find_kernels(call, input, target, weight, sample_weight)
-    if kernels is not None and linear_weight.dtype in fused.DTYPES and linear_weight.numel() > 0:
-        learns = torch.is_grad_enabled() and any(argument.requires_grad for argument in present)
-        dtypes = [argument.dtype for argument in arguments[:4] if argument is not None]
-        waits = fused.waits_for_upstream(call, dtype, *dtypes)
-        whole = functools.partial(formula, dtype)
-        loss = fused.attempt((Chunks(kernels, dtype), call, whole, waits), learns, *arguments)
-        if loss is not None:
-            return loss
+    key = ops.key_of("linear", (call, dtype), tensors)
+    prepared = ops.find(key) or ops.prepare(
+        key, call, tensors, functools.partial(LayerKernels, dtype),
+        functools.partial(formula, dtype), (dtype,),
+    )  # fmt: skip
+    loss = None if prepared is None else ops.run(prepared, tensors)
+    if loss is not None:
+        return loss
     if not checks.is_eager():
-        return formula(dtype, call, *arguments)
-    rows = Rows(linear_weight.shape[0], call.dim)
+        return formula(dtype, call, *tensors)
+    rows = Rows(input.shape[:-1] + linear_weight.shape[:1], call.dim)
     place = None if classes is None else rows.find(classes)
     losses = losses_of(
         call, input, linear_weight, linear_bias, target, weight, rows, classes, place
     )
-    shape = input.shape[:-1] + linear_weight.shape[:1]
-    return formulas.reduced(call, losses, shape, weight, sample_weight, classes)
+    arguments = Arguments(input, target, weight, sample_weight)
+    return formulas.reduced(call, losses, rows, arguments, classes, place)
 
 
-class Chunks(NamedTuple):
-    """The kernels for a chunk of logits, as kernels for the linear layer that puts them out."""
+class LayerKernels(NamedTuple):
+    """The kernels of a loss, as those of a linear layer and that loss."""
 
-    kernels: fused.Kernels
     dtype: torch.dtype  # Of the products.
+    kernels: ops.Kernels
+
+    @property
+    def LOSSES(self) -> Sequence[str]:  # noqa: N802
+        return self.kernels.LOSSES
+
+    @property
+    def CAN_FAIL(self) -> bool:  # noqa: N802
+        return self.kernels.CAN_FAIL
+
+    def rescale(self, *arguments: Any) -> Any:
+        return self.kernels.rescale(*arguments)
+
+    def prepare(self, call: Call, *tensors: Any) -> "LayerLaunch":
+        return LayerLaunch(call, self.kernels, self.dtype, *tensors)
+
+
+class LayerLaunch:
+    """A linear layer and its loss, for calls whose tensors are alike."""
+
+    def __init__(
+        self, call: Call, kernels: ops.Kernels, dtype: torch.dtype, input: Tensor, *rest: Any
+    ) -> None:
+        self.call, self.kernels = call, kernels
+        self.dtype = dtype if _has_products(input.device, dtype) else torch.float32
+        is_none = call.reduction == "none"
+        # The divisor is that of the whole batch; chunks compute plain sums.
+        self.chunk_call = call._replace(dim=1, reduction="none" if is_none else "sum")
+        self.launches: dict[int, ops.Launch] = {}  # By the length of a chunk.
 
     def rescale(
-        self, gradients: Sequence[Tensor | None], grad_loss: Tensor, call: Call, target: Tensor
+        self, gradients: Sequence[Tensor | None], grad_loss: Tensor, target: Tensor
     ) -> Sequence[Tensor | None] | None:
-        return self.kernels.rescale(gradients, grad_loss, call, target)
+        return self.kernels.rescale(gradients, grad_loss, self.call, target)
 
-    def compute(self, call: Call, input: Tensor, *rest: Any) -> list[Any]:
+    def compute(self, input: Tensor, *rest: Any) -> list[Any]:
         """The loss, and the gradients by input, weight, bias and target, times that of upstream."""
-        with torch.autocast(input.device.type, enabled=False):  # All dtypes are chosen here.
-            return self._compute(call, input, *rest)
+        # All dtypes are chosen here.
+        with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+            return self._compute(input, *rest)
 
     def _compute(
         self,
-        call: Call,
         input: Tensor,
         linear_weight: Tensor,
         linear_bias: Tensor | None,
@@ -127,98 +154,149 @@ class Chunks(NamedTuple):
         sample_weight: Tensor | None,
         needs: Sequence[bool],
         upstream: Tensor | None = None,
+        *_: bool,
     ) -> list[Any]:
-        num_classes, width = linear_weight.shape
-        samples = input.shape[:-1]
-        like = input.new_empty((), dtype=call.dtype)
-        x = input.reshape(samples.numel(), width)
-        t = target.reshape(len(x), *target.shape[len(samples) :])
-        s = None if sample_weight is None else sample_weight.expand(samples).reshape(-1)
-        classes = kept = places = None
-        if call.is_index:
-            classes = Classes(target, num_classes, call.ignore_index)
-            kept = (formulas.long(t, call.ignore_index) != call.ignore_index).unsqueeze(1)
-            if checks.can_look(t):
-                if kept.all():
-                    kept = None
-                else:
-                    places = kept.nonzero()[:, 0]
-        shape = samples + linear_weight.shape[:1]
-        divisor = formulas.find_divisor(call, like, shape, weight, sample_weight, classes)
-        if s is not None and sample_weight is not None and call.reduction == "mean":
-            s, divisor = formulas.lifted(s.to(like.dtype), divisor)
-        if divisor is not None:  # Of the whole, so it is no business of the chunks.
-            upstream = (like.new_ones(()) if upstream is None else upstream) / divisor
-        is_none = call.reduction == "none"
-        chunk_call = call._replace(dim=1, reduction="none" if is_none else "sum")
-        u = upstream.reshape(-1) if is_none and upstream is not None else None
-
-        dtype = self.dtype if _has_products(x.device, self.dtype) else torch.float32
-        sums = torch.float32 if dtype.itemsize < 4 else dtype
+        call, dtype, num_classes = self.call, self.dtype, len(linear_weight)
+        arguments = Arguments(input, target, weight, sample_weight)
+        batch, divisor = _batch_of(call, num_classes, arguments, upstream)
         w = linear_weight.to(dtype)
         b = None if linear_bias is None else linear_bias.to(dtype)
-        count = len(x) if places is None else len(places)
-        step = find_step(count, num_classes, dtype, x.device)
-        logits = x.new_empty((step, num_classes), dtype=dtype)
-        losses: Any = like.new_zeros(samples) if is_none else []
-        grad_x = grad_w = grad_b = grad_t = None
-        if needs[0]:  # Zeros where rows are left out.
-            grad_x = x.new_empty(x.shape) if places is None else x.new_zeros(x.shape)
-        if needs[1]:
-            grad_w = w.new_empty(w.shape, dtype=sums)
-        if needs[2]:
-            grad_b = w.new_zeros(num_classes, dtype=sums)
-        if needs[3]:
-            grad_t = t.new_empty(t.shape)
-        z = grad_z = logits
-        for start in range(0, count, step):
-            chunk: Any = slice(start, min(start + step, count))
-            if places is not None:
-                chunk = places[chunk]
-            x_part = x[chunk].to(dtype)
-            if kept is not None and places is None:  # 0 times an infinity that is ignored is NaN.
-                x_part = x_part.where(kept[chunk], 0)
-            z = logits[: len(x_part)]
+        gradients = LayerGradients(needs, batch, w)
+        step = find_step(batch.num_counted, num_classes, dtype, input.device)
+        logits = input.new_empty((step, num_classes), dtype=dtype)
+        losses = []
+        for start in range(0, batch.num_counted, step):
+            x, t, s, u = batch.part(start, step, dtype)
+            z = logits[: len(x)]
             if b is None:
-                torch.mm(x_part, w.t(), out=z)
+                torch.mm(x, w.t(), out=z)
             else:
-                torch.addmm(b, x_part, w.t(), out=z)
-            over_input, complains = True, False  # Of a class; but for a graph they are seen before.
-            loss, grad_z, grad_t_part = self.kernels.compute(
-                chunk_call, z, t[chunk], weight, None if s is None else s[chunk],
-                (any(needs[:3]), needs[3]), upstream if u is None else u[chunk],
-                over_input, complains,
-            )  # fmt: skip
-            if is_none:
-                losses.view(-1)[chunk] = loss
+                torch.addmm(b, x, w.t(), out=z)
+            loss, grad_z, grad_t = self._launch(z, t, weight, s).compute(
+                z, t, weight, s, (any(needs[:3]), needs[3]), u, True, False
+            )
+            losses.append(loss)
+            gradients.add(start, step, x, grad_z, grad_t)
+        del logits
+        loss = self._loss(batch, losses, divisor)
+        return [loss, *gradients.of(input, linear_weight, linear_bias, target)]
+
+    def _launch(self, z: Tensor, t: Tensor, weight: Tensor | None, s: Tensor | None) -> ops.Launch:
+        launch = self.launches.get(len(z))
+        if launch is None:
+            launch = self.launches[len(z)] = self.kernels.prepare(self.chunk_call, z, t, weight, s)
+        return launch
+
+    def _loss(self, batch: "Batch", losses: list[Tensor], divisor: Any) -> Tensor:
+        like = batch.x.new_zeros((), dtype=self.call.dtype)
+        if self.call.reduction != "none":
+            total = torch.stack(losses).sum() if losses else like
+            return formulas.divided(total, divisor)
+        whole = like.new_zeros(len(batch.x))
+        if losses:
+            whole[slice(None) if batch.counted is None else batch.counted] = torch.cat(losses)
+        return whole.view(batch.samples)
+
+
+class Batch(NamedTuple):
+    """The samples of a linear layer's input as rows, and what goes with each."""
+
+    samples: torch.Size
+    x: Tensor
+    target: Tensor
+    sample_weight: Tensor | None
+    upstream: Tensor | None  # One for each row, or for all.
+    kept: Tensor | None  # False for rows to ignore, where nobody looks which they are.
+    counted: Tensor | None  # The numbers of the rows that count; None for all.
+
+    @property
+    def num_counted(self) -> int:
+        return len(self.x if self.counted is None else self.counted)
+
+    def rows(self, start: int, step: int) -> Any:
+        """The index of a chunk."""
+        if self.counted is None:
+            return slice(start, min(start + step, len(self.x)))
+        return self.counted[start : start + step]
+
+    def part(self, start: int, step: int, dtype: torch.dtype) -> tuple[Any, ...]:
+        """Inputs in that dtype, targets, sample weights and upstream gradients of a chunk."""
+        rows = self.rows(start, step)
+        x, s, u = self.x[rows].to(dtype), self.sample_weight, self.upstream
+        if self.kept is not None:  # 0 times an infinity that is ignored is NaN.
+            x = x.where(self.kept[rows], 0)
+        s = None if s is None else s[rows]
+        return x, self.target[rows], s, u if u is None or u.dim() == 0 else u[rows]
+
+
+def _batch_of(
+    call: Call, num_classes: int, arguments: Arguments, upstream: Tensor | None
+) -> tuple[Batch, Any]:
+    """The rows of a call, their weights and upstream gradients divided, and the divisor."""
+    input, target, _, sample_weight = arguments
+    samples = input.shape[:-1]
+    like = input.new_empty((), dtype=call.dtype)
+    x = input.reshape(samples.numel(), input.shape[-1])
+    t = target.reshape(len(x), *target.shape[len(samples) :])
+    s = None if sample_weight is None else sample_weight.expand(samples).reshape(-1)
+    rows = Rows((*samples, num_classes), call.dim)
+    classes = place = kept = counted = None
+    if call.is_index:
+        classes = Classes(target, num_classes, call.ignore_index)
+        place = rows.find(classes)
+        kept = (formulas.long(t, call.ignore_index) != call.ignore_index).unsqueeze(1)
+        if checks.can_look(t):
+            counted = None if kept.all() else kept.nonzero()[:, 0]
+            kept = None
+    divisor = formulas.find_divisor(call, like, rows, arguments, classes, place)
+    if s is not None and call.reduction == "mean":
+        s, divisor = formulas.lifted(s.to(like.dtype), divisor)
+    if divisor is not None:
+        upstream = (like.new_ones(()) if upstream is None else upstream) / divisor
+    elif upstream is not None and call.reduction == "none":
+        upstream = upstream.reshape(-1)
+    return Batch(samples, x, t, s, upstream, kept, counted), divisor
+
+
+class LayerGradients:
+    """The gradients by input, weight, bias and target, chunk by chunk, as far as they are needed.
+
+    Those by weight and bias add up in float32 at least.
+    """
+
+    def __init__(self, needs: Sequence[bool], batch: Batch, w: Tensor) -> None:
+        self.batch, self.w = batch, w
+        sums = torch.float32 if w.dtype.itemsize < 4 else w.dtype
+        new_x = batch.x.new_empty if batch.counted is None else batch.x.new_zeros
+        self.x = new_x(batch.x.shape) if needs[0] else None
+        new_w = w.new_empty if batch.num_counted else w.new_zeros
+        self.w_sum = new_w(w.shape, dtype=sums) if needs[1] else None
+        self.b_sum = w.new_zeros(len(w), dtype=sums) if needs[2] else None
+        self.target = batch.target.new_empty(batch.target.shape) if needs[3] else None
+
+    def add(self, start: int, step: int, x: Tensor, grad_z: Any, grad_t: Any) -> None:
+        rows = self.batch.rows(start, step)
+        if self.x is not None:
+            if self.batch.counted is None and self.x.dtype == self.w.dtype:
+                torch.mm(grad_z, self.w, out=self.x[rows])
             else:
-                losses.append(loss)
-            if grad_x is not None:
-                if places is None and grad_x.dtype == dtype:
-                    torch.mm(grad_z, w, out=grad_x[chunk])
-                else:
-                    grad_x[chunk] = torch.mm(grad_z, w).to(grad_x.dtype)
-            if grad_w is not None:
-                _add_product(grad_w, grad_z.t(), x_part, is_first=start == 0)
-            if grad_b is not None:
-                grad_b += grad_z.sum(0, dtype=sums)
-            if grad_t is not None:
-                grad_t[chunk] = grad_t_part
-        del logits, w, z, grad_z  # Before there is another gradient by the weight.
-        if grad_w is not None and count == 0:
-            grad_w.zero_()
-        if is_none:
-            loss = losses
-        else:
-            loss = torch.stack(losses).sum() if losses else like.new_zeros(())
-            loss = loss if divisor is None else loss / divisor
-        results = [loss]
-        layer = (input, linear_weight, linear_bias, target)
-        for gradient, argument in zip((grad_x, grad_w, grad_b, grad_t), layer, strict=True):
-            if gradient is not None and argument is not None:
-                gradient = gradient.to(argument.dtype).view(argument.shape)
-            results.append(gradient)
-        return results
+                self.x[rows] = torch.mm(grad_z, self.w).to(self.x.dtype)
+        if self.w_sum is not None:
+            _add_product(self.w_sum, grad_z.t(), x, is_first=start == 0)
+        if self.b_sum is not None:
+            self.b_sum += grad_z.sum(0, dtype=self.b_sum.dtype)
+        if self.target is not None:
+            self.target[rows] = grad_t
+
+    def of(self, *layer: Tensor | None) -> list[Tensor | None]:
+        """The gradients in dtype and shape of the tensors that they are by."""
+        gradients = [self.x, self.w_sum, self.b_sum, self.target]
+        del self.w, self.w_sum  # Before the weight's gradient in another dtype is there too.
+        for k, tensor in enumerate(layer):
+            gradient = gradients[k]
+            if gradient is not None and tensor is not None:
+                gradients[k] = gradient.to(tensor.dtype).view(tensor.shape)
+        return gradients
 
 
 def _has_products(device: torch.device, dtype: torch.dtype) -> bool:
@@ -236,7 +314,10 @@ def find_step(rows: int, num_classes: int, dtype: torch.dtype, device: torch.dev
     if device.type == "cpu":
         fitting = CHUNK_ON_CPU // dtype.itemsize // max(num_classes, 1)
         most = min(most, max(fitting, LEAST_ROWS))
-    return -(-rows // -(-rows // most)) if rows else 1
+    if rows == 0:
+        return 1
+    step = -(-rows // -(-rows // most))
+    return -(-step // 16) * 16  # So all chunks of a tensor are aligned alike.
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
@@ -281,7 +362,7 @@ def formula(
     if call.is_index:
         classes = checks.check_classes(target, linear_weight.shape[0], call.ignore_index)
     logits = _logits(dtype, input, linear_weight, linear_bias, classes)
-    return formulas.compute(call, logits, target, weight, sample_weight, classes)
+    return formulas.compute(call, Arguments(logits, target, weight, sample_weight), classes)
 
 
 def _logits(
@@ -298,6 +379,17 @@ def _logits(
     return F.linear(input.to(dtype), linear_weight.to(dtype), bias)
 
 
+class FlatRows(Rows):
+    """Rows in one dimension, which share their classes with the processes that others do."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__((math.prod(rows.shape[: rows.dim]), rows.num_classes), 1)
+        self.rows = rows
+
+    def over_classes(self, values: Tensor, operation: str = "sum") -> Tensor:
+        return self.rows.over_classes(values, operation)
+
+
 def losses_of(
     call: Call,
     input: Tensor,
@@ -312,8 +404,7 @@ def losses_of(
     """`formulas.losses_of` logits, in chunks of rows whose logits backward makes again."""
     samples = input.shape[:-1]
     dtype = product_dtype(input)
-    flat = Rows(rows.num_classes, 1)
-    flat.over_classes = rows.over_classes  # type: ignore[method-assign]
+    flat = FlatRows(rows)
     call = call._replace(dim=1)
     count = samples.numel()
     x = input.reshape(count, input.shape[-1])
@@ -327,7 +418,7 @@ def losses_of(
             is_here = None if at.is_here is None else at.is_here.reshape(-1)[chunk]
             at = Place(at.position.reshape(-1, 1)[chunk], 1, is_here)
         logits = _logits(dtype, x[chunk], linear_weight, linear_bias, of)
-        return formulas.losses_of(call, logits, t[chunk], weight, flat, of, at)
+        return formulas.losses_of(call, Arguments(logits, t[chunk], weight), flat, of, at)
 
     if torch.compiler.is_compiling() or step >= count:
         return part(slice(None)).view(samples)
@@ -356,10 +447,10 @@ def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
     return [t._version for t in tensors if t is not None and not t.is_inference()]
 
 
-LINEAR_LOSS = fused.Operator(
+LINEAR_LOSS = ops.Operator(
     "linear_loss",
     ["Tensor input", "Tensor linear_weight", "Tensor? linear_bias", "Tensor target"],
     ["ScalarType product_dtype"],
-    lambda kernels, dtype: Chunks(kernels, dtype).compute,
+    LayerKernels,
     lambda dtype: functools.partial(formula, dtype),
 )

@@ -73,8 +73,9 @@ class SumSquaredError(nn.Module):
         self, *, reduction: Reduction = "sum", dim: int | None = None, ignore_index: int = -100
     ) -> None:
         super().__init__()
-        self.dim, self.ignore_index, *_ = checks.check_options(reduction, dim, ignore_index)
+        options = checks.check_options(reduction, dim, ignore_index)
         self.reduction: Reduction = reduction
+        self.dim, self.ignore_index = options.dim, options.ignore_index
 
     @torch.jit.unused  # So that a model that holds a loss can be scripted.
     def forward(
@@ -188,9 +189,10 @@ class CrossEntropyError(nn.Module):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        self.dim, self.ignore_index, self.delta, self.label_smoothing = checks.check_options(
+        options = checks.check_options(
             reduction, dim, ignore_index, delta, label_smoothing, from_logits
         )
+        _, self.dim, self.ignore_index, self.delta, self.label_smoothing = options
         checks.check_weight(weight)
         if isinstance(weight, nn.Parameter):
             self.weight = weight
@@ -331,9 +333,8 @@ class LinearCrossEntropyError(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _, self.ignore_index, self.delta, self.label_smoothing = checks.check_options(
-            reduction, None, ignore_index, delta, label_smoothing
-        )
+        options = checks.check_options(reduction, None, ignore_index, delta, label_smoothing)
+        _, _, self.ignore_index, self.delta, self.label_smoothing = options
         checks.check_weight(weight, num_classes)
         if isinstance(weight, nn.Parameter):
             self.weight = weight

@@ -5,7 +5,6 @@ dimension is cut, a process answers for the classes that it holds: its loss is a
 what takes a whole row (the maximum and the normaliser of logits) is reduced over the processes.
 """
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from torchlosses import checks, formulas, fused, linear
-from torchlosses.formulas import Call, Classes, Place
+from torchlosses import checks, formulas, linear, ops
+from torchlosses.formulas import Arguments, Call, Classes, Place
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -82,17 +81,17 @@ class _Wait(Function):
         return grad
 
 
-Arguments = TypeVar("Arguments", bound=tuple[Any, ...])
+Tensors = TypeVar("Tensors", bound=tuple[Any, ...])
 
 
-def waited(arguments: Arguments) -> Arguments:
+def waited(arguments: Tensors) -> Tensors:
     """The arguments, as plain tensors where a collective was under way to them.
 
     So kernels serve them.
     """
     if not any(_is_under_way(a) for a in arguments if type(a) not in _PLAIN):
         return arguments
-    return cast("Arguments", tuple(_waited(a) if _is_under_way(a) else a for a in arguments))
+    return cast("Tensors", tuple(_waited(a) if _is_under_way(a) else a for a in arguments))
 
 
 def _waited(tensor: Tensor) -> Tensor:
@@ -120,9 +119,9 @@ class _Saved(Function):
         return grad, *(None for _ in arguments)
 
 
-def compute(call: Call, *arguments: Any) -> Tensor:
+def compute(call: Call, arguments: Arguments) -> Tensor:
     """The loss."""
-    return _compute_by(_compute, call, arguments)
+    return _compute_by(lambda call, *tensors: _compute(call, Arguments(*tensors)), call, arguments)
 
 
 def compute_linear(call: Call, *arguments: Any) -> Tensor:
@@ -158,87 +157,67 @@ def _compute_outside(call: Call, input: Tensor, *rest: Any) -> Tensor:
     return _reduced(whole)
 
 
-def _compute(
-    call: Call,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    layer: "Layer | None" = None,
-) -> Tensor:
-    """`input` has no numbers where it stands for the logits of a `layer`."""
-    dim, dtype = call.dim, call.dtype
-    shards = Shards(input, dim)
-    every = tuple(range(input.dim()))
-    rows = every[:dim] + every[dim + 1 :]
-    lost = every if call.is_per_element else rows  # The dimensions that the losses have.
-    weighted = rows if call.is_index else lost
-    y = shards.input
-    target = shards.part("target", target, rows if call.is_index else every)
-    if weight is not None:
-        weight = shards.part("weight", weight, (dim,))
-    if sample_weight is not None:
-        aligned = weighted[len(weighted) - sample_weight.dim() :]
-        sample_weight = shards.part("sample_weight", sample_weight, aligned)
-
+def _compute(call: Call, arguments: Arguments, layer: "Layer | None" = None) -> Tensor:
+    """The input has no numbers where it stands for the logits of a `layer`."""
+    shards = Shards(arguments.input, call.dim)
+    arguments = shards.parts(call, arguments)
     is_whole = not any(shards.is_cut) or (call.is_per_element and not call.is_index)
     classes = place = None
     try:
         if call.is_index:
-            classes = checks.check_classes(target, input.shape[dim], call.ignore_index)
+            classes = checks.check_classes(arguments.target, shards.num_classes, call.ignore_index)
             place = shards.find(classes)
         if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
             if layer is None:
-                checks.check_values(call, y, target, classes, sample_weight, is_whole=is_whole)
+                checks.check_values(call, arguments, classes, is_whole=is_whole)
             elif is_whole:
-                checks.check_target_values(call, target, sample_weight)
-        if is_whole:
-            reduction = "none" if call.reduction == "none" else "sum"
-            part = call._replace(reduction=reduction)
-            if layer is None:
-                losses = fused.compute(part, y, target, weight, sample_weight)
-            else:
-                losses = linear.compute(part, *layer, target, weight, sample_weight)
+                checks.check_target_values(call, arguments.target, arguments.sample_weight)
+        compute = _compute_whole_rows if is_whole else _compute_cut_rows
+        loss = compute(call, arguments, shards, classes, place, layer)
     except (IndexError, ValueError) as error:
         error.add_note("The position is one in the shard of this process.")
         raise
-    weights = y.new_ones((), dtype=dtype) if sample_weight is None else sample_weight.to(dtype)
-    weights = weights.expand([y.shape[d] for d in weighted])
-    if call.is_per_element and call.is_index:
-        weights = weights.unsqueeze(dim).expand_as(y)
-    if not is_whole:
-        if layer is None:
-            losses = formulas.losses_of(call, y, target, weight, shards, classes, place)
-        else:
-            losses = linear.losses_of(call, *layer, target, weight, shards, classes, place)
-        if sample_weight is not None:
-            losses = losses * weights
-    losses = losses.to(dtype)
     if call.reduction == "none":
-        return shards.join(losses, lost)
-    total: Any = shards.join(losses.sum())
-    if call.reduction == "mean" and (sample_weight is not None or place is not None):
-        if (
-            place is not None and place.is_here is not None and not call.is_per_element
-        ):  # A sample counts where its class is.
-            weights = weights.where(place.is_here, 0)
-            if weight is not None:
-                weights = weights * place.weight(weight.to(dtype))
-        elif classes is not None and classes.kept is not None:
-            weights = weights.where(classes.kept.unsqueeze(dim), 0)
-        elif not (call.is_per_element or shards.is_first):
-            weights = torch.zeros_like(weights)
-        sums = torch.stack((weights.sum(), (weights != 0).sum(dtype=dtype)))
-        weight_of_all, count = shards.join(sums)
-        divisor: Any = weight_of_all.where(count > 0, 1)  # The mean over nothing is 0.
-    elif call.reduction == "mean":
-        divisor = formulas.at_least_one(math.prod([input.shape[d] for d in lost]), y, dtype)
-    elif call.reduction == "batchmean" and input.dim() > 1:
-        divisor = formulas.at_least_one(input.shape[0], y, dtype)
+        return shards.join(loss, shards.loss_dims(call))
+    return shards.replicated(loss)
+
+
+def _compute_whole_rows(
+    call: Call,
+    arguments: Arguments,
+    shards: "Shards",
+    classes: Classes | None,
+    place: Place | None,
+    layer: "Layer | None",
+) -> Tensor:
+    """The loss where each process has whole rows: its shard is a batch of its own."""
+    like = arguments.input.new_empty((), dtype=call.dtype)
+    divisor = formulas.find_divisor(call, like, shards, arguments, classes, place)
+    if arguments.sample_weight is not None and call.reduction == "mean":
+        weights, divisor = formulas.lifted(arguments.sample_weight.to(call.dtype), divisor)
+        arguments = arguments._replace(sample_weight=weights)
+    part = call._replace(reduction="none" if call.reduction == "none" else "sum")
+    if layer is None:
+        loss = ops.compute(part, arguments, ops.key_of(part.kind, part, arguments))
     else:
-        divisor = 1
-    mean: Tensor = total / divisor
-    return mean
+        loss = linear.compute(part, *layer, *arguments[1:])
+    return loss if call.reduction == "none" else formulas.divided(shards.total(loss), divisor)
+
+
+def _compute_cut_rows(
+    call: Call,
+    arguments: Arguments,
+    shards: "Shards",
+    classes: Classes | None,
+    place: Place | None,
+    layer: "Layer | None",
+) -> Tensor:
+    """The loss where the classes of a row are on several processes."""
+    if layer is None:
+        losses = formulas.losses_of(call, arguments, shards, classes, place)
+    else:
+        losses = linear.losses_of(call, *layer, *arguments[1:3], shards, classes, place)
+    return formulas.reduced(call, losses, shards, arguments, classes, place)
 
 
 def _compute_linear(
@@ -299,7 +278,7 @@ def _compute_linear(
     ]
     stride = torch.empty(shape, device="meta").stride()
     like = DTensor.from_local(logits, mesh, placements, run_check=False, shape=shape, stride=stride)
-    return _compute(call, like, target, weight, sample_weight, layer)
+    return _compute(call, Arguments(like, target, weight, sample_weight), layer)
 
 
 class Layer(NamedTuple):
@@ -334,15 +313,34 @@ class Shards(formulas.Rows):
                 f"input: got placements {input.placements}; expected Shard, Replicate or Partial, "
                 f"or _StridedShard where it does not cut classes"
             )
-        super().__init__(input.shape[dim] if input.dim() else 1, dim)
+        super().__init__(input.shape, dim)
         self.mesh = input.device_mesh
-        self.shape = input.shape
         self.is_cut = [_is_cut(p, dim) for p in self.placements]
         # Of the processes that have the same rows, and other classes of them.
         self.is_first = all(
             self.mesh.get_local_rank(i) == 0 for i, cut in enumerate(self.is_cut) if cut
         )
         self.input = _local(input, self.placements, self.placements)
+        self.own = self.input.shape
+
+    def loss_dims(self, call: Call) -> tuple[int, ...]:
+        """The input's dimensions that the losses have."""
+        every = tuple(range(len(self.shape)))
+        return every if call.is_per_element else every[: self.dim] + every[self.dim + 1 :]
+
+    def parts(self, call: Call, arguments: Arguments) -> Arguments:
+        """What of the tensors goes with the shard."""
+        _, target, weight, sample_weight = arguments
+        every = tuple(range(len(self.shape)))
+        samples = every[: self.dim] + every[self.dim + 1 :]
+        target = self.part("target", target, samples if call.is_index else every)
+        if weight is not None:
+            weight = self.part("weight", weight, (self.dim,))
+        if sample_weight is not None:
+            weight_dims = samples if call.is_index else self.loss_dims(call)
+            aligned = weight_dims[len(weight_dims) - sample_weight.dim() :]
+            sample_weight = self.part("sample_weight", sample_weight, aligned)
+        return Arguments(self.input, target, weight, sample_weight)
 
     def part(self, name: str, tensor: Tensor, dims: Sequence[int]) -> Tensor:
         """What of a tensor goes with the shard. Its dimensions are the input's `dims`."""
@@ -406,7 +404,24 @@ class Shards(formulas.Rows):
         gradients = [Partial() if cut else Replicate() for cut in self.is_cut]
         return whole.to_local(grad_placements=gradients)
 
-    def join(self, part: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+    def counted(self, call: Call, weights: Tensor, place: Place | None) -> Tensor:
+        """As in `Rows`: a sample counts where its class is, or on the first of its processes."""
+        if call.is_per_element:
+            return weights
+        if place is not None and place.is_here is not None:
+            return weights.where(place.is_here, 0)
+        return weights if self.is_first else torch.zeros_like(weights)
+
+    def total(self, parts: Tensor) -> Tensor:
+        return self.join(parts).to_local()
+
+    def replicated(self, value: Tensor) -> Tensor:
+        """The DTensor of a value that is the same on all processes."""
+        from torch.distributed.tensor import Replicate
+
+        return _from_local(value, self.mesh, [Replicate()] * self.mesh.ndim, value.shape)
+
+    def join(self, part: Tensor, dims: Sequence[int] | None = None) -> "DTensor":
         """The DTensor of which each process has a part, with the input's `dims`.
 
         It is summed over what else the input is cut in. Without `dims` it has the part's shape.

@@ -110,7 +110,7 @@ Block = collections.namedtuple(
 )
 
 
-class Launch(NamedTuple):
+class Prepared(NamedTuple):
     """What is known of a call without its tensors."""
 
     plan: Plan
@@ -192,7 +192,7 @@ def _prepare(
     has_weight: bool,
     weights_shape: torch.Size | None,
     needs: tuple[bool, bool],
-) -> Launch:
+) -> Prepared:
     """Cached: a training loop asks the same of each batch. `weights_shape`: of sample weights."""
     for name, known in ((call.kind, LOSSES), (call.reduction, REDUCTIONS)):
         if name not in known:
@@ -265,7 +265,7 @@ def _prepare(
     sizes = (outer, classes, inner // alignment) if is_spatial else (
         outer, classes // alignment, inner
     )  # fmt: skip
-    return Launch(
+    return Prepared(
         plan, tile.warps, tile.registers, min(blocks, MAX_PROGRAMS), counting, sizes,
         (outer, classes, inner), samples_shape, losses_shape, 1.0 / divisor, {},
     )  # fmt: skip
@@ -997,3 +997,21 @@ def _rescale_kernel(
                     label = tl.load(target_ptr + samples, mask=offsets < numel)
                     gradient = tl.where(_is_ignored(label, ignore_index), 0, gradient)
             tl.store(gradient_ptr + offsets, gradient, mask=offsets < numel)
+
+
+CAN_FAIL = True
+
+
+class Launch:
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+    def compute(self, *arguments: Any) -> Result:
+        return compute(self.call, *arguments)
+
+    def rescale(self, gradients: Any, grad_loss: Tensor, target: Tensor) -> Any:
+        return rescale(gradients, grad_loss, self.call, target)
+
+
+def prepare(call: Call, *tensors: Any) -> Launch:
+    return Launch(call)

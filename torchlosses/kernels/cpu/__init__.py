@@ -1,76 +1,150 @@
-"""Loss and gradient in one pass on the CPU: what the kernels of `module.cpp` need of Python.
+"""Loss and gradient in one pass on the CPU: tensors for the kernels of the extension module.
 
-Without a compiler at installation there are none, and this module cannot be imported.
+Without a compiler at installation there is none, and this package cannot be imported.
 """
 
 import ctypes
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from torchlosses import checks
-from torchlosses.formulas import Call
+from torchlosses.formulas import Call, Result
 from torchlosses.kernels.cpu import _cpu
-from torchlosses.kernels.cpu._cpu import compute, find_key, rescale, serve
 
-__all__ = ["LOSSES", "compute", "empty", "find_key", "rescale", "serve"]
-
+CAN_FAIL = False  # What they raise is for the caller.
+# In the order of their numbers in job.h.
 LOSSES = ("squares", "probabilities", "logits")
+REDUCTIONS = checks.REDUCTIONS
+STORAGES = (
+    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int8,
+    torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64, torch.bool,
+)  # fmt: skip
+FRESH = 2**25  # From so many bytes on, memory comes fresh from the system.
+# To make another like it takes half the time of making one by its shape.
+SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in STORAGES[:2]}
 
 
 def empty(like: Tensor) -> Tensor:
     """Memory like a contiguous tensor's; fresh memory in huge pages, where Linux grants them."""
-    return _cpu.empty(like, like.nbytes)
+    tensor = torch.empty_like(like)
+    if tensor.nbytes >= FRESH:
+        _cpu.advise(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
-def _expand(call: Call, sample_weight: Tensor, shape: torch.Size) -> tuple[Tensor, bool]:
-    """Sample weights in full, and whether they are one per element instead of one per sample."""
-    samples = shape[: call.dim] + shape[call.dim + 1 :]
-    is_elementwise = False
-    if call.kind == "squares" and not call.is_index and shape:
-        place = sample_weight.dim() - len(shape) + call.dim
-        if place >= 0:
-            is_elementwise = sample_weight.shape[place] > 1
-            if not is_elementwise:
-                sample_weight = sample_weight.squeeze(place)
-    full = shape if is_elementwise else samples
-    return sample_weight.expand(full), is_elementwise
+def _contiguous(tensor: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, int]:
+    """A tensor in order and of that dtype, and its address."""
+    if tensor is None:
+        return None, 0
+    tensor = tensor.to(dtype).contiguous()
+    return tensor, tensor.data_ptr()
 
 
-def _complain(call: Call, target: Tensor, position: int, shape: torch.Size) -> None:
-    raise checks.bad_class(target, position, shape[call.dim], call.ignore_index)
+class Launch:
+    """The kernels for calls whose tensors are alike in dtype, shape and strides."""
+
+    def __init__(
+        self, call: Call, input: Tensor, target: Tensor, sample_weight: Tensor | None
+    ) -> None:
+        self.call, shape, dim = call, input.shape, call.dim
+        self.are_contiguous = input.is_contiguous() and target.is_contiguous()
+        samples = shape[:dim] + shape[dim + 1 :]
+        self.loss_shape = shape if call.is_per_element else samples
+        self.scalar = SCALARS[call.dtype]
+        # Per sample, or per element?
+        self.weights_shape, self.weights_dim, weighs_elements = samples, -1, False
+        if sample_weight is not None and call.is_per_element and not call.is_index and shape:
+            self.weights_dim = sample_weight.dim() - len(shape) + dim
+            if self.weights_dim >= 0 and sample_weight.shape[self.weights_dim] > 1:
+                self.weights_shape, self.weights_dim, weighs_elements = shape, -1, True
+        self.prepared = _cpu.prepare(
+            LOSSES.index(call.kind), REDUCTIONS.index(call.reduction), call.is_index,
+            call.dtype == torch.float64, weighs_elements, STORAGES.index(input.dtype),
+            STORAGES.index(target.dtype), math.prod(shape[:dim]), math.prod(shape[dim : dim + 1]),
+            math.prod(shape[dim + 1 :]), shape[0] if len(shape) > 1 else 1, call.ignore_index,
+            call.delta, call.label_smoothing,
+        )  # fmt: skip
+
+    def compute(
+        self,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        sample_weight: Tensor | None,
+        needs: Sequence[bool],
+        upstream: Tensor | None = None,
+        over_input: bool = False,
+        complains: bool = True,
+    ) -> Result:
+        call = self.call
+        if not self.are_contiguous:
+            input, target = input.contiguous(), target.contiguous()
+        if call.reduction == "none":
+            loss = self.scalar.new_empty(self.loss_shape)
+        else:
+            loss = torch.empty_like(self.scalar)
+        grad_input = grad_target = None
+        by_input = by_target = weights = sample_weights = upstreams = 0
+        if needs[0]:
+            grad_input = input if over_input else empty(input)
+            by_input = grad_input.data_ptr()
+        if needs[1]:
+            grad_target = empty(target)
+            by_target = grad_target.data_ptr()
+        # Names hold what is at the addresses.
+        if weight is not None:
+            weight, weights = _contiguous(weight, call.dtype)
+        if sample_weight is not None:
+            if self.weights_dim >= 0:
+                sample_weight = sample_weight.squeeze(self.weights_dim)
+            sample_weight = sample_weight.expand(self.weights_shape)
+            sample_weight, sample_weights = _contiguous(sample_weight, call.dtype)
+        if upstream is not None:
+            upstream, upstreams = _contiguous(upstream, call.dtype)
+        bad = _cpu.run(
+            self.prepared, input.data_ptr(), target.data_ptr(), weights, sample_weights, upstreams,
+            loss.data_ptr(), by_input, by_target,
+        )  # fmt: skip
+        if bad >= 0 and complains:
+            raise checks.bad_class(target, bad, input.shape[call.dim], call.ignore_index)
+        return loss, grad_input, grad_target
+
+    def rescale(
+        self, gradients: Sequence[Tensor | None], grad_loss: Tensor, target: Tensor
+    ) -> Sequence[Tensor | None] | None:
+        return rescale(gradients, grad_loss, self.call, target)
 
 
-def _find_threads() -> int | None:
-    """The address of torch's own function to run in parallel, whose threads the kernels share.
+def rescale(
+    gradients: Sequence[Tensor | None], grad_loss: Tensor, call: Call, target: Tensor
+) -> Sequence[Tensor | None] | None:
+    """Gradients times that of their loss, in place; None where that is not finite."""
+    factor = grad_loss.item()
+    if factor == 1:
+        return [None if gradient is None else gradient.data for gradient in gradients]
+    if not math.isfinite(factor):  # Its product with the 0 of an ignored sample is NaN.
+        return None
+    return [None if gradient is None else gradient.data.mul_(factor) for gradient in gradients]
 
-    Without it they run in one.
-    """
-    for library in (Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"):
-        function = getattr(ctypes.CDLL(str(library)), "torch_parallel_for", None)
-        if function is not None:
-            return ctypes.cast(function, ctypes.c_void_p).value
-    return None
+
+def prepare(
+    call: Call,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+) -> Launch:
+    """What computes all calls whose tensors are alike in dtype, shape and strides."""
+    return Launch(call, input, target, sample_weight)
 
 
-_cpu.set_up(
-    _find_threads(),
-    (
-        torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int8,
-        torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64, torch.bool,
-    ),
-    # To make another like it takes half the time of making one by its shape.
-    tuple(torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)),
-    torch.empty_like,
-    _expand,
-    _complain,
-    checks.PLAIN,
-    (
-        checks.is_tracing, checks.is_before_dispatch, checks.count_modes,
-        checks.are_transforms_active, torch.is_anomaly_enabled,
-    ),
-    torch.is_grad_enabled,
-    forward_ad,
-)  # fmt: skip
+# torch's own function to run in parallel, whose threads the kernels share. Without it they run in
+# one.
+for _library in (Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"):
+    _function = getattr(ctypes.CDLL(str(_library)), "torch_parallel_for", None)
+    if _function is not None:
+        _cpu.set_parallel_for(ctypes.cast(_function, ctypes.c_void_p).value or 0)

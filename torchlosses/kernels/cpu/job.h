@@ -17,6 +17,7 @@
 
 namespace {
 
+// Numbered as in __init__.py.
 enum Kind { SQUARES, PROBABILITIES, LOGITS };
 enum Reduction { SUM, MEAN, BATCHMEAN, NONE };
 enum Storage {
@@ -24,8 +25,6 @@ enum Storage {
     UINT8, INT8, INT16, INT32, INT64, UINT16, UINT32, UINT64, BOOL,
 };
 constexpr int64_t SIZES[] = {4, 8, 2, 2, 1, 1, 2, 4, 8, 2, 4, 8, 1};
-constexpr const char *KINDS[] = {"squares", "probabilities", "logits"};
-constexpr const char *REDUCTIONS[] = {"sum", "mean", "batchmean", "none"};
 
 // The stretches of a job are the same for any number of threads, and so is each one's sum.
 constexpr int64_t STRETCHES = 2048;   // At most.
@@ -38,30 +37,38 @@ constexpr int64_t NO_MEMORY = -1;     // As a bad position.
 // Where weights add up to less, the inverse of their sum may overflow; see `lifted` in formulas.py.
 constexpr double LEAST_DIVISOR = 0x1p-120, LIFT = 0x1p64;
 
-struct Job {
+// What calls have in common whose tensors are alike.
+struct Call {
     Kind kind;
     Reduction reduction;
     bool is_index, is_double;
+    bool weighs_elements;  // By `sample_weight`.
+    Storage input_storage, target_storage;
+    int64_t outer, classes, inner;
+    int64_t batch;  // What 'batchmean' divides by.
+    int64_t ignore_index;
+    double delta, smoothing;
+};
+
+struct Job : Call {
     bool is_of_class;       // One entry of a row counts.
     bool is_elementwise;    // Nothing depends on where in a row an element stands.
     bool is_side_by_side;   // Samples are the lanes of vectors, not classes.
-    bool weighs_elements;   // By `sample_weight`.
     bool has_upstreams;     // One per loss.
     bool is_guarded, is_smooth;
     bool streams = false;   // Gradients go to memory past the cache.
-    Storage input_storage, target_storage;
     const void *input, *target;
     const void *weight, *sample_weight, *upstream;  // Like losses in the dtype of computation.
     void *losses, *grad_input, *grad_target;
-    int64_t classes, inner, samples, elements;  // samples = outer · inner
-    int64_t ignore_index;
-    double delta, smoothing, uniform, divisor;  // uniform = smoothing / classes
+    int64_t samples, elements;  // samples = outer · inner
+    double uniform, divisor;  // uniform = smoothing / classes
     double lift;  // A factor of the weights, and within the divisor.
     int64_t group, stretch;  // Samples in each.
     void (*run)(int64_t, int64_t, void *);
     double sums[STRETCHES];
     std::atomic<int64_t> bad{INT64_MAX};  // The first sample whose class is none.
 
+    explicit Job(const Call &call) : Call(call) {}
     // The element of a class of a sample.
     int64_t place(int64_t sample, int64_t c) const {
         return inner == 1 ? sample * classes + c

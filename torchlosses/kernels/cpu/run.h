@@ -118,9 +118,9 @@ template <class F> void sum_weights(int64_t begin, int64_t end, void *context) {
     }
 }
 
-void find_divisor(Job &job, int64_t outer) {
+void find_divisor(Job &job) {
     job.divisor = job.lift = 1;
-    if (job.reduction == BATCHMEAN) job.divisor = double(outer);
+    if (job.reduction == BATCHMEAN) job.divisor = double(job.batch);
     if (job.reduction != MEAN) return;
     const double each = job.kind == SQUARES && !job.weighs_elements ? double(job.classes) : 1;
     if (!job.is_index && !job.sample_weight) {
@@ -143,8 +143,18 @@ void find_divisor(Job &job, int64_t outer) {
     job.divisor *= job.lift;
 }
 
-void compute(Job &job, int64_t outer) {
-    find_divisor(job, outer);
+void compute(Job &job) {
+    job.samples = job.outer * job.inner;
+    job.elements = job.samples * job.classes;
+    job.has_upstreams = job.upstream && job.reduction == NONE;
+    job.uniform = job.smoothing / double(job.classes);
+    job.is_guarded = job.delta != 0;
+    job.is_smooth = job.smoothing != 0;
+    job.is_of_class = job.is_index && job.kind != SQUARES && job.smoothing == 0;
+    job.is_elementwise = !job.is_index && job.kind != LOGITS && !job.weight &&
+                         (!job.sample_weight || job.weighs_elements) &&
+                         (job.kind == SQUARES || job.reduction != NONE);
+    find_divisor(job);
     TARGETS[target].plan(job);
     job.streams = job.grad_input && job.elements * SIZES[job.input_storage] >= STREAMED;
     // Of probabilities only the class's is read, and all of a gradient are written.

@@ -1,6 +1,12 @@
-"""Loss and gradient in one pass over the data, wherever a kernel serves the call.
+"""The way to the kernels: loss and gradient in one pass over the data.
 
-The formula stays the truth: whatever autograd asks beyond one first derivative is answered by it.
+A call goes from a public function to a launch or to the formula:
+
+    functional ─ key_of ─ known? ───────────────────────── run ─ Launch.compute ─ OnePass
+                    └─ checks ─ Call ─ compute ─ prepare ─┘ └─ formulas.compute where none serves
+
+In a graph that is compiled, `Operator` stands for the call. Whatever autograd asks beyond one first
+derivative is computed by the formula.
 """
 
 import functools
@@ -8,31 +14,55 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
-from torch.autograd import Function
+from torch import Tensor, is_grad_enabled
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
 
 from torchlosses import checks, formulas
-from torchlosses.formulas import Call, Classes
+from torchlosses.checks import (
+    PLAIN,
+    are_transforms_active,
+    count_modes,
+    is_before_dispatch,
+    is_tracing,
+)
+from torchlosses.formulas import Arguments, Call, Classes, Result
 
-# What kernels raise that no formula would mend; the handler of a signal raises a TimeoutError.
-OF_THE_CALLER = (MemoryError, torch.OutOfMemoryError, TimeoutError)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+# ---- Kernels, by device
 
-class KernelError(Exception):
-    """Has what a kernel has raised."""
+
+class Launch(Protocol):
+    """The kernels for calls whose tensors are alike."""
+
+    def compute(self, *arguments: Any) -> Any:
+        """The loss and its gradients: by tensors, needs and, if given, the gradient from upstream.
+
+        Needs say which tensors have a gradient; the last two, the weights, never do. A class that
+        is none makes NaN of its sample; where the kernels see it, it is an IndexError in eager
+        calls.
+        """
+
+    def rescale(
+        self, gradients: Sequence[Tensor | None], grad_loss: Tensor, target: Tensor, /
+    ) -> Sequence[Tensor | None] | None:
+        """`Kernels.rescale` for such a call."""
 
 
 class Kernels(Protocol):
-    """The kernels of a device, a module or what is like one."""
+    """The kernels of a device: a module, or what is like one."""
 
-    def compute(self, call: Call, /, *arguments: Any) -> Any:
-        """The loss and its gradients: by arguments, needs and, if given, that from upstream.
+    @property
+    def LOSSES(self) -> Sequence[str]:  # noqa: N802
+        """The losses that they know."""
 
-        Needs say which arguments have a gradient; the last two, the weights, never do. A class that
-        is none makes NaN of its sample; where the kernels see it and are to complain, it is an
-        error.
-        """
+    @property
+    def CAN_FAIL(self) -> bool:  # noqa: N802
+        """Whether a driver, a compiler or a device may refuse them."""
+
+    def prepare(self, call: Call, /, *tensors: Any) -> Launch:
+        """For calls whose tensors are alike in all that `layout_of` tells of them."""
 
     def rescale(
         self, gradients: Sequence[Tensor | None], grad_loss: Tensor, call: Call, target: Tensor, /
@@ -45,53 +75,23 @@ class Kernels(Protocol):
         """
 
 
-class Guarded(NamedTuple):
-    """Kernels that may fail, and whose errors are told from those of all that is around them.
-
-    Those of the CPU do not: what they raise is for the caller.
-    """
-
-    kernels: Any
-
-    @property
-    def LOSSES(self) -> Any:  # noqa: N802
-        return self.kernels.LOSSES
-
-    def compute(self, *arguments: Any) -> Any:
-        return _run(self.kernels.compute, *arguments)
-
-    def rescale(self, *arguments: Any) -> Any:
-        return _run(self.kernels.rescale, *arguments)
-
-
-def _run(kernel: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return kernel(*arguments)
-    except OF_THE_CALLER:
-        raise
-    except Exception as error:
-        raise KernelError(error) from error
-
-
 @functools.cache
-def _load_extension() -> Any | None:
-    """The module of the CPU's kernels and of known calls, if it is there.
-
-    Imported for the first eager call: a mode that was on before would make its tensors.
-    """
+def _find_cpu() -> Any | None:
+    """Imported for the first eager call: a mode that was on before would make its tensors."""
     try:
         from torchlosses.kernels import cpu
     except ImportError as error:
         checks.warn(
-            "torchlosses is slower than it could be, for its extension is not there "
-            f"({error}); install a C++ compiler, and the package again"
+            "torchlosses: no compiled CPU kernels "
+            f"({error}), so losses run as slower PyTorch code. Install a C++ compiler and "
+            "reinstall the package."
         )
         return None
     return cpu
 
 
 @functools.cache
-def _find_triton(device: torch.device) -> Kernels | None:
+def _find_triton(device: torch.device) -> Any | None:
     """Imported for the first CUDA tensor: that takes a second, and not every build has Triton."""
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return None  # Nothing is compiled for either in the tests.
@@ -99,38 +99,19 @@ def _find_triton(device: torch.device) -> Kernels | None:
         from torchlosses.kernels import triton
     except ImportError:
         return None
-    try:  # Triton builds its launcher with the C compiler of the machine, if there is one.
-        triton.rescale([torch.ones(1, device=device)], torch.ones((), device=device))
-    except OF_THE_CALLER:
-        raise
-    except Exception as error:
-        checks.warn(
-            f"torchlosses is slower on {device} than it could be, for Triton does not work there: "
-            f"{type(error).__name__}: {error}"
-        )
-        return None
-    return Guarded(triton)
+    # Triton builds its launcher with the C compiler of the machine, if there is one.
+    ones = torch.ones(1, device=device)
+    return triton if attempt(triton, device, triton.rescale, [ones], ones[0]) else None
 
 
-# What finds the kernels of each kind of device, which list the LOSSES that they know; the formulas
-# serve all others, and the devices whose kernels have failed.
+# The formulas serve all other devices, and those whose kernels have failed.
 KERNELS: dict[str, Callable[[torch.device], Any]] = {
-    "cpu": lambda device: _load_extension(),
+    "cpu": lambda device: _find_cpu(),
     "cuda": _find_triton,
 }
 _failed: set[torch.device] = set()
-
-
-def give_up(device: torch.device, error: KernelError) -> None:
-    """Leaves a device to the formulas: a driver, a compiler or a GPU may refuse any kernel."""
-    _known.clear()
-    if device not in _failed:
-        _failed.add(device)
-        cause = error.args[0]
-        checks.warn(
-            f"torchlosses is slower on {device} than it could be, for a kernel failed there: "
-            f"{type(cause).__name__}: {cause}"
-        )
+# Errors to raise, not to compute again by the formula; handlers of signals raise a TimeoutError.
+PASS_THROUGH = (IndexError, MemoryError, torch.OutOfMemoryError, TimeoutError)
 
 
 def kernels_of(device: torch.device, kind: str) -> Kernels | None:
@@ -140,139 +121,185 @@ def kernels_of(device: torch.device, kind: str) -> Kernels | None:
     return kernels if kernels is not None and kind in kernels.LOSSES else None
 
 
-def fits(
-    call: Call,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-) -> bool:
-    """Whether kernels serve such a call, in whatever shape its tensors are.
+def attempt(
+    kernels: Kernels, device: torch.device, function: Callable[..., Any], *arguments: Any
+) -> Any | None:
+    """What a function of kernels returns; None where it fails, and the formula serves from then."""
+    try:
+        return function(*arguments)
+    except PASS_THROUGH:
+        raise
+    except Exception as error:
+        if not kernels.CAN_FAIL:
+            raise
+        _prepared.clear()
+        if device not in _failed:
+            _failed.add(device)
+            checks.warn(
+                f"torchlosses: a kernel failed on {device}, so losses run there as slower PyTorch "
+                f"code from now on. {type(error).__name__}: {error}"
+            )
+        return None
 
-    They serve plain tensors, with gradients for `input` and `target` alone. Whether a transform is
-    on is the caller's to ask.
+
+# ---- Prepared calls
+
+
+class Prepared(NamedTuple):
+    """A call that has been checked, and what computes it."""
+
+    call: Call
+    kernels: Kernels
+    launch: Launch
+    device: torch.device
+    needs: tuple[bool, ...]  # Which of the tensors have a gradient, but for the weights.
+    is_late: bool  # Gradients wait for that from upstream.
+    formula: Callable[..., Tensor]
+
+
+# A training loop repeats the same call.
+_prepared: dict[tuple[Any, ...], Prepared] = {}
+MAX_PREPARED = 1024
+
+
+def layout_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
+    """All that kernels ask of tensors before they read them; None where they cannot read one."""
+    layout: list[Any] = []
+    rest = len(tensors)
+    for tensor in tensors:
+        rest -= 1
+        if tensor is None:
+            layout.append(None)
+            continue
+        if type(tensor) not in PLAIN or tensor.is_neg():
+            return None
+        try:
+            address, shape = tensor.data_ptr(), tensor.shape
+        except RuntimeError:  # It is sparse, nested, or in a batch of gradients.
+            return None
+        if not address:  # It is empty, or mere zeros.
+            return None
+        strides = None
+        if not tensor.is_contiguous():
+            strides = tensor.stride()
+            if rest > 1 and 0 in strides:
+                return None  # A contiguous copy would take more memory than it does.
+        layout += (
+            tensor.dtype, shape, strides, tensor.device, address & 15, tensor.requires_grad
+        )  # fmt: skip
+    return tuple(layout)
+
+
+def key_of(kind: str, options: Any, tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
+    """All that decides whether a call is right, and how it is computed; None: by the formula.
+
+    Kernels serve plain tensors in eager mode.
     """
+    # Here and not in functions, each of which would cost as much as the question.
     if (
-        type(input) not in checks.PLAIN
-        or type(target) not in checks.PLAIN
-        or input.dtype not in DTYPES
-        or (target.is_floating_point() and target.dtype not in DTYPES)
-        or not call.is_plain_delta
-    ):
-        return False
-    for other in (weight, sample_weight):
-        if other is not None and (
-            type(other) not in checks.PLAIN or (other.requires_grad and torch.is_grad_enabled())
-        ):
-            return False
-    return True
-
-
-# How a loss is computed: by which kernels, what call it is, the formula for what they do not do,
-# and whether gradients wait for that from upstream.
-Way = tuple[Kernels, Call, Callable[..., Tensor], bool]
-
-
-def find_kernels(
-    call: Call,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    sample_weight: Tensor | None = None,
-) -> Kernels | None:
-    """The kernels that serve a call in eager autograd, of tensors with numbers in them, if any."""
-    if (
-        checks.is_traced()  # First: a size is a guard of the compiled graph.
-        or not fits(call, input, target, weight, sample_weight)
-        or checks.is_transformed()
-        or input.numel() == 0
-        or not (_is_dense(input) and _is_dense(target))
-        or not (weight is None or _has_numbers(weight))
-        or not (sample_weight is None or _has_numbers(sample_weight))
+        is_compiling()
+        or is_tracing()
+        or is_before_dispatch()
+        or are_transforms_active()
+        or getattr(forward_ad, "_current_level", 0) >= 0
+        or (count_modes() and checks.is_traced())
     ):
         return None
-    return kernels_of(input.device, call.kind)
+    layout = layout_of(tensors)
+    return None if layout is None else (kind, options, is_grad_enabled(), layout)
 
 
-# The ways of calls, by what decides them: a training loop asks the same of each batch. Beside a way
-# stands the mapping that its kernels are of.
-_known: dict[tuple[Any, ...], tuple[Any, Way]] = {}
-MOST_KNOWN = 1024
-
-
-def compute_known(
-    form: tuple[Any, ...],
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-) -> Tensor | None:
-    """The loss by kernels, if such a call is known, and needs no check any more."""
-    if torch.compiler.is_compiling() or not _known:
-        return None
-    extension: Any = _load_extension()
-    loss: Tensor | None
-    try:
-        loss = extension.serve(
-            _known, KERNELS, OnePass.apply, form, input, target, weight, sample_weight
-        )
-    except KernelError as error:
-        give_up(input.device, error)
-        return None
-    return loss
-
-
-def attempt(way: Way, learns: bool, *arguments: Tensor | None) -> Tensor | None:
-    """The loss by kernels, or None where one fails; see `OnePass`."""
-    loss: Tensor
-    try:
-        if learns:
-            loss = OnePass.apply(way, *arguments)
-        else:
-            kernels, call, _, _ = way
-            loss, *_ = kernels.compute(call, *arguments, (False,) * (len(arguments) - 2))
-    except KernelError as error:
-        input: Any = arguments[0]
-        give_up(input.device, error)
-        return None
-    return loss
-
-
-def compute(
+def prepare(
+    key: tuple[Any, ...] | None,
     call: Call,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    form: tuple[Any, ...] | None = None,
-) -> Tensor:
-    """The loss, by a kernel where one serves, for calls of that form to come too."""
-    arguments = (input, target, weight, sample_weight)
-    if torch.compiler.is_compiling() and serves_graph(call, *arguments):
-        return LOSS(call, (), *arguments)
-    kernels = find_kernels(call, *arguments)
-    if kernels is not None:
-        learns = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
-        waits = waits_for_upstream(call, input.dtype, target.dtype)
-        way = (kernels, call, formulas.compute, waits)
-        extension = _load_extension()
-        key = None if form is None or extension is None else extension.find_key(form, *arguments)
-        if key is not None:
-            if len(_known) >= MOST_KNOWN:
-                _known.clear()
-            _known[key] = (KERNELS, way)
-        loss = attempt(way, learns, *arguments)
-        if loss is not None:
-            return loss
-    classes = None
-    if call.is_index:
-        classes = checks.check_classes(target, input.shape[call.dim], call.ignore_index)
-    return formulas.compute(call, *arguments, classes)
+    tensors: Sequence[Any],
+    bind: Callable[[Kernels], Kernels] | None = None,
+    formula: Callable[..., Tensor] | None = None,
+    dtypes: Sequence[torch.dtype] = (),
+    becomes_known: bool = True,
+) -> Prepared | None:
+    """A call that has been checked, if kernels serve it; it may become known by its key.
+
+    They make gradients for all tensors but the weights. `bind` makes of the kernels of a device
+    those of another loss, as a linear layer's, and `formula` is what that stands for; `dtypes` are
+    those of what it computes in between.
+    """
+    layer = tensors[:-2]
+    needs = tuple(is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
+    if key is None or not fits(call, tensors) or True in needs[-2:]:
+        return None
+    device = layer[0].device
+    kernels = kernels_of(device, call.kind)
+    if kernels is None:
+        return None
+    kernels = kernels if bind is None else bind(kernels)
+    launch = attempt(kernels, device, kernels.prepare, call, *tensors)
+    if launch is None:
+        return None
+    is_late = waits_for_upstream(call, *dtypes, *[t.dtype for t in layer if t is not None])
+    prepared = Prepared(
+        call, kernels, launch, device, needs[:-2], is_late, formula or formula_of_tensors
+    )
+    if becomes_known:
+        if len(_prepared) >= MAX_PREPARED:
+            _prepared.clear()
+        _prepared[key] = prepared
+    return prepared
+
+
+def find(key: tuple[Any, ...] | None) -> Prepared | None:
+    """The call of that key, if it is known."""
+    return None if key is None else _prepared.get(key)
+
+
+def formula_of_tensors(call: Call, *tensors: Any) -> Tensor:
+    return formulas.compute(call, Arguments(*tensors))
+
+
+def fits(call: Call, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether kernels know the numbers of such a call: dtypes, and a δ that float32 holds."""
+    *layer, target, _, _ = tensors
+    is_known = target is not None and (target.dtype in DTYPES or not target.is_floating_point())
+    return is_known and call.is_plain_delta and all(t is None or t.dtype in DTYPES for t in layer)
 
 
 def waits_for_upstream(call: Call, *dtypes: torch.dtype) -> bool:
     """Whether the gradients of tensors of these dtypes are made in backward; see `OnePass`."""
     return call.reduction == "none" or torch.float16 in dtypes
+
+
+def run(prepared: Prepared, tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """The loss by kernels; None where they fail."""
+    _, kernels, launch, device, needs, is_late, _ = prepared
+    learns = True in needs
+    is_hooked = learns and bool(checks.find_saving_hooks(True))
+    now = (False,) * len(needs) if is_late or is_hooked else needs
+    made = attempt(kernels, device, launch.compute, *tensors, now)
+    loss: Tensor | None = made and made[0]
+    if made and learns:
+        loss = OnePass.apply(prepared, is_hooked, made, *tensors)
+    return loss
+
+
+def compute(
+    call: Call,
+    arguments: Arguments,
+    key: tuple[Any, ...] | None,
+    becomes_known: bool = True,
+) -> Tensor:
+    """The loss of a call that has been checked."""
+    if torch.compiler.is_compiling() and serves_graph(call, arguments):
+        return LOSS(call, (), *arguments)
+    prepared = find(key) or prepare(key, call, arguments, becomes_known=becomes_known)
+    if prepared is not None:
+        loss = run(prepared, arguments)
+        if loss is not None:
+            return loss
+    input, target, *_ = arguments
+    classes = None
+    if call.is_index:
+        classes = checks.check_classes(target, input.shape[call.dim], call.ignore_index)
+    return formulas.compute(call, arguments, classes)
 
 
 class OnePass(Function):
@@ -287,50 +314,67 @@ class OnePass(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, way: Way, *arguments: Tensor | None) -> Tensor:
-        kernels, call, _, waits = ctx.way = way
-        needs = ctx.needs_input_grad[1:-2]
-        ctx.is_made = not (waits or checks.find_saving_hooks(True))
-        if not ctx.is_made:
-            needs = (False,) * len(needs)
-        loss: Tensor
-        loss, *gradients = kernels.compute(call, *arguments, needs)
-        ctx.save_for_backward(*arguments, *gradients)
+    def forward(
+        ctx: Any, prepared: Prepared, is_hooked: bool, made: Result, *tensors: Tensor | None
+    ) -> Tensor:
+        loss, *gradients = made
+        ctx.prepared, ctx.is_hooked = prepared, is_hooked
+        ctx.is_made = not (prepared.is_late or is_hooked)
+        ctx.save_for_backward(*tensors, *gradients)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        kernels, call, formula, waits = ctx.way
+        call, kernels, _, device, _, _, formula = ctx.prepared
+        needs = ctx.needs_input_grad[3:-2]
         saved = ctx.saved_tensors
-        count = len(saved) // 2 + 1  # Of the arguments: two of them have no gradient.
+        tensors = saved[: len(needs) + 2]
+        gradients = None
         if not (
             torch.is_grad_enabled()  # To be differentiated again.
             or checks.is_traced()
             or not _has_memory(grad_loss)
         ):
-            try:
-                if not waits:
-                    gradients = saved[count:]
-                    if not ctx.is_made:
-                        needs = ctx.needs_input_grad[1:-2]
-                        _, *gradients = kernels.compute(call, *saved[:count], needs)
-                    ctx.is_made = False  # The caller's from here on.
-                    gradients = kernels.rescale(gradients, grad_loss, call, saved[count - 3])
-                    if gradients is not None:
-                        return None, *gradients, None, None
-                needs = ctx.needs_input_grad[1:-2]
-                upstream = grad_loss.resolve_neg()
-                _, *gradients = kernels.compute(call, *saved[:count], needs, upstream)
-                return None, *gradients, None, None
-            except KernelError as error:
-                give_up(grad_loss.device, error)
-        needs = ctx.needs_input_grad[1:-2]
-        return None, *by_formula(formula, call, saved[:count], needs, grad_loss), None, None
+            made = saved[len(tensors) :]
+            gradients = attempt(kernels, device, _gradients, ctx, tensors, needs, made, grad_loss)
+        if gradients is None:
+            gradients = by_formula(formula, call, tensors, needs, grad_loss)
+        return None, None, None, *gradients, None, None
+
+
+def _gradients(
+    ctx: Any,
+    tensors: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    made: Sequence[Tensor | None],
+    grad_loss: Tensor,
+) -> Any:
+    """The gradients by kernels, which `needs` asks for."""
+    call, kernels, launch, _, _, is_late, _ = ctx.prepared
+    if ctx.is_hooked:  # Hooks may give back other strides.
+        launch = kernels.prepare(call, *tensors)
+    if not is_late:
+        if not ctx.is_made:
+            _, *made = launch.compute(*tensors, needs)
+        ctx.is_made = False  # Handed out once: the caller may write to it.
+        target: Any = tensors[-3]
+        rescaled = launch.rescale(made, grad_loss, target)
+        if rescaled is not None:
+            return rescaled
+    _, *made = launch.compute(*tensors, needs, grad_loss.resolve_neg())
+    return made
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    try:
+        return tensor.data_ptr() != 0
+    except RuntimeError:  # In a batch of gradients.
+        return False
 
 
 def _show_saved(node: Any) -> Any:
     """What a node saves, for hooks to be set on: gradients are made again in backward then."""
-    node.is_made = False
+    node.is_made, node.is_hooked = False, True
     return super(_nodes, node)._raw_saved_tensors
 
 
@@ -339,24 +383,6 @@ if _nodes is None:
     checks.find_saving_hooks = bool  # There may be some.
 else:
     _nodes._raw_saved_tensors = property(_show_saved)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether it is as large as it looks, so that a copy of other strides costs no more memory."""
-    return _has_numbers(tensor) and (tensor.is_contiguous() or 0 not in tensor.stride())
-
-
-def _has_numbers(tensor: Tensor) -> bool:
-    """Whether memory holds its numbers, and not their opposites."""
-    return not tensor.is_neg() and _has_memory(tensor)
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    """Whether there are numbers to read: not in a batch of gradients, a trace, or mere zeros."""
-    try:
-        return tensor.data_ptr() != 0
-    except RuntimeError:
-        return False
 
 
 def by_formula(
@@ -388,23 +414,20 @@ def by_formula(
 # ---- In compiled graphs
 
 
-def serves_graph(
-    call: Call,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    *others: Tensor | None,
-) -> bool:
+def serves_graph(call: Call, tensors: Sequence[Tensor | None]) -> bool:
     """Whether an operator stands for the call in a graph that is being compiled.
 
     An exported graph has operations of torch alone: it may run where this package is not there.
     """
+    input, *_, weight, sample_weight = tensors
+    weights = [w for w in (weight, sample_weight) if w is not None]
     return (
-        not formulas.is_exporting()
+        input is not None
+        and not formulas.is_exporting()
         and not checks.is_transformed()
-        and fits(call, input, target, weight, sample_weight)
-        and all(t is None or (type(t) in checks.PLAIN and t.dtype in DTYPES) for t in others)
+        and all(t is None or type(t) in checks.PLAIN for t in tensors)
+        and not (torch.is_grad_enabled() and any(w.requires_grad for w in weights))
+        and fits(call, tensors)
         and _has_kernels(input.device, call.kind)
     )
 
@@ -449,10 +472,11 @@ class Operator:
         name: str,
         layer: Sequence[str],
         extra: Sequence[str],
-        bind: Callable[..., Any],
+        bind: Callable[..., Kernels],
         formula: Callable[..., Callable[..., Tensor]],
     ) -> None:
         tensors = [*layer, "Tensor? weight", "Tensor? sample_weight"]
+        self.name = name
         self.count, self.tensors, self.extra = len(layer), len(tensors), len(extra)
         self.bind, self.formula = bind, formula
         options = ["Tensor? numbers", "Tensor? upstream", "bool[] needs", "bool is_late"]
@@ -498,13 +522,17 @@ class Operator:
             loss = self.formula(*extra)(call, *tensors)
             layer = zip(tensors[: self.count], needs, strict=True)
             return [loss, *(t.new_zeros(t.shape) for t, needed in layer if needed)]
-        kernels = kernels_of(device, call.kind)
-        if kernels is not None:
-            try:
-                results = self.bind(kernels, *extra)(call, *tensors, tuple(needs), upstream)
-                return [result for result in results if result is not None]
-            except KernelError as error:
-                give_up(device, error)
+        if layout_of(tensors) is None:
+            tensors = [None if t is None else t.resolve_neg().contiguous() for t in tensors]
+        key = (self.name, (call, *extra), layout_of(tensors))
+        bind = functools.partial(self.bind, *extra)
+        prepared = find(key) or prepare(key, call, tensors, bind)
+        if prepared is not None:
+            _, kernels, launch, *_ = prepared
+            options = (tuple(needs), upstream, False, False)  # No class is an error in a graph.
+            made = attempt(kernels, device, launch.compute, *tensors, *options)
+            if made is not None:
+                return [result for result in made if result is not None]
         # Within an operator there is no autograd, and so no gradient by a formula.
         raise RuntimeError(
             f"a kernel of torchlosses has failed on {device}, and this graph was compiled for it; "
@@ -559,9 +587,10 @@ def _with_numbers(call: Call, numbers: Tensor | None) -> Call:
     return call._replace(delta=delta, label_smoothing=smoothing)
 
 
-def _bind(kernels: Kernels) -> Callable[..., Any]:
-    over_input = complains = False  # No class is an error in a graph.
-    return lambda *arguments: kernels.compute(*arguments, over_input, complains)
-
-
-LOSS = Operator("loss", ["Tensor input", "Tensor target"], [], _bind, lambda: formulas.compute)
+LOSS = Operator(
+    "loss",
+    ["Tensor input", "Tensor target"],
+    [],
+    lambda kernels: kernels,
+    lambda: formula_of_tensors,
+)

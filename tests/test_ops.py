@@ -8,7 +8,6 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,8 +19,8 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchlosses import checks, fused
-from torchlosses.formulas import Call
+from torchlosses import checks, ops
+from torchlosses.formulas import Arguments, Call
 from torchlosses.functional import cross_entropy_error, sum_squared_error
 from torchlosses.kernels import cpu
 
@@ -32,13 +31,13 @@ SHAPE = (256, 128)
 def counted() -> Iterator[list[tuple[str, tuple[bool, bool]]]]:
     """The kinds of loss that kernels make meanwhile, and which gradients are asked for."""
     called = []
-    kernel = cpu.compute
+    kernel = cpu.Launch.compute
 
-    def compute(call: Call, *arguments: Any) -> Any:
-        called.append((call.kind, arguments[4]))
-        return kernel(call, *arguments)
+    def compute(launch: Any, *arguments: Any) -> Any:
+        called.append((launch.call.kind, arguments[4]))
+        return kernel(launch, *arguments)
 
-    with mock.patch.object(cpu, "compute", compute):
+    with mock.patch.object(cpu.Launch, "compute", compute):
         yield called
 
 
@@ -63,7 +62,7 @@ def test_every_kernel_serves() -> None:
     [(3, 7), (5, 33), (2, 1031), (2, 40_001), (2, 5, 19), (2, 40, 19), (2, 600, 3)],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", fused.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
 @pytest.mark.parametrize("is_index", [False, True])
 def test_a_gradient_written_over_its_input(
     shape: tuple[int, ...], dtype: torch.dtype, is_index: bool
@@ -74,8 +73,9 @@ def test_a_gradient_written_over_its_input(
             made = call(is_index=is_index, delta=delta)._replace(label_smoothing=smoothing)
             made = made._replace(dtype=torch.promote_types(dtype, torch.float32))
             x = torch.randn(shape).to(dtype)
-            result = cpu.compute(made, x, target, None, None, (True, False))
-            over = cpu.compute(made, x, target, None, None, (True, False), None, True)
+            launch = cpu.prepare(made, x, target, None, None)
+            result = launch.compute(x, target, None, None, (True, False))
+            over = launch.compute(x, target, None, None, (True, False), None, True)
             assert over[1] is x
             torch.testing.assert_close(over[:2], result[:2], rtol=0, atol=0)
 
@@ -86,26 +86,31 @@ def call(kind: str = "logits", *, is_index: bool = False, delta: float = 1e-7) -
 
 def test_the_formula_serves_the_rest() -> None:
     y, target = torch.rand(SHAPE), torch.rand(SHAPE)
-    kernels: Any = cpu
-    assert fused.find_kernels(call(), y, target) is kernels
+
+    def is_served(call: Call, *tensors: Tensor) -> bool:
+        arguments = Arguments(*tensors)
+        key = ops.key_of(call.kind, call, arguments)
+        return ops.prepare(key, call, arguments) is not None
+
+    assert is_served(call(), y, target)
     weight = torch.rand(SHAPE[1])
-    assert fused.find_kernels(call(), y, target, weight) is kernels
-    assert fused.find_kernels(call(), y, target, weight.requires_grad_()) is None
-    assert fused.find_kernels(call(), y[:0], target[:0]) is None
-    assert fused.find_kernels(call(), y.to(torch.float8_e5m2), target) is None
-    assert fused.find_kernels(call(), y.T, target.T) is kernels
-    assert fused.find_kernels(call(), y[:1].expand(SHAPE), target) is None
-    assert fused.find_kernels(call(), torch._neg_view(y), target) is None
+    assert is_served(call(), y, target, weight)
+    assert not is_served(call(), y, target, weight.requires_grad_())
+    assert not is_served(call(), y[:0], target[:0])
+    assert not is_served(call(), y.to(torch.float8_e5m2), target)
+    assert is_served(call(), y.T, target.T)
+    assert not is_served(call(), y[:1].expand(SHAPE), target)
+    assert not is_served(call(), torch._neg_view(y), target)
     for delta in (1e-40, 1e39):
-        assert fused.find_kernels(call(delta=delta), y, target) is None
-    assert fused.find_kernels(call(), y.as_subclass(type("Mine", (Tensor,), {})), target) is None
-    assert fused.find_kernels(call(), y.to("meta"), target.to("meta")) is None
+        assert not is_served(call(delta=delta), y, target)
+    assert not is_served(call(), y.as_subclass(type("Mine", (Tensor,), {})), target)
+    assert not is_served(call(), y.to("meta"), target.to("meta"))
     with forward_ad.dual_level():
-        assert fused.find_kernels(call(), y, target) is None
+        assert not is_served(call(), y, target)
     served = []
 
     def ask(y: Tensor) -> Tensor:
-        served.append(fused.find_kernels(call(), y, target))
+        served.append(is_served(call(), y, target))
         return y.sum()
 
     torch.vmap(ask)(y[None])
@@ -113,7 +118,7 @@ def test_the_formula_serves_the_rest() -> None:
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         ask(y)
     torch.fx.experimental.proxy_tensor.make_fx(ask)(y)
-    assert served == [None] * 4
+    assert served == [False] * 4
 
 
 def test_without_the_extension_the_formula_serves_and_says_so_once(
@@ -121,14 +126,14 @@ def test_without_the_extension_the_formula_serves_and_says_so_once(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchlosses.kernels.cpu", None)
     monkeypatch.delattr("torchlosses.kernels.cpu")
-    monkeypatch.setattr(fused, "_known", {})
-    fused._load_extension.cache_clear()
+    monkeypatch.setattr(ops, "_prepared", {})
+    ops._find_cpu.cache_clear()
     y = torch.rand(4, 5)
-    with pytest.warns(UserWarning, match="install a C.. compiler, and the package again"):
+    with pytest.warns(UserWarning, match="no compiled CPU kernels"):
         loss = sum_squared_error(y, torch.zeros_like(y))
     torch.testing.assert_close(loss, y.square().sum() / 2)
     sum_squared_error(y, y)
-    fused._load_extension.cache_clear()
+    ops._find_cpu.cache_clear()
 
 
 class Slow:
@@ -144,26 +149,23 @@ def test_a_signal_in_the_first_call_says_nothing_of_the_extension(
 ) -> None:
     monkeypatch.delitem(sys.modules, "torchlosses.kernels.cpu")
     monkeypatch.delattr("torchlosses.kernels.cpu")
-    monkeypatch.setattr(fused, "_known", {})
-    fused._load_extension.cache_clear()
+    monkeypatch.setattr(ops, "_prepared", {})
+    ops._find_cpu.cache_clear()
     y = torch.rand(4, 5)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "meta_path", [Slow(), *sys.meta_path])
         with pytest.raises(TimeoutError, match="enough"):
             sum_squared_error(y, y)
-    assert fused._load_extension() is sys.modules["torchlosses.kernels.cpu"]
-    fused._load_extension.cache_clear()
+    assert ops._find_cpu() is sys.modules["torchlosses.kernels.cpu"]
+    ops._find_cpu.cache_clear()
 
 
 def test_a_signal_in_a_kernel_says_nothing_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compute(*arguments: Any) -> Any:
-        raise TimeoutError("enough")
-
-    guarded = fused.Guarded(SimpleNamespace(LOSSES=cpu.LOSSES, compute=compute))
-    monkeypatch.setattr(fused, "KERNELS", {"cpu": lambda device: guarded})
+    monkeypatch.setattr(cpu, "CAN_FAIL", True)
+    monkeypatch.setattr(cpu.Launch, "compute", mock.Mock(side_effect=TimeoutError("enough")))
     with pytest.raises(TimeoutError, match="enough"):
         sum_squared_error(torch.rand(4, 5), torch.rand(4, 5))
-    assert not fused._failed
+    assert not ops._failed
 
 
 def test_detectors_are_there() -> None:
@@ -174,7 +176,7 @@ def test_detectors_are_there() -> None:
     assert checks.is_before_dispatch is not checks.unknown
     assert hasattr(torch.compiler, "_is_exporting_flag")
     assert checks.find_saving_hooks is not bool
-    assert fused._nodes is type(
+    assert ops._nodes is type(
         sum_squared_error(torch.rand(3, requires_grad=True), torch.rand(3)).grad_fn
     )
     assert None not in checks._INFRA_MODES
@@ -284,7 +286,7 @@ def test_checkpoint_under_a_mode_in_forward_alone() -> None:
 
 
 def test_backward_again_gives_the_same_bits() -> None:
-    for dtype in fused.DTYPES:
+    for dtype in ops.DTYPES:
         y = torch.rand(SHAPE).to(dtype).requires_grad_()
         for loss, options in FORMS:
             value = loss(y, torch.randint(SHAPE[1], SHAPE[:1]), reduction="mean", **options)
@@ -406,16 +408,18 @@ def test_where_a_kernel_fails_the_formula_serves_and_says_so_once(
     expected = cross_entropy_error(y, index, reduction="none")
     (expected_grad,) = torch.autograd.grad(expected.sum(), y)
 
-    def compute(*arguments: Any) -> Any:
+    compute = cpu.Launch.compute
+
+    def failing(*arguments: Any) -> Any:
         needs = arguments[5]
         called.append(needs)
         if needs[0] == (fails_in == "backward"):
             raise RuntimeError("out of resource: shared memory")
-        return cpu.compute(*arguments)
+        return compute(*arguments)
 
     called: list[Any] = []
-    failing = SimpleNamespace(LOSSES=cpu.LOSSES, compute=compute)
-    monkeypatch.setattr(fused, "KERNELS", {"cpu": lambda device: fused.Guarded(failing)})
+    monkeypatch.setattr(cpu, "CAN_FAIL", True)
+    monkeypatch.setattr(cpu.Launch, "compute", failing)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         value = cross_entropy_error(y, index, reduction="none")
@@ -426,13 +430,14 @@ def test_where_a_kernel_fails_the_formula_serves_and_says_so_once(
     torch.testing.assert_close((value, grad), (expected, expected_grad))
     called.clear()
     cross_entropy_error(y, index, reduction="none")  # Though such a call was known.
-    assert fused.find_kernels(call(is_index=True), y, index) is None
+    assert ops.kernels_of(y.device, "probabilities") is None
     assert not called
-    monkeypatch.setattr(fused, "_failed", set())
-    failing.compute = cpu.compute
-    failing.rescale = mock.Mock(side_effect=RuntimeError("no such function"))
+    monkeypatch.setattr(ops, "_failed", set())
+    monkeypatch.setattr(cpu.Launch, "compute", compute)
+    no_rescale = mock.Mock(side_effect=RuntimeError("no such function"))
+    monkeypatch.setattr(cpu.Launch, "rescale", no_rescale)
     value = cross_entropy_error(y, index)
-    with pytest.warns(UserWarning, match="torchlosses is slower on cpu"):
+    with pytest.warns(UserWarning, match="a kernel failed on cpu"):
         (grad,) = torch.autograd.grad(value, y)
     torch.testing.assert_close(grad, expected_grad)
     with pytest.raises(IndexError):
