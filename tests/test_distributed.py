@@ -290,7 +290,7 @@ def only_numbers_per_sample_travel(form: str) -> None:
                 if reduction == "none":
                     totals = [] if form == "squares" else [rows]
                 elif reduction == "mean" and is_index:
-                    totals = [1, 2] * mesh.ndim
+                    totals = [1, 1] * mesh.ndim
                 where = f"{mesh.ndim}-D, index {is_index}, {reduction}"
                 expected = sorted(4 * numbers for numbers in per_row + totals)  # In float32.
                 assert sorted(traffic.sizes) == expected, (where, traffic.sizes)
@@ -320,7 +320,7 @@ def a_batch_shard_sends_its_sum_once(form: str) -> None:
                     value.backward(torch.ones_like(value))
                 bytes_sent = [] if reduction == "none" else [4] * mesh.ndim
                 if reduction == "mean" and is_index:
-                    bytes_sent += [8] * mesh.ndim
+                    bytes_sent += [4] * mesh.ndim
                 assert sorted(traffic.sizes) == bytes_sent, (mesh.ndim, is_index, reduction)
                 assert collectives.get_total_counts() == len(bytes_sent)
                 torch.testing.assert_close(value.full_tensor(), expected)

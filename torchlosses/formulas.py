@@ -105,6 +105,8 @@ class Rows:
     `shape` is that of the input, and `own` that of its part here.
     """
 
+    are_shared = False  # By several processes.
+
     def __init__(self, shape: Sequence[int], dim: int) -> None:
         self.shape = self.own = torch.Size(shape)
         self.dim = dim
@@ -429,6 +431,9 @@ def _count(
 ) -> Any:
     """What `'mean'` divides by: what the losses weigh together, or 1 if none weighs anything."""
     kept = None if classes is None else classes.kept
+    if kept is None and classes is not None and rows.are_shared:
+        # Another process may have samples to ignore, and counts with this one.
+        kept = torch.ones_like(classes.target, dtype=torch.bool)
     sizes = list(rows.shape if weights is None and kept is None else rows.own)
     num_classes: Any = 1
     if not call.is_per_element or call.is_index:

@@ -30,6 +30,9 @@ CHUNK = 2**12
 # takes a few percent longer, but no fewer than LEAST_ROWS: half as many take 10 to 15 % longer.
 CHUNK_ON_CPU = 48 * 10**6
 LEAST_ROWS = 256
+# Chunks at most whose products add up in half precision: the error of the sum is then at most twice
+# that of one product, since partial sums of rows whose signs are random grow as the square root.
+MOST_ROUNDINGS = 6
 # Classes at a time in the weight's gradient, where products in half precision are added to float32:
 # a product of so many is still in the cache when it is added.
 BLOCK = 4096
@@ -131,7 +134,7 @@ class LayerLaunch:
         is_none = call.reduction == "none"
         # The divisor is that of the whole batch; chunks compute plain sums.
         self.chunk_call = call._replace(dim=1, reduction="none" if is_none else "sum")
-        self.launches: dict[int, ops.Launch] = {}  # By the length of a chunk.
+        self.launches: dict[Any, ops.Launch] = {}  # By the layout of a chunk.
 
     def rescale(
         self, gradients: Sequence[Tensor | None], grad_loss: Tensor, target: Tensor
@@ -161,8 +164,8 @@ class LayerLaunch:
         batch, divisor = _batch_of(call, num_classes, arguments, upstream)
         w = linear_weight.to(dtype)
         b = None if linear_bias is None else linear_bias.to(dtype)
-        gradients = LayerGradients(needs, batch, w)
-        step = find_step(batch.num_counted, num_classes, dtype, input.device)
+        step, sums = find_sums(batch.num_counted, linear_weight, dtype, needs[1])
+        gradients = LayerGradients(needs, batch, w, sums)
         logits = input.new_empty((step, num_classes), dtype=dtype)
         losses = []
         for start in range(0, batch.num_counted, step):
@@ -182,9 +185,10 @@ class LayerLaunch:
         return [loss, *gradients.of(input, linear_weight, linear_bias, target)]
 
     def _launch(self, z: Tensor, t: Tensor, weight: Tensor | None, s: Tensor | None) -> ops.Launch:
-        launch = self.launches.get(len(z))
+        layout = ops.layout_of((z, t, weight, s))
+        launch = self.launches.get(layout)
         if launch is None:
-            launch = self.launches[len(z)] = self.kernels.prepare(self.chunk_call, z, t, weight, s)
+            launch = self.launches[layout] = self.kernels.prepare(self.chunk_call, z, t, weight, s)
         return launch
 
     def _loss(self, batch: "Batch", losses: list[Tensor], divisor: Any) -> Tensor:
@@ -261,17 +265,17 @@ def _batch_of(
 class LayerGradients:
     """The gradients by input, weight, bias and target, chunk by chunk, as far as they are needed.
 
-    Those by weight and bias add up in float32 at least.
+    That by the weight adds up in the dtype `sums`, and that by the bias in float32 at least.
     """
 
-    def __init__(self, needs: Sequence[bool], batch: Batch, w: Tensor) -> None:
+    def __init__(self, needs: Sequence[bool], batch: Batch, w: Tensor, sums: torch.dtype) -> None:
         self.batch, self.w = batch, w
-        sums = torch.float32 if w.dtype.itemsize < 4 else w.dtype
         new_x = batch.x.new_empty if batch.counted is None else batch.x.new_zeros
         self.x = new_x(batch.x.shape) if needs[0] else None
         new_w = w.new_empty if batch.num_counted else w.new_zeros
         self.w_sum = new_w(w.shape, dtype=sums) if needs[1] else None
-        self.b_sum = w.new_zeros(len(w), dtype=sums) if needs[2] else None
+        single = torch.promote_types(w.dtype, torch.float32)
+        self.b_sum = w.new_zeros(len(w), dtype=single) if needs[2] else None
         self.target = batch.target.new_empty(batch.target.shape) if needs[3] else None
 
     def add(self, start: int, step: int, x: Tensor, grad_z: Any, grad_t: Any) -> None:
@@ -314,19 +318,41 @@ def find_step(rows: int, num_classes: int, dtype: torch.dtype, device: torch.dev
     if device.type == "cpu":
         fitting = CHUNK_ON_CPU // dtype.itemsize // max(num_classes, 1)
         most = min(most, max(fitting, LEAST_ROWS))
-    if rows == 0:
-        return 1
-    step = -(-rows // -(-rows // most))
-    return -(-step // 16) * 16  # So all chunks of a tensor are aligned alike.
+    return -(-rows // -(-rows // most)) if rows else 1
+
+
+def find_sums(
+    rows: int, linear_weight: Tensor, dtype: torch.dtype, is_needed: bool
+) -> tuple[int, torch.dtype]:
+    """The rows of a chunk, and the dtype in which the weight's gradient adds up.
+
+    In half precision each chunk rounds the sum, so there are MOST_ROUNDINGS of them at most, for
+    which chunks may grow by the memory that a sum in float32 would take.
+    """
+    num_classes, width = linear_weight.shape
+    step = find_step(rows, num_classes, dtype, linear_weight.device)
+    if not is_needed or linear_weight.dtype != dtype or dtype.itemsize >= 4:
+        return step, torch.promote_types(linear_weight.dtype, torch.float32)
+    # A sum of half the size is read and written in half the time, so half of the rows will do.
+    rounded = max(-(-rows // MOST_ROUNDINGS), step // 2)
+    if rounded * dtype.itemsize <= step * dtype.itemsize + width * torch.float32.itemsize:
+        return rounded, dtype
+    return step, torch.float32
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
-    """total += left · right, in the dtype of the total."""
+    """total += left · right; each product is rounded to the dtype of the total, or added in it."""
     if total.dtype == left.dtype:
         if is_first:
             torch.mm(left, right, out=total)
         else:
             torch.addmm(total, left, right, out=total)
+        return
+    if total.is_cuda and total.dtype == torch.float32:
+        if is_first:
+            torch.mm(left, right, out_dtype=torch.float32, out=total)
+        else:
+            torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
         return
     for block, rows in zip(total.split(BLOCK), left.split(BLOCK), strict=True):
         product = torch.mm(rows, right)

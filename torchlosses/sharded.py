@@ -292,6 +292,8 @@ class Layer(NamedTuple):
 class Shards(formulas.Rows):
     """How an input lies on its mesh, and what goes with the shard of this process."""
 
+    are_shared = True
+
     def __init__(self, input: Tensor, dim: int) -> None:
         from torch.distributed.tensor import DTensor, Replicate, Shard, placement_types
 
