@@ -334,7 +334,7 @@ def find_sums(
     if not is_needed or linear_weight.dtype != dtype or dtype.itemsize >= 4:
         return step, torch.promote_types(linear_weight.dtype, torch.float32)
     # A sum of half the size is read and written in half the time, so half of the rows will do.
-    rounded = max(-(-rows // MOST_ROUNDINGS), step // 2)
+    rounded = max(-(-rows // MOST_ROUNDINGS), step // 2, 1)
     if rounded * dtype.itemsize <= step * dtype.itemsize + width * torch.float32.itemsize:
         return rounded, dtype
     return step, torch.float32
