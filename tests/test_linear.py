@@ -747,14 +747,16 @@ def test_the_memory_of_a_language_model(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
+@pytest.mark.parametrize("v", [8016, 50])
 def test_half_precision_adds_up_in_the_gradient_itself(
-    path: str, monkeypatch: pytest.MonkeyPatch
+    v: int, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sixteenth of 8192 rows of 4096 features and 128256 classes, and of its chunks.
 
-    Beyond the gradients there are chunks of logits; the error is at most twice that of one product.
+    Beyond the gradients there are chunks of logits; the error is at most twice that of one product,
+    for few classes too, of each of which many rows add up.
     """
-    n, d, v = 512, 256, 8016
+    n, d = 512, 256
     monkeypatch.setattr(linear, "CHUNK", CHUNK // 16)
     monkeypatch.setattr(linear, "_has_products", lambda device, dtype: True)
     x, w = torch.randn(n, d), torch.randn(v, d) / 16
@@ -765,7 +767,9 @@ def test_half_precision_adds_up_in_the_gradient_itself(
     def step() -> Any:
         return torch.autograd.grad(linear_cross_entropy_error(leaves[0], leaves[1], t), leaves)
 
-    assert peak_memory(step) - sum(leaf.nbytes for leaf in leaves) <= leaves[1].nbytes / 2
+    assert (
+        v == 50 or peak_memory(step) - sum(leaf.nbytes for leaf in leaves) <= leaves[1].nbytes / 2
+    )
     expected = torch.autograd.grad(apart(exact[0], exact[1], t), exact)
     reference = torch.autograd.grad(apart(leaves[0], leaves[1], t), leaves)
     for ours, theirs, right in zip(step(), reference, expected, strict=True):
