@@ -78,7 +78,7 @@ def test_passes_in_the_interpreter() -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows longer than a tile, more blocks than programs, offsets of 64 bits, a count ahead."""
-    configure, plan = kernels._configure, kernels.Plan
+    configure, plan = kernels.tiles._configure, kernels.blocks.Plan
 
     def small(form: str, classes: int, *rest: Any) -> Any:
         width = min(triton.next_power_of_2(classes), 4)
@@ -92,9 +92,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_prepare", kernels._prepare.__wrapped__)
     monkeypatch.setattr(kernels, "_configure", small)
     monkeypatch.setattr(kernels, "Plan", wide)
-    for name, value in {"MAX_PROGRAMS": 2, "COUNT_PROGRAMS": 2, "COUNT_ALONE": 0,
-                        "COUNT_BLOCK": triton.language.constexpr(4)}.items():  # fmt: skip
+    for name, value in {"MAX_PROGRAMS": 2, "COUNT_PROGRAMS": 2, "COUNT_ALONE": 0}.items():
         monkeypatch.setattr(kernels, name, value)
+    for module in (kernels, kernels.kernels):
+        monkeypatch.setattr(module, "COUNT_BLOCK", triton.language.constexpr(4))
 
 
 @interpreted
