@@ -8,8 +8,8 @@ A small loss is bound by launches. Forward and backward are two of them, whateve
 `_loss_kernel`, and `_rescale_kernel` or, where the gradient waited for the upstream one,
 `_loss_kernel` again. `_count_kernel` is a third, ahead of a gradient of `'mean'` that is divided by
 what more than COUNT_ALONE samples, kept or weighted, add up to. Triton takes longer to look at the
-arguments than a small loss takes to run, so a kernel that was compiled for one kind of call is
-launched without that look from then on.
+arguments than a small loss takes to run, so a `Launch` launches what was compiled for its calls
+without that look from then on. Beside the loss and its gradients it allocates nothing.
 
 The input is seen as (outer, classes, inner). A tile has SAMPLES × CLASSES elements, in the shape
 (PER_THREAD, SAMPLES, THREADS, VECTOR): what a thread holds of a sample is in the first and the last
@@ -21,11 +21,9 @@ Programs take blocks of samples in turns. Each adds up its own in a fixed order,
 last adds up the partial sums in a fixed order too, so the same input gives the same bits.
 """
 
-import functools
-import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -49,239 +47,303 @@ COUNT_PROGRAMS = 2**9
 COUNT_ALONE = 2**12
 # Elements of a block of `_rescale_kernel`.
 RESCALED = 2**11
-# Launches that may run at the same time, each with a counter of its own.
-COUNTERS = 2**16
+# Shapes of gradients at most that a launch keeps a rescaling kernel for.
+MOST_RESCALERS = 16
+# Launches of captured graphs with a counter of their own; any more clear theirs at each replay.
+GRAPH_COUNTERS = 2**14
 # The default differs by version, and Triton 3.9 warns of that where nothing is said.
 FUSION = {"enable_fp_fusion": True}
-LOSSES = ("squares", "probabilities", "logits")
+LOSSES: tuple[str, ...] = ("squares", "probabilities", "logits")
 REDUCTIONS = ("sum", "mean", "batchmean", "none")
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 IS_INTERPRETED = triton.knobs.runtime.interpret
 
-_counter = itertools.cycle(range(COUNTERS))
-_counters: dict[torch.device, Tensor] = {}
-_rescalers: dict[tuple[Any, ...], Any] = {}
+Strides = tuple[int, int, int]
+
+_workspaces: dict[tuple[torch.device, torch.dtype], "Workspaces"] = {}
+_graph_counters: dict[torch.device, Iterator[Tensor]] = {}
 
 
-class Launch(NamedTuple):
-    """What is known of a call without its tensors."""
-
-    plan: Plan
-    warps: int
-    registers: int
-    programs: int
-    counting: int  # Programs of `_count_kernel`, or 0 where it is not needed.
-    sizes: tuple[int, int, int]  # As the kernel gets them, one of them in units of ALIGNMENT.
-    layout: tuple[int, int, int]  # outer, classes, inner.
-    samples_shape: tuple[int, ...]
-    losses_shape: tuple[int, ...]
-    by_divisor: float
-    compiled: dict[tuple[Any, ...], Any]  # By what else Triton specialises on.
-
-
-def compute(
+def prepare(
     call: Call,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     sample_weight: Tensor | None,
-    needs: tuple[bool, bool],
-    upstream: Tensor | None = None,
-    over_input: bool = False,
-    complains: bool = True,
-) -> Result:
-    """The loss, and the gradients that `needs` asks for, times `upstream` if that is given.
+) -> "Launch":
+    """The launches of all calls whose tensors are like these.
 
-    Nobody looks at the classes, so a class that is none makes NaN of its sample and is no error.
-
-    The gradient by a contiguous input may be written over it: a program is done with a tile when it
-    stores its slopes.
+    They agree in dtype, shape, strides and device, and in whether 16 divides the address.
     """
-    input, target = input.contiguous(), target.contiguous()
-    weights_shape = None if sample_weight is None else sample_weight.shape
-    launch = _prepare(call, input.shape, input.dtype, weight is not None, weights_shape, needs)
-    plan, dtype = launch.plan, call.dtype
-    outer, classes, inner = launch.layout
-    weights, weight_strides = _factor(sample_weight, launch.samples_shape, (outer, 1, inner))
-    slopes, slope_strides = _factor(
-        upstream, launch.losses_shape, (outer, classes if plan.IS_SQUARE else 1, inner)
-    )
-    loss = input.new_empty(() if plan.IS_REDUCED else launch.losses_shape, dtype=dtype)
-    grad_input = None
-    if needs[0]:
-        grad_input = input if over_input else torch.empty_like(input)
-    given = Given(
-        input, target, None if weight is None else weight.contiguous(), weights, slopes,
-        torch.empty_like(loss) if launch.counting else None, loss, grad_input,
-        torch.empty_like(target) if needs[1] else None, *launch.sizes, weight_strides[0],
-        weight_strides[2], *slope_strides, call.ignore_index,
-    )  # fmt: skip
-    partials = counters = None
-    if plan.IS_REDUCED:
-        partials, counters = loss.new_empty((3, launch.programs)), _find_counters(input.device)
-    with torch.cuda.device_of(input):
-        tensors = given[: Given._fields.index("outer")]
-        kind = (input.device, weight_strides, slope_strides, *map(_kind, tensors))
-        if launch.counting:
-            counts = loss.new_empty((2, launch.counting))
-            arguments: tuple[Any, ...] = (given, counts, counters, next(_counter), plan)
-            _run(_count_kernel, launch.counting, arguments, launch.compiled, ("count", *kind))
-        arguments = (
-            given, partials, counters, next(_counter), launch.by_divisor, call.delta,
-            1.0 - call.label_smoothing, call.label_smoothing / classes, plan,
-        )  # fmt: skip
-        _run(
-            _loss_kernel, launch.programs, arguments, launch.compiled, kind,
-            num_warps=launch.warps, maxnreg=launch.registers,
-        )  # fmt: skip
-    return loss, given.grad_input_ptr, given.grad_target_ptr
-
-
-@functools.lru_cache(maxsize=1024)
-def _prepare(
-    call: Call,
-    shape: torch.Size,
-    input_dtype: torch.dtype,
-    has_weight: bool,
-    weights_shape: torch.Size | None,
-    needs: tuple[bool, bool],
-) -> Launch:
-    """Cached: a training loop asks the same of each batch. `weights_shape`: of sample weights."""
     for name, known in ((call.kind, LOSSES), (call.reduction, REDUCTIONS)):
         if name not in known:
             raise ValueError(f"got {name!r}; expected one of {known}, which the kernel knows")
-    dim, dtype, is_index = call.dim, call.dtype, call.is_index
-    is_square, is_smooth = call.kind == "squares", call.label_smoothing != 0
-    is_reduced = call.reduction != "none"
-    is_counted = call.reduction == "mean" and (is_index or weights_shape is not None)
-    samples_shape: tuple[int, ...] = shape[:dim] + shape[dim + 1 :]
-    losses_shape = shape if is_square else torch.Size(samples_shape)
-    divisor = 1
-    if call.reduction == "batchmean" and len(shape) > 1:
-        divisor = shape[0]
-    elif call.reduction == "mean" and not is_counted:
-        divisor = losses_shape.numel()
-
-    # Elements of which each is a sample, or all have one factor, need no classes.
-    is_flat = not (is_index or call.kind == "logits" or is_smooth or has_weight)
-    if is_square and is_flat:
-        is_flat = not _is_per_sample(weights_shape, shape, dim)
-        samples_shape = shape if is_flat else (*shape[:dim], 1, *shape[dim + 1 :])
-    elif is_flat:
-        is_flat = is_reduced and weights_shape is None
-    outer, classes, inner = shape.numel(), 1, 1
-    if not is_flat:
-        outer, classes, inner = shape[:dim].numel(), shape[dim], shape[dim + 1 :].numel()
-    form = call.kind + "_of_class" * (is_index and not is_square and not is_smooth)
-    is_exact = call.delta == 0
-    is_light = not (needs[1] or is_smooth or has_weight)
-    tile = _configure(
-        form, classes, inner, dtype, input_dtype.itemsize, is_index, is_exact, is_light
-    )
-    is_spatial = inner > 1
-    alignment = math.gcd(tile.alignment, inner if is_spatial else classes)
-    blocks = triton.cdiv(outer, tile.samples)
-    if is_spatial:
-        blocks = outer * triton.cdiv(inner, tile.samples)
-    counting = 0
-    if is_counted and any(needs) and outer * inner > COUNT_ALONE:
-        counting = min(triton.cdiv(outer * inner, COUNT_BLOCK.value), COUNT_PROGRAMS)
-
-    is_fast = not (IS_INTERPRETED or dtype == torch.float64)
-    plan = Plan(
-        FORM=form,
-        DTYPE=DTYPES[dtype],
-        LOWEST=torch.finfo(dtype).min,
-        INDEX=tl.int32 if classes * inner < 2**31 - 2**16 else tl.int64,
-        ALIGNMENT=alignment,
-        SAMPLES=tile.samples,
-        CLASSES=tile.classes,
-        VECTOR=tile.vector,
-        PER_THREAD=tile.per_thread,
-        THREADS=tile.classes // tile.vector // tile.per_thread,
-        IS_SQUARE=is_square,
-        IS_INDEX=is_index,
-        IS_EXACT=is_exact,
-        IS_SMOOTH=is_smooth,
-        IS_REDUCED=is_reduced,
-        IS_COUNTED=is_counted,
-        IS_SPATIAL=is_spatial,
-        IS_EAGER=is_index and (is_spatial or tile.samples > 1),
-        # Probabilities can be too small for fast instructions where no δ is added.
-        IS_FAST=is_fast and not (form == "probabilities" and is_exact),
-        IS_WHOLE=tile.is_whole,
-        IS_EVEN=classes % tile.classes == 0,
-        NUM_CLASSES=classes if tile.is_whole and classes <= FEW else 0,
-        HAS_GRADIENT=any(needs),
-    )
-    # One of them in units, so that it is seen which loads and stores can be wide.
-    sizes = (outer, classes, inner // alignment) if is_spatial else (
-        outer, classes // alignment, inner
-    )  # fmt: skip
-    return Launch(
-        plan, tile.warps, tile.registers, min(blocks, MAX_PROGRAMS), counting, sizes,
-        (outer, classes, inner), samples_shape, losses_shape, 1.0 / divisor, {},
-    )  # fmt: skip
+    return Launch(call, input, target, weight, sample_weight)
 
 
-def rescale(
-    gradients: Sequence[Tensor | None],
-    grad_loss: Tensor,
-    call: Call | None = None,
-    target: Tensor | None = None,
-) -> list[Tensor | None]:
-    """Gradients times that of their loss, in place, as tensors of their own; None for none.
+class Pass:
+    """What is known of a forward or a backward pass: all arguments of its kernels but tensors.
 
-    Of the first, the rows stay 0 that the target of a call ignores.
+    Once Triton has compiled the kernels, `run` and `count` launch them.
     """
-    grad_loss = grad_loss.resolve_neg()
-    rows: list[tuple[Any, ...]] = [()] * len(gradients)
-    if gradients[0] is not None and call is not None and target is not None and call.is_index:
-        sizes = gradients[0].shape[call.dim :]
-        rows[0] = (target.contiguous(), call.ignore_index, sizes.numel(), sizes[1:].numel())
-    return [
-        None if g is None else _rescale(g.data, grad_loss, *row)
-        for g, row in zip(gradients, rows, strict=True)
-    ]
+
+    def __init__(
+        self,
+        plan: Plan,
+        programs: int,
+        counting: int,
+        copies_upstream: bool,
+        numbers: tuple[int, ...],
+        factors: tuple[float, ...],
+        options: dict[str, int],
+    ) -> None:
+        self.plan, self.programs, self.counting = plan, programs, counting
+        self.copies_upstream = copies_upstream
+        self.numbers, self.rest, self.options = numbers, (*factors, plan), options
+        self.run: Any = None
+        self.count: Any = None
 
 
-def _rescale(
-    gradient: Tensor,
-    grad_loss: Tensor,
-    target: Tensor | None = None,
-    ignore_index: int = 1,
-    row: int = 1,
-    inner: int = 1,
-) -> Tensor:
-    numbers = (gradient.numel(), ignore_index, row, inner)
-    programs = min(triton.cdiv(gradient.numel(), RESCALED), MAX_PROGRAMS)
-    kind = (
-        gradient.device, _kind(gradient), _kind(grad_loss), _kind(target),
-        # What Triton specialises on in a number.
-        *((n == 1, n % 16 == 0, -(2**31) <= n < 2**31) for n in numbers),
-    )  # fmt: skip
-    with torch.cuda.device_of(gradient):
-        arguments = (gradient, grad_loss, target, *numbers, RESCALED)
-        _run(_rescale_kernel, programs, arguments, _rescalers, kind)
-    return gradient
+class Launch:
+    """See `prepare`."""
+
+    def __init__(
+        self,
+        call: Call,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        sample_weight: Tensor | None,
+    ) -> None:
+        self.call, self.device, self.itemsize = call, input.device, input.dtype.itemsize
+        self.has_weight = weight is not None
+        self.is_reduced = call.reduction != "none"
+        self.is_counted = call.reduction == "mean" and (call.is_index or sample_weight is not None)
+        shape, dim = input.shape, call.dim
+        samples_shape: tuple[int, ...] = shape[:dim] + shape[dim + 1 :]
+        self.losses_shape = shape if call.is_per_element else torch.Size(samples_shape)
+        self.workspaces = None
+        if self.is_reduced:
+            self.workspaces = _find_workspaces(input.device, call.dtype)
+        divisor = 1
+        if call.reduction == "batchmean" and len(shape) > 1:
+            divisor = shape[0]
+        elif call.reduction == "mean" and not self.is_counted:
+            divisor = self.losses_shape.numel()
+        self.by_divisor = 1.0 / divisor
+
+        # Elements of which each is a sample, or all have one factor, need no classes.
+        weights_shape = None if sample_weight is None else sample_weight.shape
+        is_flat = not (
+            call.is_index or call.kind == "logits" or call.label_smoothing != 0 or self.has_weight
+        )
+        if call.is_per_element and is_flat:
+            is_flat = not _is_per_sample(weights_shape, shape, dim)
+            samples_shape = shape if is_flat else (*shape[:dim], 1, *shape[dim + 1 :])
+        elif is_flat:
+            is_flat = self.is_reduced and weights_shape is None
+        outer, classes, inner = self.layout = (shape.numel(), 1, 1) if is_flat else (
+            shape[:dim].numel(), shape[dim], shape[dim + 1 :].numel()
+        )  # fmt: skip
+        self.weights_layout = samples_shape, (outer, 1, inner)
+        self.upstream_layout = (
+            self.losses_shape,
+            (outer, classes if call.is_per_element else 1, inner),
+        )
+        self.weight_strides, self.copies_weights = _strides(sample_weight, *self.weights_layout)
+        self.copies = self.copies_weights or not (
+            input.is_contiguous()
+            and target.is_contiguous()
+            and (weight is None or weight.is_contiguous())
+        )
+        # The places of the gradient, where it is written over the input.
+        self.is_aligned = not input.is_contiguous() or input.data_ptr() % 16 == 0
+        self._passes: dict[Any, Pass] = {}
+        self._rescalers: dict[Any, tuple[Any, tuple[int, ...]]] = {}
+
+    def compute(
+        self,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        sample_weight: Tensor | None,
+        needs: tuple[bool, bool],
+        upstream: Tensor | None = None,
+        over_input: bool = False,
+        complains: bool = True,
+    ) -> Result:
+        """The loss, and the gradients that `needs` asks for, times `upstream` if that is given.
+
+        Nobody looks at the classes, so a class that is none makes NaN of its sample and is no
+        error.
+
+        The gradient by a contiguous input may be written over it: a program is done with a tile
+        when it stores its slopes.
+        """
+        index, stream = self.device.index, None
+        if index is not None:
+            if torch.cuda.current_device() != index:
+                with torch.cuda.device(index):
+                    return self.compute(
+                        input, target, weight, sample_weight, needs, upstream, over_input
+                    )
+            stream = triton.runtime.driver.active.get_current_stream(index)
+        if self.copies:
+            input, target = input.contiguous(), target.contiguous()
+            weight = None if weight is None else weight.contiguous()
+            if sample_weight is not None and self.copies_weights:
+                sample_weight = _copy(sample_weight, *self.weights_layout)
+        kind = needs if upstream is None else (needs, upstream.dtype, upstream.stride())
+        known = self._passes.get(kind)
+        if known is None:
+            known = self._passes[kind] = self._plan(needs, upstream)
+        is_usual = self.is_aligned or not over_input
+        if upstream is not None:
+            if known.copies_upstream:
+                upstream = _copy(upstream, *self.upstream_layout)
+            is_usual = is_usual and upstream.data_ptr() % 16 == 0
+        grad_input = grad_target = sums = counter = None
+        if needs[0]:
+            grad_input = input if over_input else torch.empty_like(input)
+        if needs[1]:
+            grad_target = torch.empty_like(target)
+        if self.workspaces is None:
+            loss = input.new_empty(self.losses_shape, dtype=self.call.dtype)
+        else:
+            loss = torch.empty_like(self.workspaces.loss)
+            sums, counter = self.workspaces.find(stream)
+        given = (
+            input, target, weight, sample_weight, upstream, loss, grad_input, grad_target,
+            *known.numbers,
+        )  # fmt: skip
+        if known.run is not None and is_usual:
+            if known.count is not None:
+                known.count(given, sums, counter, known.plan, stream=stream)
+            known.run(given, sums, counter, *known.rest, stream=stream)
+        else:
+            common, count = (Given(*given), sums, counter), None
+            if known.counting:
+                count = _launch(_count_kernel, known.counting, (*common, known.plan))
+            arguments = (*common, *known.rest)
+            run = _launch(_loss_kernel, known.programs, arguments, **known.options)
+            if is_usual:
+                known.count, known.run = count, run
+        return loss, grad_input, grad_target
+
+    def rescale(
+        self, gradients: Sequence[Tensor | None], grad_loss: Tensor, target: Tensor
+    ) -> list[Tensor | None]:
+        """Gradients times that of their loss, in place, as tensors of their own; None for none.
+
+        Of the first, the rows stay 0 that the target ignores.
+        """
+        index, stream = self.device.index, None
+        if index is not None:
+            if torch.cuda.current_device() != index:
+                with torch.cuda.device(index):
+                    return self.rescale(gradients, grad_loss, target)
+            stream = triton.runtime.driver.active.get_current_stream(index)
+        if grad_loss.is_neg():
+            grad_loss = grad_loss.resolve_neg()
+        labels = target.contiguous() if self.call.is_index else None
+        rescaled: list[Tensor | None] = []
+        for gradient in gradients:
+            if gradient is not None:
+                gradient = gradient.data
+                self._rescale(gradient, grad_loss, labels, stream)
+            rescaled.append(gradient)
+            labels = None
+        return rescaled
+
+    def _rescale(
+        self, gradient: Tensor, grad_loss: Tensor, labels: Tensor | None, stream: int | None
+    ) -> None:
+        kind = (gradient.shape, gradient.dtype, grad_loss.dtype, labels is None)
+        run, numbers = self._rescalers.get(kind, (None, ()))
+        places = gradient.data_ptr() | grad_loss.data_ptr()
+        if labels is not None:
+            places |= labels.data_ptr()
+        is_usual = places % 16 == 0
+        if run is not None and is_usual:
+            run(gradient, grad_loss, labels, *numbers, stream=stream)
+            return
+        numel = gradient.numel()
+        numbers = (numel, 1, 1, 1, RESCALED)
+        if labels is not None:
+            sizes = gradient.shape[self.call.dim :]
+            numbers = (numel, self.call.ignore_index, sizes.numel(), sizes[1:].numel(), RESCALED)
+        programs = min(triton.cdiv(numel, RESCALED), MAX_PROGRAMS)
+        run = _launch(_rescale_kernel, programs, (gradient, grad_loss, labels, *numbers))
+        if is_usual and len(self._rescalers) < MOST_RESCALERS:
+            self._rescalers[kind] = run, numbers
+
+    def _plan(self, needs: tuple[bool, bool], upstream: Tensor | None) -> Pass:
+        call, dtype = self.call, self.call.dtype
+        outer, classes, inner = self.layout
+        is_smooth, is_exact = call.label_smoothing != 0, call.delta == 0
+        form = call.kind + "_of_class" * (
+            call.is_index and not call.is_per_element and not is_smooth
+        )
+        is_light = not (needs[1] or is_smooth or self.has_weight)
+        tile = _configure(
+            form, classes, inner, dtype, self.itemsize, call.is_index, is_exact, is_light
+        )
+        is_spatial = inner > 1
+        alignment = math.gcd(tile.alignment, inner if is_spatial else classes)
+        blocks = triton.cdiv(outer, tile.samples)
+        if is_spatial:
+            blocks = outer * triton.cdiv(inner, tile.samples)
+        counting = 0
+        if self.is_counted and any(needs) and outer * inner > COUNT_ALONE:
+            counting = min(triton.cdiv(outer * inner, COUNT_BLOCK.value), COUNT_PROGRAMS)
+
+        is_fast = not (IS_INTERPRETED or dtype == torch.float64)
+        plan = Plan(
+            FORM=form,
+            DTYPE=DTYPES[dtype],
+            LOWEST=torch.finfo(dtype).min,
+            INDEX=tl.int32 if classes * inner < 2**31 - 2**16 else tl.int64,
+            ALIGNMENT=alignment,
+            SAMPLES=tile.samples,
+            CLASSES=tile.classes,
+            VECTOR=tile.vector,
+            PER_THREAD=tile.per_thread,
+            THREADS=tile.classes // tile.vector // tile.per_thread,
+            IS_SQUARE=call.is_per_element,
+            IS_INDEX=call.is_index,
+            IS_EXACT=is_exact,
+            IS_SMOOTH=is_smooth,
+            IS_REDUCED=self.is_reduced,
+            IS_COUNTED=self.is_counted,
+            IS_COUNTED_AHEAD=counting > 0,
+            IS_SPATIAL=is_spatial,
+            IS_EAGER=call.is_index and (is_spatial or tile.samples > 1),
+            # Probabilities can be too small for fast instructions where no δ is added.
+            IS_FAST=is_fast and not (form == "probabilities" and is_exact),
+            IS_WHOLE=tile.is_whole,
+            IS_EVEN=classes % tile.classes == 0,
+            NUM_CLASSES=classes if tile.is_whole and classes <= FEW else 0,
+            HAS_GRADIENT=any(needs),
+        )
+        # One of them in units, so that it is seen which loads and stores can be wide.
+        sizes = (outer, classes, inner // alignment) if is_spatial else (
+            outer, classes // alignment, inner
+        )  # fmt: skip
+        strides, copies_upstream = _strides(upstream, *self.upstream_layout)
+        weight_outer_stride, _, weight_inner_stride = self.weight_strides
+        smoothing = call.label_smoothing
+        return Pass(
+            plan, min(blocks, MAX_PROGRAMS), counting, copies_upstream,
+            (*sizes, weight_outer_stride, weight_inner_stride, *strides, call.ignore_index),
+            (self.by_divisor, call.delta, 1.0 - smoothing, smoothing / classes),
+            {"num_warps": tile.warps, "maxnreg": tile.registers},
+        )  # fmt: skip
 
 
-def _run(
-    kernel: Any,
-    programs: int,
-    arguments: tuple[Any, ...],
-    compiled: dict[tuple[Any, ...], Any],
-    kind: tuple[Any, ...],
-    **options: int,
-) -> None:
-    """Launches a kernel, and keeps what Triton has compiled for arguments of this kind."""
-    binary = compiled.get(kind)
-    if binary is not None:
-        binary[(programs, 1, 1)](*arguments)
-        return
+def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], **options: int) -> Any:
+    """Launches a kernel, and gives what does that again for arguments of these types and places."""
     binary = kernel[(programs,)](*arguments, **options, **FUSION)
-    if hasattr(binary, "__getitem__"):  # The interpreter returns None.
-        compiled[kind] = binary
+    return None if binary is None else binary[(programs, 1, 1)]  # The interpreter returns None.
 
 
 def _is_per_sample(weights_shape: torch.Size | None, shape: torch.Size, dim: int) -> bool:
@@ -292,34 +354,96 @@ def _is_per_sample(weights_shape: torch.Size | None, shape: torch.Size, dim: int
     return -dim > len(weights_shape) or weights_shape[dim] == 1
 
 
-def _factor(
-    factor: Tensor | None, shape: tuple[int, ...], layout: tuple[int, int, int]
-) -> tuple[Tensor | None, tuple[int, int, int]]:
-    """What broadcasts to `shape`, and its strides where that is seen as `layout`."""
+def _strides(
+    factor: Tensor | None, shape: Sequence[int], layout: tuple[int, int, int]
+) -> tuple[Strides, bool]:
+    """Those of what broadcasts to `shape`, seen as `layout`; and whether that takes a copy."""
     if factor is None or factor.numel() == 1:
-        return factor, (0, 0, 0)
-    factor = factor.expand(shape).reshape(layout)
-    outer_stride, class_stride, inner_stride = factor.stride()
-    return factor, (outer_stride, class_stride, inner_stride)
+        return (0, 0, 0), False
+    seen = _copy(factor, shape, layout)
+    outer_stride, class_stride, inner_stride = seen.stride()
+    return (outer_stride, class_stride, inner_stride), seen.data_ptr() != factor.data_ptr()
 
 
-def _kind(tensor: Tensor | None) -> tuple[torch.dtype, bool] | None:
-    """What Triton specialises on in a tensor."""
-    return None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0)
+def _copy(factor: Tensor, shape: Sequence[int], layout: tuple[int, int, int]) -> Tensor:
+    return factor.expand(shape).reshape(layout)
 
 
-def _find_counters(device: torch.device) -> Tensor:
-    """Zeros, of which a launch takes one and leaves it so; they are there before any launch.
+class Workspaces:
+    """Where the programs of a launch store their sums, and a counter, which is 0 between launches.
 
-    Launches that share one must not run at the same time, so there are more than ever do.
+    Launches of one stream run one after the other, and share them. Those of a captured graph may
+    run beside any: their sums are in the graph's memory, and nobody else has their counter.
     """
-    counters = _counters.get(device)
-    if counters is None:
-        is_cuda = device.type == "cuda"
-        counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-        if is_cuda and torch.cuda.is_current_stream_capturing():
-            return counters  # Of this graph, which makes them anew each time.
-        if is_cuda:
-            torch.cuda.synchronize(device)
-        _counters[device] = counters
-    return counters
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.loss = torch.empty((), dtype=dtype, device=device)  # What all sums are like.
+        self.by_stream: dict[int | None, tuple[Tensor, Tensor]] = {}
+
+    def find(self, stream: int | None) -> tuple[Tensor, Tensor]:
+        if stream is not None and torch.cuda.is_current_stream_capturing():
+            counter = next(_graph_counters.get(self.device, iter(())), None)
+            return self._make(counter)
+        workspace = self.by_stream.get(stream)
+        if workspace is None:
+            workspace = self.by_stream[stream] = self._make()
+            if stream is not None and self.device not in _graph_counters:
+                # Each at a multiple of 16 bytes.
+                size = (GRAPH_COUNTERS, 4)
+                counters = torch.zeros(size, dtype=torch.int32, device=self.device)
+                torch.cuda.synchronize(self.device)  # For the streams that graphs run on.
+                _graph_counters[self.device] = map(counters.__getitem__, range(GRAPH_COUNTERS))
+        return workspace
+
+    def _make(self, counter: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if counter is None:
+            counter = torch.zeros(1, dtype=torch.int32, device=self.device)
+        return self.loss.new_empty(3 * MAX_PROGRAMS), counter
+
+
+def _find_workspaces(device: torch.device, dtype: torch.dtype) -> Workspaces:
+    if (device, dtype) not in _workspaces:
+        _workspaces[device, dtype] = Workspaces(device, dtype)
+    return _workspaces[device, dtype]
+
+
+# Until the callers keep launches.
+_launches: dict[Any, Launch] = {}
+
+
+def _find_launch(call: Call, *tensors: Tensor | None) -> Launch:
+    key = (call, *(
+        None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16 == 0)
+        for t in tensors
+    ))  # fmt: skip
+    launch = _launches.get(key)
+    if launch is None:
+        launch = _launches[key] = prepare(call, *tensors)  # type: ignore[arg-type]
+    return launch
+
+
+def compute(
+    call: Call,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    *rest: Any,
+) -> Result:
+    """See `Launch.compute`."""
+    tensors = (input, target, weight, sample_weight)
+    return _find_launch(call, *tensors).compute(*tensors, *rest)
+
+
+def rescale(
+    gradients: Sequence[Tensor | None],
+    grad_loss: Tensor,
+    call: Call | None = None,
+    target: Tensor | None = None,
+) -> list[Tensor | None]:
+    """See `Launch.rescale`."""
+    like = next(gradient for gradient in gradients if gradient is not None)
+    if call is None or target is None or gradients[0] is None:
+        call, target = Call("squares", False, 0, "sum", -100, grad_loss.dtype), like
+    return _find_launch(call, like, target, None, None).rescale(gradients, grad_loss, target)

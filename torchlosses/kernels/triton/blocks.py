@@ -17,7 +17,7 @@ NEEDS_ORDER = tl.constexpr(TorchVersion(triton.__version__) < "3.7")
 # fields of their own: Triton 3.6 loses a 1 in a tuple within a tuple.
 Given = collections.namedtuple(
     "Given",
-    "input_ptr target_ptr class_weight_ptr sample_weight_ptr upstream_ptr divisor_ptr loss_ptr "
+    "input_ptr target_ptr class_weight_ptr sample_weight_ptr upstream_ptr loss_ptr "
     "grad_input_ptr grad_target_ptr outer classes inner sample_weight_outer_stride "
     "sample_weight_inner_stride upstream_outer_stride upstream_class_stride upstream_inner_stride "
     "ignore_index",
@@ -29,8 +29,8 @@ Given = collections.namedtuple(
 Plan = collections.namedtuple(
     "Plan",
     "FORM DTYPE LOWEST INDEX ALIGNMENT SAMPLES CLASSES VECTOR PER_THREAD THREADS IS_SQUARE "
-    "IS_INDEX IS_EXACT IS_SMOOTH IS_REDUCED IS_COUNTED IS_SPATIAL IS_EAGER IS_FAST IS_WHOLE "
-    "IS_EVEN NUM_CLASSES HAS_GRADIENT",
+    "IS_INDEX IS_EXACT IS_SMOOTH IS_REDUCED IS_COUNTED IS_COUNTED_AHEAD IS_SPATIAL IS_EAGER "
+    "IS_FAST IS_WHOLE IS_EVEN NUM_CLASSES HAS_GRADIENT",
 )
 # A block of samples: the offset of the first, from there those of all, and from class to class;
 # which exist, are read, and count; their class, and the factors of their loss and gradient.

@@ -59,43 +59,43 @@ def _is_last(counter_ptr):
 
 
 @triton.jit
-def _add_up(partials_ptr, P: tl.constexpr):
+def _add_up(sums_ptr, P: tl.constexpr):
     """Σ of what each program stored."""
     total = tl.full((1024,), 0, P.DTYPE)
     for start in range(0, tl.num_programs(0), 1024):
         program = start + tl.arange(0, 1024)
         mask = program < tl.num_programs(0)
-        total += tl.load(partials_ptr + program, mask=mask, other=0, cache_modifier=".cg")
+        total += tl.load(sums_ptr + program, mask=mask, other=0, cache_modifier=".cg")
     return tl.sum(total)
 
 
-@triton.jit(do_not_specialize=["counter"])
-def _count_kernel(g, partials_ptr, counter_ptr, counter, P: tl.constexpr):
-    """The divisor of `'mean'`: R labels and weights."""
+@triton.jit
+def _count_kernel(g, sums_ptr, counter_ptr, P: tl.constexpr):
+    """The divisor of `'mean'`, in the place of the loss: R labels and weights."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     weights, sizes = _count(g, program, programs, P)
-    tl.store(partials_ptr + program, weights)
-    tl.store(partials_ptr + programs + program, sizes)
-    if _is_last(counter_ptr + counter):
-        weights, sizes = _add_up(partials_ptr, P), _add_up(partials_ptr + programs, P)
-        tl.store(g.divisor_ptr, _divisor(weights, sizes, g, P))
+    tl.store(sums_ptr + program, weights)
+    tl.store(sums_ptr + programs + program, sizes)
+    if _is_last(counter_ptr):
+        weights, sizes = _add_up(sums_ptr, P), _add_up(sums_ptr + programs, P)
+        tl.store(g.loss_ptr, _divisor(weights, sizes, g, P))
 
 
-@triton.jit(do_not_specialize=["counter"])
+@triton.jit
 def _loss_kernel(
-    g, partials_ptr, counter_ptr, counter,
+    g, sums_ptr, counter_ptr,
     factor: tl.float64, delta: tl.float64, kept: tl.float64, uniform: tl.float64, P: tl.constexpr,
 ):  # fmt: skip
     """Every loss: what all forms have in common. R a label, and weights if any, per sample."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     by_divisor = tl.full((), factor, P.DTYPE)
     if P.IS_COUNTED and P.HAS_GRADIENT:
-        if g.divisor_ptr is None:
+        if not P.IS_COUNTED_AHEAD:
             # Names of their own: in Triton 3.6 none is a scalar here and a block in the loop.
             all_weights, all_sizes = _count(g, 0, 1, P)
             lift, by_divisor = _lifted(_divisor(all_weights, all_sizes, g, P))
         else:
-            lift, by_divisor = _lifted(tl.load(g.divisor_ptr))
+            lift, by_divisor = _lifted(tl.load(g.loss_ptr))
 
     total = tl.full((P.SAMPLES,), 0, P.DTYPE)
     weights = total
@@ -143,15 +143,15 @@ def _loss_kernel(
             sizes += tl.abs(counted)
 
     if P.IS_REDUCED:
-        tl.store(partials_ptr + program, tl.sum(total))
+        tl.store(sums_ptr + program, tl.sum(total))
         if P.IS_COUNTED and not P.HAS_GRADIENT:
-            tl.store(partials_ptr + programs + program, tl.sum(weights))
-            tl.store(partials_ptr + 2 * programs + program, tl.sum(sizes))
-        if _is_last(counter_ptr + counter):
-            loss = _add_up(partials_ptr, P)
+            tl.store(sums_ptr + programs + program, tl.sum(weights))
+            tl.store(sums_ptr + 2 * programs + program, tl.sum(sizes))
+        if _is_last(counter_ptr):
+            loss = _add_up(sums_ptr, P)
             if P.IS_COUNTED and not P.HAS_GRADIENT:
-                counted = _add_up(partials_ptr + programs, P)
-                size = _add_up(partials_ptr + 2 * programs, P)
+                counted = _add_up(sums_ptr + programs, P)
+                size = _add_up(sums_ptr + 2 * programs, P)
                 lift, by_divisor = _lifted(_divisor(counted, size, g, P))
                 loss *= lift
             tl.store(g.loss_ptr, loss * by_divisor)
