@@ -79,11 +79,11 @@ def test_passes_in_the_interpreter() -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows longer than a tile, more blocks than programs, offsets of 64 bits, a count ahead."""
-    configure, plan = kernels.tiles._configure, kernels.blocks.Plan
+    configure, plan = kernels.tiles.configure, kernels.blocks.Plan
 
-    def small(form: str, classes: int, *rest: Any) -> Any:
+    def small(body: str, classes: int, *rest: Any) -> Any:
         width = min(triton.next_power_of_2(classes), 4)
-        return configure(form, classes, *rest)._replace(
+        return configure(body, classes, *rest)._replace(
             samples=2, classes=width, is_whole=False, vector=max(width // 2, 1), per_thread=1
         )
 
@@ -92,7 +92,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(kernels, "_launches", {})
     monkeypatch.setattr(kernels, "_workspaces", {})
-    monkeypatch.setattr(kernels, "_configure", small)
+    monkeypatch.setattr(kernels, "configure", small)
     monkeypatch.setattr(kernels, "Plan", wide)
     for name, value in {"MAX_PROGRAMS": 2, "COUNT_PROGRAMS": 2, "COUNT_ALONE": 0}.items():
         monkeypatch.setattr(kernels, name, value)

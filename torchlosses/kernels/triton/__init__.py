@@ -11,8 +11,8 @@ what more than COUNT_ALONE samples, kept or weighted, add up to. Triton takes lo
 arguments than a small loss takes to run, so a `Launch` launches what was compiled for its calls
 without that look from then on. Beside the loss and its gradients it allocates nothing.
 
-The input is seen as (outer, classes, inner). A tile has SAMPLES × CLASSES elements, in the shape
-(PER_THREAD, SAMPLES, THREADS, VECTOR): what a thread holds of a sample is in the first and the last
+The input is seen as (outer, classes, inner). A tile has samples × classes elements, in the shape
+(per_thread, samples, threads, vector): what a thread holds of a sample is in the first and the last
 dimension. With inner = 1 samples are rows, and with classes = 1 too it is a flat vector; otherwise
 samples lie side by side, and a block of them lies in one place of outer. So a place within a block
 has 32 bits, counted from the block's first element, and nothing is divided but the block's number.
@@ -31,14 +31,14 @@ import triton.language as tl
 from torch import Tensor
 
 from torchlosses.formulas import Call, Result
-from torchlosses.kernels.triton.blocks import Given, Plan
+from torchlosses.kernels.triton.blocks import BODIES, Given, Plan, find_body
 from torchlosses.kernels.triton.kernels import (
     COUNT_BLOCK,
     _count_kernel,
     _loss_kernel,
     _rescale_kernel,
 )
-from torchlosses.kernels.triton.tiles import FEW, _configure
+from torchlosses.kernels.triton.tiles import FEW, configure
 
 # Programs of a launch at most, and so partial sums: enough to fill every GPU several times over.
 MAX_PROGRAMS = 2**12
@@ -53,10 +53,9 @@ MOST_RESCALERS = 16
 GRAPH_COUNTERS = 2**14
 # The default differs by version, and Triton 3.9 warns of that where nothing is said.
 FUSION = {"enable_fp_fusion": True}
-LOSSES: tuple[str, ...] = ("squares", "probabilities", "logits")
+LOSSES: tuple[str, ...] = tuple(BODIES)
 REDUCTIONS = ("sum", "mean", "batchmean", "none")
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-IS_INTERPRETED = triton.knobs.runtime.interpret
 
 Strides = tuple[int, int, int]
 
@@ -117,6 +116,7 @@ class Launch:
     ) -> None:
         self.call, self.device, self.itemsize = call, input.device, input.dtype.itemsize
         self.has_weight = weight is not None
+        self.body = find_body(call.kind, call.is_index, call.label_smoothing != 0)
         self.is_reduced = call.reduction != "none"
         self.is_counted = call.reduction == "mean" and (call.is_index or sample_weight is not None)
         shape, dim = input.shape, call.dim
@@ -134,8 +134,8 @@ class Launch:
 
         # Elements of which each is a sample, or all have one factor, need no classes.
         weights_shape = None if sample_weight is None else sample_weight.shape
-        is_flat = not (
-            call.is_index or call.kind == "logits" or call.label_smoothing != 0 or self.has_weight
+        is_flat = self.body == "elements" and not (
+            call.is_index or call.label_smoothing != 0 or self.has_weight
         )
         if call.is_per_element and is_flat:
             is_flat = not _is_per_sample(weights_shape, shape, dim)
@@ -281,49 +281,36 @@ class Launch:
         call, dtype = self.call, self.call.dtype
         outer, classes, inner = self.layout
         is_smooth, is_exact = call.label_smoothing != 0, call.delta == 0
-        form = call.kind + "_of_class" * (
-            call.is_index and not call.is_per_element and not is_smooth
-        )
-        is_light = not (needs[1] or is_smooth or self.has_weight)
-        tile = _configure(
-            form, classes, inner, dtype, self.itemsize, call.is_index, is_exact, is_light
-        )
+        tile = configure(
+            self.body, classes, inner, dtype, self.itemsize, call.is_index, is_exact,
+            not (needs[1] or is_smooth or self.has_weight),
+        )  # fmt: skip
         is_spatial = inner > 1
-        alignment = math.gcd(tile.alignment, inner if is_spatial else classes)
         blocks = triton.cdiv(outer, tile.samples)
         if is_spatial:
             blocks = outer * triton.cdiv(inner, tile.samples)
-        counting = 0
-        if self.is_counted and any(needs) and outer * inner > COUNT_ALONE:
-            counting = min(triton.cdiv(outer * inner, COUNT_BLOCK.value), COUNT_PROGRAMS)
-
-        is_fast = not (IS_INTERPRETED or dtype == torch.float64)
+        divisor, counting = "known", 0
+        if self.is_counted:
+            divisor = "alone" if any(needs) else "along"
+            if any(needs) and outer * inner > COUNT_ALONE:
+                divisor = "ahead"
+                counting = min(triton.cdiv(outer * inner, COUNT_BLOCK.value), COUNT_PROGRAMS)
+        alignment = math.gcd(tile.alignment, inner if is_spatial else classes)
         plan = Plan(
-            FORM=form,
+            LOSS=call.kind,
             DTYPE=DTYPES[dtype],
-            LOWEST=torch.finfo(dtype).min,
+            TILE=tile,
             INDEX=tl.int32 if classes * inner < 2**31 - 2**16 else tl.int64,
             ALIGNMENT=alignment,
-            SAMPLES=tile.samples,
-            CLASSES=tile.classes,
-            VECTOR=tile.vector,
-            PER_THREAD=tile.per_thread,
-            THREADS=tile.classes // tile.vector // tile.per_thread,
-            IS_SQUARE=call.is_per_element,
+            DIVISOR=divisor,
+            PER_ELEMENT=call.is_per_element,
             IS_INDEX=call.is_index,
             IS_EXACT=is_exact,
             IS_SMOOTH=is_smooth,
             IS_REDUCED=self.is_reduced,
-            IS_COUNTED=self.is_counted,
-            IS_COUNTED_AHEAD=counting > 0,
             IS_SPATIAL=is_spatial,
-            IS_EAGER=call.is_index and (is_spatial or tile.samples > 1),
-            # Probabilities can be too small for fast instructions where no δ is added.
-            IS_FAST=is_fast and not (form == "probabilities" and is_exact),
-            IS_WHOLE=tile.is_whole,
             IS_EVEN=classes % tile.classes == 0,
-            NUM_CLASSES=classes if tile.is_whole and classes <= FEW else 0,
-            HAS_GRADIENT=any(needs),
+            NUM_CLASSES=classes if classes <= FEW else 0,
         )
         # One of them in units, so that it is seen which loads and stores can be wide.
         sizes = (outer, classes, inner // alignment) if is_spatial else (

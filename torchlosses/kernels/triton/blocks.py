@@ -1,14 +1,24 @@
 """Blocks of samples, and tiles of classes: what is known of them, loads, stores, reductions."""
 
 import collections
+import dataclasses
 import math
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch.torch_version import TorchVersion
 
+from torchlosses.kernels.triton.tiles import Tile
+
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
+LOWEST = {
+    tl.float32: torch.finfo(torch.float32).min,
+    tl.float64: torch.finfo(torch.float64).min,
+}
+IS_INTERPRETED = triton.knobs.runtime.interpret
 # Among dimensions of equal contiguity Triton 3.6 gives threads to the first one first. Later
 # versions begin with the last, which the shape of a tile is made for.
 NEEDS_ORDER = tl.constexpr(TorchVersion(triton.__version__) < "3.7")
@@ -22,23 +32,67 @@ Given = collections.namedtuple(
     "sample_weight_inner_stride upstream_outer_stride upstream_class_stride upstream_inner_stride "
     "ignore_index",
 )
-# What is known of a call when its kernel is compiled. INDEX is the type of what counts within a
-# block. IS_EXACT: δ is 0. IS_COUNTED: divided by what samples and weights add up to. IS_EAGER:
-# samples are loaded without a wait for their labels. IS_FAST: less exact instructions will do.
-# IS_EVEN: classes fill every tile. NUM_CLASSES: how many there are if they are FEW, else 0.
-Plan = collections.namedtuple(
-    "Plan",
-    "FORM DTYPE LOWEST INDEX ALIGNMENT SAMPLES CLASSES VECTOR PER_THREAD THREADS IS_SQUARE "
-    "IS_INDEX IS_EXACT IS_SMOOTH IS_REDUCED IS_COUNTED IS_COUNTED_AHEAD IS_SPATIAL IS_EAGER "
-    "IS_FAST IS_WHOLE IS_EVEN NUM_CLASSES HAS_GRADIENT",
-)
-# A block of samples: the offset of the first, from there those of all, and from class to class;
-# which exist, are read, and count; their class, and the factors of their loss and gradient.
+# A block of samples: the number of the first, and theirs from there; the offset of the first, from
+# there those of all, and from class to class; which exist, are read, and count; their class; the
+# factors of their loss and gradient; what they count in a mean; where their upstream gradient is.
 Block = collections.namedtuple(
     "Block",
-    "base row step classes is_there is_read is_used label weight slope_weight upstream_ptr "
-    "delta kept uniform",
+    "first i base row step classes is_there is_read is_used label weight slope_weight counted "
+    "upstream delta kept uniform",
 )
+# What the weights of samples are lifted by, 1/divisor, and δ, 1 − ε and ε/C.
+Factors = collections.namedtuple("Factors", "lift by_divisor delta kept uniform")
+# What makes a loss in `losses`: of dense targets, or of all classes, and of one class.
+BODIES = {
+    "squares": ("elements", "elements"),
+    "probabilities": ("elements", "element_of_class"),
+    "logits": ("softmax", "softmax_of_class"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of a call when its kernel is compiled."""
+
+    LOSS: str
+    DTYPE: Any
+    TILE: Tile
+    INDEX: Any  # The type of what counts within a block.
+    ALIGNMENT: int  # The unit of the size that has one.
+    DIVISOR: str  # "known", "ahead", "alone" or "along": who counts that of a mean.
+    PER_ELEMENT: bool
+    IS_INDEX: bool
+    IS_EXACT: bool  # δ is 0.
+    IS_SMOOTH: bool
+    IS_REDUCED: bool
+    IS_SPATIAL: bool
+    IS_EVEN: bool  # Classes fill every tile.
+    NUM_CLASSES: int  # How many there are if they are few, else 0.
+
+    @property
+    def BODY(self) -> str:  # noqa: N802
+        return find_body(self.LOSS, self.IS_INDEX, self.IS_SMOOTH)
+
+    @property
+    def IS_EAGER(self) -> bool:  # noqa: N802
+        """Whether samples are loaded without a wait for their labels."""
+        return self.IS_INDEX and (self.IS_SPATIAL or self.TILE.samples > 1)
+
+    @property
+    def IS_FAST(self) -> bool:  # noqa: N802
+        """Whether less exact instructions will do."""
+        # Probabilities can be too small for them where no δ is added.
+        is_tiny = self.BODY == "elements" and self.IS_EXACT
+        return not (IS_INTERPRETED or tl.float64 == self.DTYPE or is_tiny)
+
+    @property
+    def LOWEST(self) -> float:  # noqa: N802
+        return LOWEST[self.DTYPE]
+
+
+def find_body(loss: str, is_index: bool, is_smooth: bool) -> str:
+    """A smoothed class is one of many."""
+    return BODIES[loss][is_index and not is_smooth]
 
 
 @triton.jit
@@ -104,29 +158,30 @@ def _is_ignored(label, ignore_index):
 
 
 @triton.jit
-def _samples(g, block, P: tl.constexpr, BLOCK: tl.constexpr):
-    """The samples of a block.
+def _block(g, f, block, P: tl.constexpr, SAMPLES: tl.constexpr):
+    """A block of samples.
 
-    Their numbers in it, that of the first, their places in outer and inner, which exist, which are
-    used, their class, their weight, 0 if ignored and NaN if of no class, and what they count in a
-    mean: that times the weight of their class, where no class counts as the first, as in the
-    formula.
+    Their weight is that of their class too, but 0 if ignored, and NaN if of no class, which counts
+    in a mean as the first class, as in the formula.
     """
-    i = tl.cast(0, tl.int32) if BLOCK == 1 else tl.arange(0, BLOCK)
+    i = tl.cast(0, tl.int32) if SAMPLES == 1 else tl.arange(0, SAMPLES)
+    classes, inner = _classes(g, P), _inner(g, P)
     if P.IS_SPATIAL:
-        blocks = tl.cdiv(_inner(g, P), BLOCK)
-        start = block % blocks * BLOCK
+        blocks = tl.cdiv(inner, SAMPLES)
+        start = block % blocks * SAMPLES
         outside = tl.cast(block // blocks, tl.int64)
         inside = start + i
-        first = outside * _inner(g, P) + start
-        is_there = inside < _inner(g, P)
+        first = outside * inner + start
+        is_there = inside < inner
+        base, row, step = first + outside * (classes - 1) * inner, i, inner
     else:
-        first = tl.cast(block, tl.int64) * BLOCK
+        first = tl.cast(block, tl.int64) * SAMPLES
         outside = first + i
         inside = 0
-        is_there = i < tl.minimum(g.outer - first, BLOCK).to(tl.int32)
-        if BLOCK == 1:  # Every block has one.
+        is_there = i < tl.minimum(g.outer - first, SAMPLES).to(tl.int32)
+        if SAMPLES == 1:  # Every block has one.
             is_there = tl.full((), True, tl.int1)
+        base, row, step = first * classes, i * classes, 1
     weight = tl.where(is_there, 1, 0).to(P.DTYPE)
     if g.sample_weight_ptr is not None:
         offsets = outside * g.sample_weight_outer_stride + inside * g.sample_weight_inner_stride
@@ -138,22 +193,36 @@ def _samples(g, block, P: tl.constexpr, BLOCK: tl.constexpr):
         label = tl.load(g.target_ptr + first + i, mask=is_there, other=0)
         is_kept = is_there & ~_is_ignored(label, g.ignore_index)
         label = label.to(tl.int64)
-        is_class = label.to(tl.uint64) < _classes(g, P).to(tl.uint64)  # And not below 0.
+        is_class = label.to(tl.uint64) < classes.to(tl.uint64)  # And not below 0.
         is_used = is_kept & is_class
         counted = tl.where(is_kept, weight, 0)
         weight = tl.where(is_kept, tl.where(is_class, weight, float("nan")), 0)
         if g.class_weight_ptr is not None:
             pointers = g.class_weight_ptr + tl.where(is_class, label, 0)
             counted *= tl.load(pointers, mask=is_kept, other=0).to(P.DTYPE)
+        if not P.IS_SMOOTH:  # Which has the weights of all classes, each at its place.
+            weight = tl.where(is_kept & ~is_class, float("nan"), counted)
         label = tl.where(is_used, label, -1).to(P.INDEX)
-    return i, first, outside, inside, is_there, is_used, label, weight, counted
+    weight *= f.lift
+    # A product with 0 is NaN for the ignored where a factor is not finite.
+    slope_weight = tl.where(is_used, weight * f.by_divisor, weight)
+    upstream = i  # No None, which Triton 3.6 makes a tensor of.
+    if g.upstream_ptr is not None:
+        upstream = outside * g.upstream_outer_stride + inside * g.upstream_inner_stride
+        if not P.PER_ELEMENT:
+            pointers = g.upstream_ptr + upstream
+            slope_weight *= tl.load(pointers, mask=is_used, other=0).to(P.DTYPE)
+    return Block(
+        first, i, base, row, step, classes, is_there, is_there if P.IS_EAGER else is_used, is_used,
+        label, weight, slope_weight, counted, upstream, f.delta, f.kept, f.uniform,
+    )  # fmt: skip
 
 
 @triton.jit
 def _tile(b, start, P: tl.constexpr):
     """Classes of a tile, those that exist, offsets, and which is that of each sample."""
-    k = tl.arange(0, P.PER_THREAD)[:, None, None, None] * (P.THREADS * P.VECTOR)
-    k += tl.arange(0, P.THREADS)[:, None] * P.VECTOR + tl.arange(0, P.VECTOR)[None, :]
+    k = tl.arange(0, P.TILE.threads)[:, None] * P.TILE.vector + tl.arange(0, P.TILE.vector)[None, :]
+    k += tl.arange(0, P.TILE.per_thread)[:, None, None, None] * (P.TILE.threads * P.TILE.vector)
     in_row = k < b.classes - start
     if P.IS_EVEN:
         in_row = tl.full(k.shape, True, tl.int1)
@@ -165,7 +234,7 @@ def _tile(b, start, P: tl.constexpr):
 def _pointers(pointer, offsets, P: tl.constexpr):
     """Pointers of a tile, the dimensions of which get threads from the last to the first."""
     pointers = pointer + offsets
-    if NEEDS_ORDER and P.CLASSES > 1 and not P.IS_SPATIAL:
+    if NEEDS_ORDER and P.TILE.classes > 1 and not P.IS_SPATIAL:
         # Only an order: a dimension's size bounds how much of it a thread takes at once.
         pointers = tl.max_contiguous(pointers, (1, 2, 4, 8))
     return pointers

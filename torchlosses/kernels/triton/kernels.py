@@ -5,14 +5,18 @@ import triton.language as tl
 
 from torchlosses import formulas
 from torchlosses.kernels.triton.blocks import (
-    Block,
+    Factors,
+    _block,
     _blocks,
     _classes,
-    _inner,
     _is_ignored,
-    _samples,
 )
-from torchlosses.kernels.triton.losses import _class, _elements, _softmax, _softmax_of_class
+from torchlosses.kernels.triton.losses import (
+    _element_of_class,
+    _elements,
+    _softmax,
+    _softmax_of_class,
+)
 
 # Samples of float32 that are counted at a time.
 COUNT_BLOCK = tl.constexpr(2**10)
@@ -27,16 +31,16 @@ def _count(g, first, step, P: tl.constexpr):
     weights = tl.full((BLOCK,), 0, P.DTYPE)
     sizes = tl.full((BLOCK,), 0, P.DTYPE)
     for block in range(first, _blocks(g, P, BLOCK), step):
-        counted = _samples(g, block, P, BLOCK)[8]
-        weights += counted
-        sizes += tl.abs(counted)
+        b = _block(g, Factors(1, 1, 0, 0, 0), block, P, BLOCK)
+        weights += b.counted
+        sizes += tl.abs(b.counted)
     return tl.sum(weights), tl.sum(sizes)
 
 
 @triton.jit
 def _divisor(weights, sizes, g, P: tl.constexpr):
     """What `'mean'` divides by: 1 where nothing counts, which is not where weights cancel out."""
-    if P.IS_SQUARE:
+    if P.PER_ELEMENT:
         weights *= _classes(g, P)
     return tl.where(sizes == 0, 1, weights)
 
@@ -88,72 +92,51 @@ def _loss_kernel(
 ):  # fmt: skip
     """Every loss: what all forms have in common. R a label, and weights if any, per sample."""
     program, programs = tl.program_id(0), tl.num_programs(0)
-    by_divisor = tl.full((), factor, P.DTYPE)
-    if P.IS_COUNTED and P.HAS_GRADIENT:
-        if not P.IS_COUNTED_AHEAD:
-            # Names of their own: in Triton 3.6 none is a scalar here and a block in the loop.
-            all_weights, all_sizes = _count(g, 0, 1, P)
-            lift, by_divisor = _lifted(_divisor(all_weights, all_sizes, g, P))
-        else:
-            lift, by_divisor = _lifted(tl.load(g.loss_ptr))
+    lift, by_divisor = 1, tl.full((), factor, P.DTYPE)
+    if P.DIVISOR == "ahead":
+        lift, by_divisor = _lifted(tl.load(g.loss_ptr))
+    elif P.DIVISOR == "alone":
+        # Names of their own: in Triton 3.6 none is a scalar here and a block in the loop.
+        all_weights, all_sizes = _count(g, 0, 1, P)
+        lift, by_divisor = _lifted(_divisor(all_weights, all_sizes, g, P))
+    f = Factors(
+        lift, by_divisor, tl.full((), delta, P.DTYPE), tl.full((), kept, P.DTYPE),
+        tl.full((), uniform, P.DTYPE),
+    )  # fmt: skip
 
-    total = tl.full((P.SAMPLES,), 0, P.DTYPE)
+    total = tl.full((P.TILE.samples,), 0, P.DTYPE)
     weights = total
     sizes = total
-    for block in range(program, _blocks(g, P, P.SAMPLES), programs):
-        i, first, outside, inside, is_there, is_used, label, weight, counted = _samples(
-            g, block, P, P.SAMPLES
-        )
-        if not P.IS_SMOOTH:  # Which has the weights of all classes, each at its place.
-            weight = tl.where(weight == weight, counted, weight)  # NaN if of no class.
-        if P.IS_COUNTED and P.HAS_GRADIENT:
-            weight *= lift
-        classes, inner = _classes(g, P), _inner(g, P)
-        if P.IS_SPATIAL:
-            base, row, step = first + outside * (classes - 1) * inner, i, inner
-        else:
-            base, row, step = first * classes, i * classes, 1
-        # A product with 0 is NaN for the ignored where a factor is not finite.
-        slope_weight = tl.where(is_used, weight * by_divisor, weight)
-        upstream_ptr = g.upstream_ptr
-        if g.upstream_ptr is not None:
-            offsets = outside * g.upstream_outer_stride + inside * g.upstream_inner_stride
-            upstream_ptr = g.upstream_ptr + offsets
-            if not P.IS_SQUARE:
-                slope_weight *= tl.load(upstream_ptr, mask=is_used, other=0).to(P.DTYPE)
-        b = Block(
-            base, row, step, classes, is_there, is_there if P.IS_EAGER else is_used, is_used, label,
-            weight, slope_weight, upstream_ptr, tl.full((), delta, P.DTYPE),
-            tl.full((), kept, P.DTYPE), tl.full((), uniform, P.DTYPE),
-        )  # fmt: skip
-        if P.FORM == "logits_of_class":
+    for block in range(program, _blocks(g, P, P.TILE.samples), programs):
+        b = _block(g, f, block, P, P.TILE.samples)
+        if P.BODY == "softmax_of_class":
             loss = _softmax_of_class(g, b, P)
-        elif P.FORM == "logits":
+        elif P.BODY == "softmax":
             loss = _softmax(g, b, P)
-        elif P.FORM == "probabilities_of_class":
-            loss = _class(g, b, P)
+        elif P.BODY == "element_of_class":
+            loss = _element_of_class(g, b, P)
         else:
             loss = _elements(g, b, P)
         if P.IS_REDUCED:
             total += loss
-        elif not P.IS_SQUARE:
-            tl.store(g.loss_ptr + first + i, loss, mask=is_there)
-        if P.IS_COUNTED and not P.HAS_GRADIENT:
-            weights += counted
-            sizes += tl.abs(counted)
+        elif not P.PER_ELEMENT:
+            tl.store(g.loss_ptr + b.first + b.i, loss, mask=b.is_there)
+        if P.DIVISOR == "along":
+            weights += b.counted
+            sizes += tl.abs(b.counted)
 
     if P.IS_REDUCED:
         tl.store(sums_ptr + program, tl.sum(total))
-        if P.IS_COUNTED and not P.HAS_GRADIENT:
+        if P.DIVISOR == "along":
             tl.store(sums_ptr + programs + program, tl.sum(weights))
             tl.store(sums_ptr + 2 * programs + program, tl.sum(sizes))
         if _is_last(counter_ptr):
             loss = _add_up(sums_ptr, P)
-            if P.IS_COUNTED and not P.HAS_GRADIENT:
+            if P.DIVISOR == "along":
                 counted = _add_up(sums_ptr + programs, P)
                 size = _add_up(sums_ptr + 2 * programs, P)
-                lift, by_divisor = _lifted(_divisor(counted, size, g, P))
-                loss *= lift
+                last_lift, by_divisor = _lifted(_divisor(counted, size, g, P))
+                loss *= last_lift
             tl.store(g.loss_ptr, loss * by_divisor)
 
 

@@ -28,37 +28,53 @@ Operands = collections.namedtuple("Operands", "x t is_0 by_target in_row offsets
 
 
 @triton.jit
+def _squared_error(y, t, weight):
+    """½ (y − t)²."""
+    difference = y - t
+    term = difference * (difference * 0.5)  # Its square overflows first.
+    return term, difference * weight, -difference
+
+
+@triton.jit
+def _guarded_log(y, t, weight, is_0, b, P: tl.constexpr):
+    """−t·log(y + δ)."""
+    guarded = y + b.delta
+    if P.IS_EXACT:  # 0·log 0 is 0.
+        guarded = tl.where(is_0 & (guarded == 0), 1, guarded)
+    log = _log2(guarded, P) * LN_2
+    slope = -t * weight  # First: their quotient by y + δ overflows where this does not.
+    slope = slope * _reciprocal(guarded, P) if P.IS_FAST else slope / guarded
+    return -t * log, slope, -log
+
+
+@triton.jit
+def _term(y, t, weight, is_0, b, P: tl.constexpr):
+    """The loss of elements, its slope times `weight`, and its slope by what t is a factor of."""
+    if P.LOSS == "squares":
+        return _squared_error(y, t, weight)
+    else:  # noqa: RET505 - Only one branch is compiled.
+        return _guarded_log(y, t, weight, is_0, b, P)
+
+
+@triton.jit
 def _elements(g, b, P: tl.constexpr):
-    """½ (y − t)², or −Σ t·log(y + δ): R y, R t if dense, W each gradient."""
-    total = tl.full((P.PER_THREAD, P.SAMPLES, P.THREADS, P.VECTOR), 0, P.DTYPE)
-    for start in range(0, b.classes, P.CLASSES):
+    """Terms of single elements: R y, R t if dense, W each gradient."""
+    total = tl.full(P.TILE.shape, 0, P.DTYPE)
+    for start in range(0, b.classes, P.TILE.classes):
         k, in_row, offsets, is_label = _tile(b, start, P)
         y = _load(g, b, offsets, in_row, 0, P)
         t, is_0, by_target = _targets(g, b, k, in_row, offsets, is_label, P)
         weight = _column(b.slope_weight)
-        if P.IS_SQUARE:
-            slope = y - t
-            target_slope = -slope
-            term = slope * (slope * 0.5)  # slope² overflows first.
-            if b.upstream_ptr is not None:
-                steps = k * g.upstream_class_stride
-                pointers = _pointers(_column(b.upstream_ptr), steps, P)
-                mask = _column(b.is_used) & in_row
-                weight *= tl.load(pointers, mask=mask, other=0).to(P.DTYPE)
-            slope *= weight
-        else:
-            guarded = y + b.delta
-            if P.IS_EXACT:  # 0·log 0 is 0.
-                guarded = tl.where(is_0 & (guarded == 0), 1, guarded)
-            log = _log2(guarded, P) * LN_2
-            slope = -t * weight  # First: their quotient by y + δ overflows where this does not.
-            slope = slope * _reciprocal(guarded, P) if P.IS_FAST else slope / guarded
-            target_slope = -log * by_target
-            term = -t * log
+        if P.PER_ELEMENT and g.upstream_ptr is not None:
+            pointers = _column(g.upstream_ptr + b.upstream)
+            pointers = _pointers(pointers, k * g.upstream_class_stride, P)
+            mask = _column(b.is_used) & in_row
+            weight *= tl.load(pointers, mask=mask, other=0).to(P.DTYPE)
+        term, slope, target_slope = _term(y, t, weight, is_0, b, P)
         _store(g.grad_input_ptr, b, offsets, in_row, slope, P)
-        _store(g.grad_target_ptr, b, offsets, in_row, target_slope * weight, P)
+        _store(g.grad_target_ptr, b, offsets, in_row, target_slope * by_target * weight, P)
         term *= _column(b.weight)
-        if P.IS_SQUARE and not P.IS_REDUCED:
+        if P.PER_ELEMENT and not P.IS_REDUCED:
             _store(g.loss_ptr, b, offsets, in_row, term, P)
         else:
             total += term
@@ -66,13 +82,13 @@ def _elements(g, b, P: tl.constexpr):
 
 
 @triton.jit
-def _class(g, b, P: tl.constexpr):
+def _element_of_class(g, b, P: tl.constexpr):
     """−log(y_c + δ): R an entry per sample, W the gradient."""
     guarded = tl.where(b.is_used, _load_of_class(g, b, P) + b.delta, 1)
     if g.grad_input_ptr is not None:
         slope = _column(-1 / guarded * b.slope_weight)
         rest = _column(tl.where(b.is_used, 0, b.slope_weight))
-        for start in range(0, b.classes, P.CLASSES):
+        for start in range(0, b.classes, P.TILE.classes):
             _k, in_row, offsets, is_label = _tile(b, start, P)
             _store(g.grad_input_ptr, b, offsets, in_row, tl.where(is_label, slope, rest), P)
     return -tl.log(guarded) * b.weight
@@ -86,11 +102,11 @@ def _normalizers(g, b, HAS_TERMS: tl.constexpr, P: tl.constexpr):
     and sums by it, and no step waits for other threads.
     """
     # Not from −inf, for −inf − (−inf) is NaN, but from what is least beside it.
-    maximum = tl.full((1, P.SAMPLES, P.THREADS, 1), P.LOWEST, P.DTYPE)
-    normalizer = tl.full((1, P.SAMPLES, P.THREADS, 1), 0, P.DTYPE)
-    targets = tl.full((1, P.SAMPLES, P.THREADS, 1), 0, P.DTYPE)
-    terms = tl.full((1, P.SAMPLES, P.THREADS, 1), 0, P.DTYPE)
-    for start in range(0, b.classes, P.CLASSES):
+    maximum = tl.full((1, P.TILE.samples, P.TILE.threads, 1), P.LOWEST, P.DTYPE)
+    normalizer = tl.full((1, P.TILE.samples, P.TILE.threads, 1), 0, P.DTYPE)
+    targets = tl.full((1, P.TILE.samples, P.TILE.threads, 1), 0, P.DTYPE)
+    terms = tl.full((1, P.TILE.samples, P.TILE.threads, 1), 0, P.DTYPE)
+    for start in range(0, b.classes, P.TILE.classes):
         k, in_row, offsets, is_label = _tile(b, start, P)
         x = _load(g, b, offsets, in_row, float("-inf"), P)
         highest = tl.maximum(maximum, _max_by_thread(x))
@@ -119,9 +135,9 @@ def _softmax_of_class(g, b, P: tl.constexpr):
     still has.
     """
     # In the order that needs the fewest registers.
-    if not (P.NUM_CLASSES or (P.IS_WHOLE and P.IS_SPATIAL)):
+    if not (P.TILE.is_whole and (P.NUM_CLASSES or P.IS_SPATIAL)):
         x_c = _load_of_class(g, b, P)
-    if P.IS_WHOLE:
+    if P.TILE.is_whole:
         _k, in_row, offsets, is_label = _tile(b, 0, P)
         x = _load(g, b, offsets, in_row, float("-inf"), P)
         if P.IS_SPATIAL:
@@ -145,13 +161,13 @@ def _softmax_of_class(g, b, P: tl.constexpr):
     if g.grad_input_ptr is not None:
         by_exponential = _column(gate * by_normalizer)
         gate = _column(gate)
-        if P.IS_WHOLE:
+        if P.TILE.is_whole:
             slope = exponential * by_exponential - tl.where(is_label, gate, 0)
             _store(g.grad_input_ptr, b, offsets, in_row, slope, P)
         else:
-            tiles = tl.cdiv(b.classes, P.CLASSES)
+            tiles = tl.cdiv(b.classes, P.TILE.classes)
             for done in range(tiles):
-                _k, in_row, offsets, is_label = _tile(b, (tiles - 1 - done) * P.CLASSES, P)
+                _k, in_row, offsets, is_label = _tile(b, (tiles - 1 - done) * P.TILE.classes, P)
                 x = _load(g, b, offsets, in_row, float("-inf"), P)
                 exponential = _exp(x - _column(maximum))
                 slope = exponential * by_exponential - tl.where(is_label, gate, 0)
@@ -199,8 +215,8 @@ def _softmax(g, b, P: tl.constexpr):
     where the last look ended, in cache: for S, which needs the normalizer, and for the gradient,
     which needs S. With δ = 0, S is Σ t, which the first look sees too.
     """
-    tiles = tl.cdiv(b.classes, P.CLASSES)
-    if P.IS_WHOLE:
+    tiles = tl.cdiv(b.classes, P.TILE.classes)
+    if P.TILE.is_whole:
         o = _operands(g, b, 0, P)
         maximum = tl.where(b.is_used, _max(o.x), 0)
         shifted = o.x - _column(maximum)
@@ -215,17 +231,17 @@ def _softmax(g, b, P: tl.constexpr):
         maximum, normalizer, s, terms = _normalizers(g, b, P.IS_EXACT, P)
         log2_normalizer = _log2(normalizer, P)
         if not P.IS_EXACT:
-            s_by_thread = tl.full((1, P.SAMPLES, P.THREADS, 1), 0, P.DTYPE)
-            terms_by_thread = tl.full((1, P.SAMPLES, P.THREADS, 1), 0, P.DTYPE)
+            s_by_thread = tl.full((1, P.TILE.samples, P.TILE.threads, 1), 0, P.DTYPE)
+            terms_by_thread = tl.full((1, P.TILE.samples, P.TILE.threads, 1), 0, P.DTYPE)
             for done in range(tiles):
-                o = _operands(g, b, (tiles - 1 - done) * P.CLASSES, P)
+                o = _operands(g, b, (tiles - 1 - done) * P.TILE.classes, P)
                 p, log2, reciprocal = _guarded(b, o.x, maximum, log2_normalizer, P)
                 s_by_thread += _sum_by_thread(o.t * p * reciprocal)
                 terms_by_thread += _sum_by_thread(o.t * log2)
             s, terms = _sum(s_by_thread), _sum(terms_by_thread)
-        if P.HAS_GRADIENT:
+        if g.grad_input_ptr is not None or g.grad_target_ptr is not None:
             for done in range(tiles):
-                start = (tiles - 1 - done if P.IS_EXACT else done) * P.CLASSES
+                start = (tiles - 1 - done if P.IS_EXACT else done) * P.TILE.classes
                 o = _operands(g, b, start, P)
                 _store_slopes(g, b, o, maximum, log2_normalizer, s, P)
     if P.IS_EXACT:

@@ -22,9 +22,19 @@ class Tile(NamedTuple):
     per_thread: int
     alignment: int  # The most that may be known to divide the place of a sample.
 
+    @property
+    def threads(self) -> int:
+        """How many have classes of one sample."""
+        return self.classes // self.vector // self.per_thread
 
-def _configure(
-    form: str,
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the tile."""
+        return self.per_thread, self.samples, self.threads, self.vector
+
+
+def configure(
+    body: str,
     classes: int,
     inner: int,
     dtype: torch.dtype,
@@ -35,51 +45,47 @@ def _configure(
 ) -> Tile:
     """Fixed choices; nothing is tuned at run time, so the first call is quick.
 
-    Sizes are those of float32, and half as much of float64 fits. `itemsize` is that of the input.
-    `is_light`: there are no class weights, no smoothing, no gradient by the target.
+    `itemsize` is that of the input. `is_light`: there are no class weights, no smoothing, no
+    gradient by the target.
     """
     size = dtype.itemsize // 4
-    is_class = form == "logits_of_class"
-    width = triton.next_power_of_2(classes) * size
-    whole = 64 if inner > 1 else 2**13 if is_class else 2**12
-    is_whole = width <= whole
-    samples, registers, vector, alignment = 1, 128, 1, 16
-    if not form.startswith("logits"):
-        width = min(width, 2**10 if inner == 1 else 16)
-        samples, warps, registers = 2**10 // width, 4, 255
-    elif inner > 1:  # A thread holds all classes of a tile: nothing is exchanged.
-        width = min(width, whole)
-        samples, warps = 64, 16
-        if is_class and is_whole:
-            # The narrowest loads keep logits and labels in the same threads.
-            alignment = min(64 // width, 4)
-            samples, warps, registers = 128 * alignment, 4, 208 if is_exact else 168
-            registers = registers if size == 1 else 255
-        elif is_whole:
-            warps = max(width // 4, 4)
-        elif not is_class:
-            width = 32
-    elif width < 2**10:
-        samples, warps = 2**10 // width, 4
-        if is_class:
-            samples, warps, registers = max(2**9 // width, 1), 2, 64 * size
-    elif is_whole and is_class:
-        warps, registers = max(width // 2**10, 2), 64 if width == 2**10 else 96
-    elif is_whole:
-        warps = width // 2**8
-    else:
-        warps, registers = 16, 64
-        if is_class:  # Two rows at a time stay in cache, or one.
-            width, warps = (2**13, 16) if classes * itemsize <= 2**16 else (2**14, 32)
-        elif is_light and size == 1 and (is_index or itemsize == 2):
-            width, warps = (2**14, 32) if is_exact else (2**13, 16)
-        else:
-            width, registers = 2**12, 64 if is_light and size == 1 else 128
+    whole = triton.next_power_of_2(classes)
+    w = whole * size  # The table is that of float32, and half as much of float64 fits.
+    is_spatial, is_light = inner > 1, is_light and size == 1
+    is_softmax, is_class = body.startswith("softmax"), body == "softmax_of_class"
+    is_few = is_class and not is_spatial and classes <= FEW
+    is_narrow = is_light and (is_index or itemsize == 2)  # Little is read beside the logits.
+    e = min(w, 16 if is_spatial else 2**10)
+    row_threads = max(whole // 16, 1)
+    is_whole = w <= (64 if is_spatial else 2**13 if is_class else 2**12)
+    is_in_thread = is_class and is_spatial and is_whole
+    alignment = min(64 // w, 4) if is_in_thread else 16
+    _, width, samples, warps, registers = next(row for row in (
+        # Where it holds, and: classes, samples, warps, registers. Each element is on its own:
+        (not is_softmax, e, 2**10 // e, 4, 255),
+        # Samples side by side. A thread holds all classes of a tile: nothing is exchanged. The
+        # narrowest loads keep logits and labels in the same threads.
+        (is_in_thread and size == 2, w, 128 * alignment, 4, 255),
+        (is_in_thread, w, 128 * alignment, 4, 208 if is_exact else 168),
+        (is_spatial and is_class, 64, 64, 16, 128),
+        (is_spatial and is_whole, w, 64, max(w // 4, 4), 128),
+        (is_spatial, 32, 64, 16, 128),
+        # Rows that a tile holds, or several.
+        (is_few, w, 64 // row_threads, 2, 64 * size),
+        (is_class and w < 2**10, w, max(2**9 // w, 1), 2, 64 * size),
+        (w < 2**10, w, 2**10 // w, 4, 128),
+        (is_class and w == 2**10, w, 1, 2, 64),
+        (is_class and is_whole, w, 1, w // 2**10, 96),
+        (is_whole, w, 1, w // 2**8, 128),
+        # Longer rows, of which two at a time stay in cache, or one.
+        (is_class and classes * itemsize <= 2**16, 2**13, 1, 16, 64),
+        (is_class, 2**14, 1, 32, 64),
+        (is_narrow and is_exact, 2**14, 1, 32, 64),
+        (is_narrow, 2**13, 1, 16, 64),
+        (True, 2**12, 1, 16, 64 if is_light else 128),
+    ) if row[0])  # fmt: skip
     width //= size
-    vector = 1 if inner > 1 else math.gcd(16 // itemsize, classes, width)
-    threads = 1 if inner > 1 else 32 * warps
-    if is_class and inner == 1 and classes <= FEW:
-        threads = max(width // 16, 1)
-        samples = 64 // threads
+    vector = 1 if is_spatial else math.gcd(16 // itemsize, classes, width)
+    threads = 1 if is_spatial else row_threads if is_few else 32 * warps
     per_thread = max(width // vector // threads, 1)
     return Tile(samples, width, warps, registers, is_whole, vector, per_thread, alignment)
