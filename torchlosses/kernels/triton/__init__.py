@@ -313,9 +313,9 @@ class Launch:
             NUM_CLASSES=classes if classes <= FEW else 0,
         )
         # One of them in units, so that it is seen which loads and stores can be wide.
-        sizes = (outer, classes, inner // alignment) if is_spatial else (
-            outer, classes // alignment, inner
-        )  # fmt: skip
+        sizes = (outer, classes // alignment, inner)
+        if is_spatial:
+            sizes = (outer, classes, inner // alignment * 2 + 1)
         strides, copies_upstream = _strides(upstream, *self.upstream_layout)
         weight_outer_stride, _, weight_inner_stride = self.weight_strides
         smoothing = call.label_smoothing
