@@ -20,19 +20,20 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py has such a proce
 
     from torchlosses.kernels import triton
 
-    compute = triton.Launch.compute
+    class Complaining(triton.Launch):
+        def compute(self, *arguments: Any) -> Any:
+            """Complains of a bad class, as the kernels of a CPU do."""
+            input, target, *_ = arguments
+            complains = arguments[7] if len(arguments) > 7 else True
+            call = self.call
+            if call.is_index and complains:
+                checks.check_classes(target, input.shape[call.dim], call.ignore_index)
+            return super().compute(*arguments)
 
-    def complaining(launch: Any, *arguments: Any) -> Any:
-        """Complains of a bad class, as the kernels of a CPU do."""
-        input, target, *_ = arguments
-        complains = arguments[7] if len(arguments) > 7 else True
-        call = launch.call
-        if call.is_index and complains:
-            checks.check_classes(target, input.shape[call.dim], call.ignore_index)
-        return compute(launch, *arguments)
-
-    triton.Launch.compute = complaining  # type: ignore[method-assign, assignment]
-    ops.KERNELS["cpu"] = lambda device: triton
+    interpreted = SimpleNamespace(
+        LOSSES=triton.LOSSES, CAN_FAIL=True, prepare=Complaining, Launch=Complaining
+    )
+    ops.KERNELS["cpu"] = lambda device: interpreted
 
     # With every call within a kernel the interpreter replaces Triton's whole language again, and
     # spends most of its time there. Other versions than those with such a scope are as slow as

@@ -17,6 +17,7 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from paths import use_kernels
 from samples import LINEAR_CROSS_ENTROPIES, REDUCTIONS, SAMPLES, Sample
 from test_parity import assert_matches_reference
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -79,23 +81,25 @@ def test_passes_in_the_interpreter() -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows longer than a tile, more blocks than programs, offsets of 64 bits, a count ahead."""
-    configure, plan = kernels._configure, kernels.Plan
+    configure, plan = kernels.tiles.configure, kernels.blocks.Plan
 
-    def small(form: str, classes: int, *rest: Any) -> Any:
+    def small(body: str, classes: int, *rest: Any) -> Any:
         width = min(triton.next_power_of_2(classes), 4)
-        return configure(form, classes, *rest)._replace(
+        return configure(body, classes, *rest)._replace(
             samples=2, classes=width, is_whole=False, vector=max(width // 2, 1), per_thread=1
         )
 
     def wide(**known: Any) -> Any:
         return plan(**known | {"INDEX": triton.language.int64})
 
-    monkeypatch.setattr(kernels, "_prepare", kernels._prepare.__wrapped__)
-    monkeypatch.setattr(kernels, "_configure", small)
+    monkeypatch.setattr(kernels, "_launches", {})
+    monkeypatch.setattr(kernels, "_workspaces", {})
+    monkeypatch.setattr(kernels, "configure", small)
     monkeypatch.setattr(kernels, "Plan", wide)
-    for name, value in {"MAX_PROGRAMS": 2, "COUNT_PROGRAMS": 2, "COUNT_ALONE": 0,
-                        "COUNT_BLOCK": triton.language.constexpr(4)}.items():  # fmt: skip
+    for name, value in {"MAX_PROGRAMS": 2, "COUNT_PROGRAMS": 2, "COUNT_ALONE": 0}.items():
         monkeypatch.setattr(kernels, name, value)
+    for module in (kernels, kernels.kernels):
+        monkeypatch.setattr(module, "COUNT_BLOCK", triton.language.constexpr(4))
 
 
 @interpreted
@@ -125,7 +129,11 @@ def test_losses_without_gradients_are_the_same() -> None:
             value = sample.function(input, target, **options)
             expected = torch.tensor(sample.reference()[0])
             torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-13, equal_nan=True)
-    assert not any(counters.any() for counters in kernels._counters.values())
+    assert not any(
+        counter.any()
+        for workspaces in kernels._workspaces.values()
+        for _, counter in workspaces.by_stream.values()
+    )
 
 
 def by_target(sample: Sample) -> Tensor:
@@ -182,7 +190,8 @@ def test_gradients_that_wait_are_taken_with_those_of_the_losses(
                         )  # fmt: skip
                         upstream = torch.rand(value.shape[::-1], generator=generator)
                         upstream = upstream.permute(tuple(reversed(range(value.dim()))))
-                        yield torch.autograd.grad(value, y, upstream)[0]
+                        for each in (upstream, upstream.contiguous()):
+                            yield torch.autograd.grad(value, y, each, retain_graph=True)[0]
 
     ours = list(gradients())
     use_kernels(monkeypatch, {})
@@ -388,7 +397,11 @@ def test_compiles_without_spills(
     for call in calls("mean", is_index=True):
         kernels.compute(call, y, target, None, None, (False, False))
     assert {name for name, _ in made} == {"_loss_kernel", "_count_kernel", "_rescale_kernel"}
-    path = tmp_path / "kernel.cubin"
+    assert_no_spills(made, tmp_path)
+
+
+def assert_no_spills(made: list[Any], folder: Path) -> None:
+    path = folder / "kernel.cubin"
     for name, binary in {id(binary): (name, binary) for name, binary in made}.values():
         path.write_bytes(binary.asm["cubin"])
         usage = subprocess.run(
@@ -397,6 +410,27 @@ def test_compiles_without_spills(
         ).stdout  # fmt: skip
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
         assert stack == 0, f"{name} spills at {registers} registers"
+
+
+@compiled
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_classes_of_a_pixel_lie_in_one_thread(
+    capability: int, binaries: Callable[[int], list[Any]], tmp_path: Path
+) -> None:
+    """Two pixels in each, a load of both for each class, and nothing exchanged before the sum."""
+    made = binaries(capability)
+    for classes in (3, 21, 32):
+        for dtype in (torch.bfloat16, torch.float16):
+            for delta in (1e-7, 0.0):
+                call = Call("logits", True, 1, "sum", -100, torch.float32, delta)
+                x = tensor((16, classes, 512, 512), dtype)
+                target = tensor((16, 512, 512), torch.int64)
+                kernels.compute(call, x, target, None, None, (True, False))
+                if made:
+                    code = made[-1][1].asm["ptx"]
+                    assert len(re.findall(r"\bbar(rier)?\.sync\b", code)) <= 8
+                    assert len(re.findall(r"\bld\.global(\.\w+)*\.b32\b", code)) >= classes
+    assert_no_spills(made, tmp_path)
 
 
 class Binary:
@@ -415,8 +449,13 @@ class Binary:
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
         return self.launch
 
-    def launch(self, *arguments: Any) -> None:
-        assert LAUNCH(self.kernel, *arguments, **self.options | {"warmup": True}) is self
+    def launch(self, *arguments: Any, stream: int | None) -> None:
+        given, *rest = arguments
+        if isinstance(given, tuple):
+            given = kernels.blocks.Given(*given)
+        else:
+            assert rest[2] == given.numel()
+        assert LAUNCH(self.kernel, given, *rest, **self.options | {"warmup": True}) is self
         Binary.kept += 1
 
 
@@ -444,16 +483,21 @@ def test_what_is_kept_is_what_triton_would_launch(monkeypatch: pytest.MonkeyPatc
         numbers = torch.zeros(2**10, dtype=draw(dtypes))[start : start + step * math.prod(shape)]
         return numbers[::step].view(shape)
 
+    def like(tensor: Any) -> Any:
+        """Another with all that a launch is prepared for."""
+        if tensor is None:
+            return None
+        offset = tensor.storage_offset() + draw([0, 16])
+        return tensor.new_zeros(2**10).as_strided(tensor.shape, tensor.stride(), offset)
+
     use_target(-90, 90)  # A device for which nothing is compiled.
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(JITFunction, "_do_compile", build)
-    monkeypatch.setattr(kernels, "_rescalers", {})
     monkeypatch.setattr(kernels, "COUNT_ALONE", 0)
     monkeypatch.setattr(Binary, "kept", 0)
-    monkeypatch.setattr(kernels, "_prepare", functools.cache(kernels._prepare.__wrapped__))
     shapes = [(1, 1), (16, 1), (1, 16), (3, 5), (16, 4), (2, 5, 3), (1, 4, 16)]
     dtypes = (torch.float32, torch.float16)
-    for _ in range(2000):
+    for _ in range(400):
         shape = draw(shapes)
         samples = (shape[0], *shape[2:])
         call = Call(
@@ -462,17 +506,52 @@ def test_what_is_kept_is_what_triton_would_launch(monkeypatch: pytest.MonkeyPatc
         target = (
             place(samples, torch.int64, torch.uint8) if call.is_index else place(shape, *dtypes)
         )
-        upstream = place(samples, *dtypes) if call.reduction == "none" else None
         weight, sample_weight = place(shape[1:2], *dtypes), place(samples, *dtypes)
-        input = place(shape, *dtypes)
-        kernels.compute(
-            call, input, target, draw([None, weight]), draw([None, sample_weight]), (True, False),
-            draw([None, upstream]), draw([True, False]),
-        )  # fmt: skip
-        gradients = [input.view(-1), tensor((2**31 - draw([0, 16]),), input.dtype)]
-        kernels.rescale(gradients, sample_weight.view(-1)[:1])
-        kernels.rescale([input.view(shape)], sample_weight.view(-1)[:1], call, target)
+        tensors = (place(shape, *dtypes), target, draw([None, weight]), draw([None, sample_weight]))
+        launch = kernels.prepare(call, *tensors)
+        for _ in range(8):
+            input, target, weight, sample_weight = map(like, tensors)
+            upstream = place(samples if call.reduction == "none" else (), torch.float32)
+            needs = (True, not call.is_index and draw([True, False]))
+            launch.compute(
+                input, target, weight, sample_weight, needs, draw([None, upstream]),
+                draw([True, False]),
+            )  # fmt: skip
+            flat = tensor((2**31 - draw([0, 16]),), input.dtype)
+            labels = place(samples, target.dtype) if call.is_index else target
+            launch.rescale([place(shape, input.dtype), flat], upstream.view(-1)[:1], labels)
     assert Binary.kept > 3000
+
+
+@compiled
+def test_what_may_run_at_once_shares_no_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, is_captured = 1, False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_captured)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(kernels, "_workspaces", {})
+    monkeypatch.setattr(kernels, "_graph_counters", {})
+    monkeypatch.setattr(kernels, "GRAPH_COUNTERS", 2)
+
+    def find(dtype: torch.dtype = torch.float32) -> Any:
+        return kernels._find_workspaces(torch.device("cuda", 0), dtype).find(stream)
+
+    with FakeTensorMode():
+        is_captured = True
+        made = [find()]  # Before there is a counter for it.
+        is_captured = False
+        first = find()
+        assert find() is first
+        made += [first, find(torch.float64)]
+        stream = 2
+        made.append(find())
+        assert find() is made[-1]
+        is_captured = True
+        made += [find() for _ in range(3)]
+        counters = [counter for _, counter in made]
+        assert [counter._is_view() for counter in counters] == [False] * 4 + [True, True, False]
+        assert counters[4].storage_offset() != counters[5].storage_offset()
+        for tensors in zip(*made, strict=True):
+            assert len(set(map(id, tensors))) == len(made)
 
 
 class Operations(TorchDispatchMode):
@@ -480,12 +559,12 @@ class Operations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: set[str] = set()
+        self.names: list[str] = []
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        self.names.add(function.overloadpacket.__name__)
+        self.names.append(function.overloadpacket.__name__)
         return function(*args, **kwargs or {})
 
 
@@ -501,7 +580,7 @@ def test_forward_and_backward_are_two_launches_or_three(
     )
     samples = (shape[0], *shape[2:])
     y, soft, index = tensor(shape, dtype), tensor(shape, dtype), tensor(samples, torch.int64)
-    kernels._find_counters(y.device)
+    kernels._find_workspaces(y.device, torch.float32).find(None)
     for reduction in REDUCTIONS:
         for target, is_index in ((soft, False), (index, True)):
             for call in calls(reduction, is_index=is_index):
@@ -513,9 +592,10 @@ def test_forward_and_backward_are_two_launches_or_three(
                     if reduction == "none" and call.kind == "squares":
                         losses = shape
                     upstream = tensor(losses, torch.float32)
+                    is_late = reduction == "none" or dtype == torch.float16
                     arguments = (y, target, None, sample_weight)
                     with Operations() as operations:
-                        if reduction == "none" or dtype == torch.float16:
+                        if is_late:
                             kernels.compute(call, *arguments, (False, False))
                             kernels.compute(call, *arguments, (True, False), upstream)
                         else:
@@ -524,23 +604,27 @@ def test_forward_and_backward_are_two_launches_or_three(
                     is_counted = reduction == "mean" and (is_index or sample_weight is not None)
                     is_counted &= samples[0] * len(index[0].view(-1)) > kernels.COUNT_ALONE
                     assert len(launched) == 2 + is_counted, (call, launched)
-                    assert operations.names <= {
-                        "empty_like", "new_empty", "empty", "view", "expand", "_unsafe_view",
+                    made = [n for n in operations.names if n in ("empty_like", "new_empty")]
+                    assert len(made) == 2 + is_late  # Losses, and a gradient.
+                    assert set(operations.names) <= {
+                        "empty_like",
+                        "new_empty",
+                        "view",
+                        "expand",
+                        "_unsafe_view",
                         "detach",
-                    }  # fmt: skip
+                    }
 
 
 @compiled
 def test_where_triton_cannot_build_the_formula_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rescale(gradients: Any, grad_loss: Tensor) -> Any:
-        raise RuntimeError("Failed to find C compiler")
-
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     find = ops._find_triton.__wrapped__
-    monkeypatch.setattr(kernels, "rescale", lambda gradients, grad_loss: gradients)
+    monkeypatch.setattr(kernels.Launch, "compute", lambda *arguments: arguments)
     assert find(torch.device("cpu")) is kernels
-    monkeypatch.setattr(kernels, "rescale", rescale)
+    no_compiler = mock.Mock(side_effect=RuntimeError("Failed to find C compiler"))
+    monkeypatch.setattr(kernels.Launch, "compute", no_compiler)
     with pytest.warns(UserWarning, match="RuntimeError: Failed to find C compiler"):
         assert find(torch.device("cpu")) is None
     capability = (7, 5)

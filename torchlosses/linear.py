@@ -33,6 +33,7 @@ LEAST_ROWS = 256
 # Chunks at most whose products add up in half precision: the error of the sum is then at most twice
 # that of one product, since partial sums of rows whose signs are random grow as the square root.
 MOST_ROUNDINGS = 6
+MAX_LAUNCHES = 64
 # Classes at a time in the weight's gradient, where products in half precision are added to float32:
 # a product of so many is still in the cache when it is added.
 BLOCK = 4096
@@ -116,9 +117,6 @@ class LayerKernels(NamedTuple):
     def CAN_FAIL(self) -> bool:  # noqa: N802
         return self.kernels.CAN_FAIL
 
-    def rescale(self, *arguments: Any) -> Any:
-        return self.kernels.rescale(*arguments)
-
     def prepare(self, call: Call, *tensors: Any) -> "LayerLaunch":
         return LayerLaunch(call, self.kernels, self.dtype, *tensors)
 
@@ -139,7 +137,16 @@ class LayerLaunch:
     def rescale(
         self, gradients: Sequence[Tensor | None], grad_loss: Tensor, target: Tensor
     ) -> Sequence[Tensor | None] | None:
-        return self.kernels.rescale(gradients, grad_loss, self.call, target)
+        if not self.launches:  # No row counts, and all gradients are 0.
+            return [None if gradient is None else gradient.data for gradient in gradients]
+        launch = next(iter(self.launches.values()))
+        by_input, *rest = gradients
+        if by_input is None:
+            return launch.rescale(gradients, grad_loss, target)
+        rows = by_input.view(-1, by_input.shape[-1])
+        targets = target.reshape(len(rows), *target.shape[by_input.dim() - 1 :])
+        rescaled = launch.rescale([rows, *rest], grad_loss, targets)
+        return rescaled and [by_input.data, *rescaled[1:]]
 
     def compute(self, input: Tensor, *rest: Any) -> list[Any]:
         """The loss, and the gradients by input, weight, bias and target, times that of upstream."""
@@ -188,6 +195,8 @@ class LayerLaunch:
         layout = ops.layout_of((z, t, weight, s))
         launch = self.launches.get(layout)
         if launch is None:
+            if len(self.launches) >= MAX_LAUNCHES:  # Of batches with other counts of rows.
+                self.launches.clear()
             launch = self.launches[layout] = self.kernels.prepare(self.chunk_call, z, t, weight, s)
         return launch
 

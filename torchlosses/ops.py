@@ -47,7 +47,12 @@ class Launch(Protocol):
     def rescale(
         self, gradients: Sequence[Tensor | None], grad_loss: Tensor, target: Tensor, /
     ) -> Sequence[Tensor | None] | None:
-        """`Kernels.rescale` for such a call."""
+        """Gradients times that of their loss, in place, as tensors of their own.
+
+        So what was saved counts as unchanged. Of the first, the rows that the target ignores stay
+        0, though 0 times a factor that is not finite is NaN; None, and nothing done, where the
+        kernels see such a factor and leave it to `compute`.
+        """
 
 
 class Kernels(Protocol):
@@ -63,16 +68,6 @@ class Kernels(Protocol):
 
     def prepare(self, call: Call, /, *tensors: Any) -> Launch:
         """For calls whose tensors are alike in all that `layout_of` tells of them."""
-
-    def rescale(
-        self, gradients: Sequence[Tensor | None], grad_loss: Tensor, call: Call, target: Tensor, /
-    ) -> Sequence[Tensor | None] | None:
-        """Gradients times that of their loss, in place, as tensors of their own.
-
-        So what was saved counts as unchanged. Of the first, the rows that the target ignores stay
-        0, though 0 times a factor that is not finite is NaN; None, and nothing done, where the
-        kernels see such a factor and leave it to `compute`.
-        """
 
 
 @functools.cache
@@ -100,8 +95,13 @@ def _find_triton(device: torch.device) -> Any | None:
     except ImportError:
         return None
     # Triton builds its launcher with the C compiler of the machine, if there is one.
-    ones = torch.ones(1, device=device)
-    return triton if attempt(triton, device, triton.rescale, [ones], ones[0]) else None
+    return triton if attempt(triton, device, _try_out, triton, device) else None
+
+
+def _try_out(kernels: Kernels, device: torch.device) -> Any:
+    one = torch.ones((), device=device)
+    call = Call("squares", False, 0, "sum", -100, torch.float32)
+    return kernels.prepare(call, one, one, None, None).compute(one, one, None, None, (False, False))
 
 
 # The formulas serve all other devices, and those whose kernels have failed.

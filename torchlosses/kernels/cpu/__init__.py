@@ -116,19 +116,12 @@ class Launch:
     def rescale(
         self, gradients: Sequence[Tensor | None], grad_loss: Tensor, target: Tensor
     ) -> Sequence[Tensor | None] | None:
-        return rescale(gradients, grad_loss, self.call, target)
-
-
-def rescale(
-    gradients: Sequence[Tensor | None], grad_loss: Tensor, call: Call, target: Tensor
-) -> Sequence[Tensor | None] | None:
-    """Gradients times that of their loss, in place; None where that is not finite."""
-    factor = grad_loss.item()
-    if factor == 1:
-        return [None if gradient is None else gradient.data for gradient in gradients]
-    if not math.isfinite(factor):  # Its product with the 0 of an ignored sample is NaN.
-        return None
-    return [None if gradient is None else gradient.data.mul_(factor) for gradient in gradients]
+        factor = grad_loss.item()
+        if factor == 1:
+            return [None if gradient is None else gradient.data for gradient in gradients]
+        if not math.isfinite(factor):  # Its product with the 0 of an ignored sample is NaN.
+            return None
+        return [None if gradient is None else gradient.data.mul_(factor) for gradient in gradients]
 
 
 def prepare(

@@ -1,0 +1,92 @@
+"""Sizes of tiles, by what a call is."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+
+# So many classes at most lie in one thread or two, and are known when the kernel is compiled.
+FEW = 32
+
+
+class Tile(NamedTuple):
+    """What a program holds at a time, and how."""
+
+    samples: int
+    classes: int
+    warps: int
+    registers: int  # Of a thread at most: the compiler's own choice spills, or fills no GPU.
+    is_whole: bool  # Whether it holds all classes, or moves over them.
+    vector: int  # Classes side by side in a thread, and how many times it has so many.
+    per_thread: int
+    alignment: int  # The most that may be known to divide the place of a sample.
+
+    @property
+    def threads(self) -> int:
+        """How many have classes of one sample."""
+        return self.classes // self.vector // self.per_thread
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the tile."""
+        return self.per_thread, self.samples, self.threads, self.vector
+
+
+def configure(
+    body: str,
+    classes: int,
+    inner: int,
+    dtype: torch.dtype,
+    itemsize: int,
+    is_index: bool,
+    is_exact: bool,
+    is_light: bool,
+) -> Tile:
+    """Fixed choices; nothing is tuned at run time, so the first call is quick.
+
+    `itemsize` is that of the input. `is_light`: there are no class weights, no smoothing, no
+    gradient by the target.
+    """
+    size = dtype.itemsize // 4
+    whole = triton.next_power_of_2(classes)
+    w = whole * size  # The table is that of float32, and half as much of float64 fits.
+    is_spatial, is_light = inner > 1, is_light and size == 1
+    is_softmax, is_class = body.startswith("softmax"), body == "softmax_of_class"
+    is_few = is_class and not is_spatial and classes <= FEW
+    is_narrow = is_light and (is_index or itemsize == 2)  # Little is read beside the logits.
+    e = min(w, 16 if is_spatial else 2**10)
+    row_threads = max(whole // 16, 1)
+    is_whole = w <= (64 if is_spatial else 2**13 if is_class else 2**12)
+    is_in_thread = is_class and is_spatial and w <= 32
+    _, width, samples, warps, registers = next(row for row in (
+        # Where it holds, and: classes, samples, warps, registers. Each element is on its own:
+        (not is_softmax, e, 2**10 // e, 4, 255),
+        # Samples side by side. A thread holds all classes of two, and exchanges nothing, as long as
+        # they fit in its registers.
+        (is_spatial and is_class and is_whole, w, 256 if is_in_thread else 128, 4,
+         255 if size == 2 else 168 if is_in_thread and not is_exact else 208),
+        (is_spatial and is_class, 64, 64, 16, 128),
+        (is_spatial and is_whole, w, 64, max(w // 4, 4), 128),
+        (is_spatial, 32, 64, 16, 128),
+        # Rows that a tile holds, or several.
+        (is_few, w, 64 // row_threads, 2, 64 * size),
+        (is_class and w < 2**10, w, max(2**9 // w, 1), 2, 64 * size),
+        (w < 2**10, w, 2**10 // w, 4, 128),
+        (is_class and w == 2**10, w, 1, 2, 64),
+        (is_class and is_whole, w, 1, w // 2**10, 96),
+        (is_whole, w, 1, w // 2**8, 128),
+        # Longer rows, of which two at a time stay in cache, or one.
+        (is_class and classes * itemsize <= 2**16, 2**13, 1, 16, 64),
+        (is_class, 2**14, 1, 32, 64),
+        (is_narrow and is_exact, 2**14, 1, 32, 64),
+        (is_narrow, 2**13, 1, 16, 64),
+        (True, 2**12, 1, 16, 64 if is_light else 128),
+    ) if row[0])  # fmt: skip
+    width //= size
+    vector = 1 if is_spatial else math.gcd(16 // itemsize, classes, width)
+    threads = 1 if is_spatial else row_threads if is_few else 32 * warps
+    per_thread = max(width // vector // threads, 1)
+    # Wider loads than of two samples would leave to other threads what is exchanged then.
+    alignment = 2 if is_in_thread else 16
+    return Tile(samples, width, warps, registers, is_whole, vector, per_thread, alignment)
