@@ -518,7 +518,7 @@ def a_bad_class_that_nobody_looked_at_is_nan() -> None:
     for loss, options in FORMS.values():
         sharded = spread(y, mesh, by_class).requires_grad_()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("torchlosses.checks.can_look", lambda tensor: False)
+            patch.setattr("torchlosses.checks.can_read_values", lambda tensor: False)
             losses = loss(sharded, t, reduction="none", **options)
         by_sample = losses.full_tensor().reshape(3, -1).isnan()
         assert by_sample.all(1).tolist() == by_sample.any(1).tolist() == [False, True, False]

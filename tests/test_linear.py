@@ -194,7 +194,7 @@ def test_rows_are_left_out_or_set_to_zero(device: str, monkeypatch: pytest.Monke
         expected = linear_cross_entropy_error(**arguments)
         expected_grads = torch.autograd.grad(expected.sum(), leaves)
         with monkeypatch.context() as patch:
-            patch.setattr(checks, "can_look", lambda tensor: False)
+            patch.setattr(checks, "can_read_values", lambda tensor: False)
             loss = linear_cross_entropy_error(**arguments)
             close(loss, expected)
             close(torch.autograd.grad(loss.sum(), leaves), expected_grads)
@@ -357,7 +357,7 @@ class Products(TorchDispatchMode):
 def test_autocast_lets_products_be_of_float32_where_others_are_slow(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "_has_products", lambda device, dtype: False)
+    monkeypatch.setattr(linear, "has_fast_matmul", lambda device, dtype: False)
     x, w, b = (
         torch.randn(*shape, device=device, requires_grad=True) for shape in ((5, 8), (3, 8), (3,))
     )
@@ -374,7 +374,7 @@ def test_where_products_in_bfloat16_are_not_known_to_be_fast() -> None:
     cpu = torch.device("cpu")
     assert torch.ops.mkldnn._is_mkldnn_bf16_supported() in (False, True)
     with mock.patch.object(torch.ops, "mkldnn", None):
-        assert not linear._has_products(cpu, torch.bfloat16)
+        assert not linear.has_fast_matmul(cpu, torch.bfloat16)
 
 
 # ---- Derivatives
@@ -758,7 +758,7 @@ def test_half_precision_adds_up_in_the_gradient_itself(
     """
     n, d = 512, 256
     monkeypatch.setattr(linear, "CHUNK", CHUNK // 16)
-    monkeypatch.setattr(linear, "_has_products", lambda device, dtype: True)
+    monkeypatch.setattr(linear, "has_fast_matmul", lambda device, dtype: True)
     x, w = torch.randn(n, d), torch.randn(v, d) / 16
     leaves = [tensor.bfloat16().requires_grad_() for tensor in (x, w)]
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]

@@ -1,4 +1,4 @@
-"""Every complaint about options, shapes, dtypes, devices and values.
+"""Checks of options, shapes, dtypes, devices and values.
 
 A message names the argument, what it got, and what it should be.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from torchlosses.formulas import Arguments, Call, Classes, long
+from torchlosses.formulas import Arguments, Call, Classes, to_int64
 
 PLAIN = (Tensor, nn.Parameter)
 IGNORE_INDEX = -100  # The default.
@@ -26,24 +26,24 @@ REDUCTIONS = get_args(Reduction)
 
 
 def unknown() -> int:
-    """Stands for a detector that a version of torch does not have: all that asks it is careful."""
+    """Replaces a detector that this torch lacks. It answers yes, so calls take the safe way."""
     return 1
 
 
 # Private: torch.jit.is_tracing wraps it in Python, where the handler of a signal may raise.
 is_tracing: Callable[[], int] = getattr(torch._C, "_is_tracing", unknown)
-# Private, for want of a public twin: how many modes (tracers, fake tensors, users' own) see every
-# operation, and those among them that have numbers of their own, or none.
+# Private, without a public twin: the number of active dispatch modes (tracers, fake tensors, users'
+# own), and the modes under which tensors have no values.
 count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", unknown)
 _INFRA_MODES = [
     getattr(getattr(torch._C, "_TorchDispatchModeKey", None), key, None)
     for key in ("FAKE", "PROXY", "FUNCTIONAL")
 ]
-# Private likewise: whether a transform of torch.func is on.
+# Private: whether a transform of torch.func is active.
 are_transforms_active: Callable[[], int] = getattr(
     torch._C, "_are_functorch_transforms_active", unknown
 )
-try:  # Private likewise: whether a tracer sees operations before autograd does.
+try:  # Private: whether a tracer records operations ahead of autograd.
     is_before_dispatch: Callable[[], int] = functools.partial(
         torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch
     )
@@ -51,14 +51,14 @@ except AttributeError:
     is_before_dispatch = unknown
 
 
-# Private likewise: the hooks that get what is saved for backward, if there are any.
+# Private: the innermost saved-tensor hooks, if any.
 find_saving_hooks: Callable[[bool], Any] = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", bool
 )
 
 
 def is_traced() -> bool:
-    """Whether what runs is recorded, or runs without numbers: no value may be looked at."""
+    """True under tracing, compiling or fake tensors, where values cannot be read."""
     if torch.compiler.is_compiling() or is_tracing() or is_before_dispatch():
         return True
     if not count_modes():
@@ -67,18 +67,18 @@ def is_traced() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func or forward mode is on."""
-    # Private; the public way is to unpack every tensor.
+    """True under a transform of torch.func or forward-mode differentiation."""
+    # Private; the public alternative unpacks every tensor.
     return bool(are_transforms_active()) or getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def is_eager() -> bool:
-    """Whether nothing but autograd's backward mode sees what runs."""
+    """True in plain eager mode."""
     return not (is_traced() or is_transformed())
 
 
 class Options(NamedTuple):
-    """The options of a loss, the numbers among them as Python's own."""
+    """Checked options of a loss, with numbers of Python's own types."""
 
     reduction: str
     dim: int | None
@@ -118,28 +118,28 @@ def check_options(
 
 
 # Typed: 1, 1.0 and True are equal.
-_checked = functools.lru_cache(maxsize=1024, typed=True)(check_options)
+_cached_check = functools.lru_cache(maxsize=1024, typed=True)(check_options)
 
 
-def known_options(*options: Any) -> Options:
+def cached_options(*options: Any) -> Options:
     """`check_options`, once for each set of options."""
     if not torch.compiler.is_compiling():
         try:
-            return _checked(*options)
-        except TypeError:  # Of what is not hashable, or a complaint.
+            return _cached_check(*options)
+        except TypeError:  # Unhashable, or of a wrong type.
             pass
     return check_options(*options)
 
 
 def _integer(name: str, value: Any, expected: str) -> int:
-    """Any integer, NumPy's included, but no bool."""
+    """Converts any integer, NumPy's included; a bool is an error."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
         raise TypeError(f"{name}: got {value!r}; expected {expected}")
     return operator.index(value)
 
 
 def _number(name: str, value: Any) -> float:
-    """Any real number, NumPy's included, but no bool."""
+    """Converts any real number, NumPy's included; a bool is an error."""
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: got {value!r}; expected a number")
     try:
@@ -192,13 +192,13 @@ def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
 
 
 def _is_cast(device: str, *tensors: Tensor) -> bool:
-    """Whether autocast brings the tensors to one dtype."""
+    """Whether autocast casts the tensors to one dtype."""
     if not torch.is_autocast_enabled(device):
         return False
     return all(t.is_floating_point() and t.dtype != torch.float64 for t in tensors)
 
 
-def is_class_index(
+def check_target(
     input: Tensor,
     shape: torch.Size,
     target: Tensor,
@@ -206,9 +206,9 @@ def is_class_index(
     ignore_index: int,
     name: str = "an input",
 ) -> bool:
-    """Whether `target` holds class indices; otherwise it has one value per element of that shape.
+    """Checks `target`, and returns whether it holds class indices.
 
-    It is the shape of `input`, or of what that name says of it.
+    `shape` is that of the input, or of the logits that `name` calls by another name.
     """
     _check_real("target", target, input)
     if target.shape == shape:
@@ -222,7 +222,7 @@ def is_class_index(
     samples = shape[:dim] + shape[dim + 1 :]
     if target.shape != samples:
         hint = ""
-        if name == "an input":  # Only for it is there an argument `dim`.
+        if name == "an input":  # Only these losses take `dim`.
             fits = [d for d in range(input.dim()) if samples_shape(input, d) == target.shape]
             hint = f"; classes in dimension {fits[0]} need dim={fits[0]}" if fits else ""
         raise ValueError(
@@ -253,13 +253,13 @@ def warn_of_one_class(dim: int, *, is_linear: bool) -> None:
     )
 
 
-# A graph can hold no warning: it comes while the graph is compiled. What
-# torch.compiler.assume_constant_result does, but for the import of the compiler.
+# Graphs cannot warn, so this runs when a graph is compiled. It is what
+# torch.compiler.assume_constant_result sets, which would import the compiler.
 warn_of_one_class._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def warn(message: str) -> None:
-    """Warns at the line of the user: the nearest one outside of this package and of torch."""
+    """Warns at the user's line: the nearest one outside of this package and torch."""
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in OWN_FRAMES:
         frame, level = frame.f_back, level + 1
@@ -267,12 +267,12 @@ def warn(message: str) -> None:
 
 
 def samples_shape(input: Tensor, dim: int) -> torch.Size:
-    """The shape of `input` without its class dimension: one entry per sample."""
+    """The shape of `input` without its class dimension."""
     return input.shape[:dim] + input.shape[dim + 1 :]
 
 
 def check_weight(weight: Tensor | None, num_classes: int | None = None) -> None:
-    """What can be said of class weights before there is an input."""
+    """Checks class weights before there is an input."""
     if weight is not None:
         _check_real("weight", weight, None)
         if weight.dim() != 1 or num_classes not in (None, len(weight)):
@@ -292,7 +292,7 @@ def check_weights(
     samples: tuple[int, ...],
     name: str = "an input",
 ) -> None:
-    """Class weights against a shape as in `is_class_index`, sample weights against `samples`."""
+    """Checks class weights against `shape`, and sample weights against `samples`."""
     if weight is not None:
         _check_real("weight", weight, input)
         classes = shape[dim : dim + 1]
@@ -315,9 +315,9 @@ def check_weights(
 
 
 def check_classes(target: Tensor, num_classes: int, ignore_index: int) -> Classes:
-    """The class indices of `target`, looked at where that costs no wait for a device."""
-    is_seen = can_look(target)
-    if is_seen and _are_within(long(target), num_classes, ignore_index):
+    """The class indices of `target`, checked if reading them costs no device sync."""
+    is_seen = can_read_values(target)
+    if is_seen and _are_within(to_int64(target), num_classes, ignore_index):
         return Classes(target, num_classes, ignore_index=None, is_valid=True)
     unseen = Classes(target, num_classes, ignore_index)
     if not is_seen:
@@ -328,13 +328,13 @@ def check_classes(target: Tensor, num_classes: int, ignore_index: int) -> Classe
     position = _first(~valid)
     if position is None:
         return unseen
-    raise bad_class(target, position, num_classes, ignore_index)
+    raise invalid_class(target, position, num_classes, ignore_index)
 
 
-def bad_class(
+def invalid_class(
     target: Tensor, position: tuple[int, ...] | int, num_classes: int, ignore_index: int
 ) -> IndexError:
-    """The complaint about a class that is none, at a position that may be one in flat order."""
+    """The IndexError for an invalid class. `position` may be a flat index."""
     if isinstance(position, int):
         indices = torch.unravel_index(torch.tensor(position, device=target.device), target.shape)
         position = tuple(int(index) for index in indices)
@@ -347,15 +347,14 @@ def bad_class(
 def check_values(
     call: Call, arguments: Arguments, classes: Classes | None, *, is_whole: bool = True
 ) -> None:
-    """Values that cannot be right, or are suspicious; a pass over the data, so only on request.
+    """Checks values under `torch.autograd.detect_anomaly()`: errors, and suspicious input.
 
-    The request is PyTorch's own debug switch, `torch.autograd.detect_anomaly()`. `classes` are
-    those of a target of class indices. Samples that count for nothing may hold anything. Where
-    `is_whole` is false, `input` has a part of each row, and no sum over it means anything.
+    Samples that are ignored or have weight 0 are not checked. If `is_whole` is False, `input` is a
+    shard of each row, so sums over rows are not checked.
     """
     input, target, _, sample_weight = arguments
     domain = call.loss.domain
-    if domain == "real" or not (can_look(input) and torch.is_anomaly_enabled()):
+    if domain == "real" or not (can_read_values(input) and torch.is_anomaly_enabled()):
         return
     dim, from_logits = call.dim, domain == "logit"
     input = input.detach()
@@ -365,7 +364,7 @@ def check_values(
     counts = kept if sample_weight is None else kept & (sample_weight.detach() != 0)
     if not from_logits:
         rounding = 4 * torch.finfo(input.dtype).eps
-        # The logarithm of less than −δ is NaN, and with a weight of 0 too.
+        # log(y + δ) is NaN below −δ, and 0 · NaN is NaN, so samples of weight 0 are checked too.
         is_negative = (input < -min(rounding, call.delta)) & kept.unsqueeze(dim)
         position = _first(is_negative | (input > 1 + rounding) & counts.unsqueeze(dim))
         if position is not None:
@@ -381,8 +380,8 @@ def check_values(
 
 
 def check_target_values(call: Call, target: Tensor, sample_weight: Tensor | None) -> None:
-    """`check_values` of a linear layer's logits, which are not there: of the soft target alone."""
-    if call.is_index or not (can_look(target) and torch.is_anomaly_enabled()):
+    """`check_values` for the linear loss, which has no logits to check: soft targets only."""
+    if call.is_index or not (can_read_values(target) and torch.is_anomaly_enabled()):
         return
     counts = torch.ones(samples_shape(target, call.dim), dtype=torch.bool, device=target.device)
     if sample_weight is not None:
@@ -403,7 +402,7 @@ def _check_soft_target(target: Tensor, dim: int, counts: Tensor) -> None:
 
 def _check_softmax(input: Tensor, dim: int, counts: Tensor, from_logits: bool) -> None:
     """Warns of a second softmax, and of one over another dimension than `dim`."""
-    seen = counts & ~input.isnan().any(dim)  # A row of NaN says nothing of the others.
+    seen = counts & ~input.isnan().any(dim)  # Skip rows with NaN.
     position = _first(seen)
     if input.shape[dim] < 2 or position is None:
         return
@@ -416,7 +415,7 @@ def _check_softmax(input: Tensor, dim: int, counts: Tensor, from_logits: bool) -
             )
         return
     for other in range(input.dim()):
-        if other == dim or input.shape[other] < 2:  # The sum of one value says nothing.
+        if other == dim or input.shape[other] < 2:  # A sum of one value tells nothing.
             continue
         if _are_distributions(input, other, ~input.isnan().any(other)):
             remedy = "pass the logits" if from_logits else f"take the softmax over dimension {dim}"
@@ -441,15 +440,15 @@ def _check_real(name: str, value: Tensor, input: Tensor | None) -> None:
         )
 
 
-def can_look(tensor: Tensor) -> bool:
-    """Whether the values of a tensor may be asked for: they are there, and near or asked for."""
+def can_read_values(tensor: Tensor) -> bool:
+    """True if reading values is possible, and costs no device sync or the user asked for it."""
     if is_traced():
         return False
     return tensor.is_cpu or torch.is_anomaly_enabled()
 
 
 def _are_within(label: Tensor, num_classes: int, ignore_index: int) -> bool:
-    """Whether all labels are seen to be classes and none ignored: one call, as for most targets."""
+    """Whether all labels are known to be in range and not ignored. Most targets are: one call."""
     if label.numel() == 0:
         return False
     try:
@@ -462,9 +461,9 @@ def _are_within(label: Tensor, num_classes: int, ignore_index: int) -> bool:
 
 
 def _truth(condition: Tensor) -> bool | None:
-    """The value of a one-element condition, or None where it has none to look at.
+    """The value of a one-element condition, or None where it cannot be read.
 
-    A tensor under vmap, a fake tensor and a tensor being traced answer with a RuntimeError.
+    Tensors under vmap, fake tensors and traced tensors raise a RuntimeError.
     """
     try:
         return bool(condition)
@@ -475,20 +474,20 @@ def _truth(condition: Tensor) -> bool | None:
 
 
 def _must_have_values(tensor: Tensor) -> bool:
-    """Whether an error is not about the tensor, but comes from the handler of a signal, say."""
+    """Whether an error must come from elsewhere, such as a signal handler."""
     return type(tensor) in PLAIN and not is_transformed()
 
 
 def _first(condition: Tensor) -> tuple[int, ...] | None:
-    """The first position where the condition holds, if there is one to be seen."""
+    """The first position where the condition holds; None if it never does or cannot be read."""
     if not _truth(condition.any()):
         return None
     return tuple(condition.nonzero()[0].tolist())
 
 
 def _is_distribution(values: Tensor, dim: int, rounding: float) -> Tensor:
-    """Whether each row is at least 0 and sums to 1, but for `rounding` and that of its dtype."""
-    least = -1e-4  # What 1 minus a sum over many classes can be.
+    """Whether each row is non-negative and sums to 1, up to `rounding` and that of its dtype."""
+    least = -1e-4  # 1 minus a sum over many classes can be as low.
     if values.is_floating_point():
         eps = torch.finfo(values.dtype).eps
         least, rounding = min(least, -eps), max(rounding, 2 * eps)
@@ -497,8 +496,8 @@ def _is_distribution(values: Tensor, dim: int, rounding: float) -> Tensor:
 
 
 def _are_distributions(values: Tensor, dim: int, seen: Tensor) -> bool:
-    """Whether every row that is seen is a distribution, of which there is one at least."""
-    # Few rows may come close to it by chance.
+    """Whether every row in `seen` is a distribution, and there is at least one."""
+    # A few rows may come close by chance.
     rounding = 1e-2 if _truth(seen.sum() > 3) else 1e-5
     is_one = _is_distribution(values, dim, rounding) | ~seen
     return bool(_truth(seen.any()) and _truth(is_one.all()))

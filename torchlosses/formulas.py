@@ -1,7 +1,7 @@
-"""What the losses mean: a few lines of differentiable torch each.
+"""The losses as a few lines of differentiable PyTorch each.
 
-These run on every device, under every transform of autograd and under the compiler. A faster way
-to the same numbers is an optimisation, and wrong where it disagrees with this file.
+They run on every device, under every transform of autograd and under the compiler. Kernels are
+optimisations of these formulas, and wrong where they disagree.
 """
 
 import math
@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# The δ beside 0 that float32 holds to full precision. What needs another is computed in float64.
-LEAST_DELTA, GREATEST_DELTA = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-# Below log δ minus this, p / (p + δ) is 0 in that dtype, or nearly, and its square overflows.
-REACH = {torch.float32: 80, torch.float64: 700}
-LEAST_DIVISOR = 2.0**-120  # From here on 1/divisor is a number in float32, with room for a factor.
+# The range of δ that float32 holds to full precision; others are computed in float64.
+MIN_DELTA, MAX_DELTA = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+# If log p < log δ − LOG_RANGE, then p / (p + δ) rounds to 0; log p is clamped there, so that
+# squares of the quotient stay finite.
+LOG_RANGE = {torch.float32: 80, torch.float64: 700}
+LEAST_DIVISOR = 2.0**-120  # From here on 1/divisor is finite in float32, with room for a factor.
 
 
 class Call(NamedTuple):
@@ -36,13 +37,13 @@ class Call(NamedTuple):
 
     @property
     def is_per_element(self) -> bool:
-        """Whether there is a loss for each element, and not for each sample."""
+        """Whether each element has a loss, not each sample."""
         return LOSSES[self.kind].is_per_element
 
     @property
     def is_plain_delta(self) -> bool:
         """Whether float32 holds δ to full precision."""
-        return self.delta == 0 or LEAST_DELTA <= self.delta <= GREATEST_DELTA
+        return self.delta == 0 or MIN_DELTA <= self.delta <= MAX_DELTA
 
 
 class Arguments(NamedTuple):
@@ -59,10 +60,10 @@ Result = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Classes(NamedTuple):
-    """A target of class indices, and what is known of it without a wait for a device.
+    """A target of class indices, and what is known of its values without a device sync.
 
-    `ignore_index` is None where no sample is seen to be ignored; `is_valid` says whether every
-    other sample is seen to name a class.
+    `ignore_index` is None if no sample is ignored. `is_valid` is True if every other index is
+    known to be in range.
     """
 
     target: Tensor
@@ -72,14 +73,14 @@ class Classes(NamedTuple):
 
     @property
     def kept(self) -> Tensor | None:
-        """False where a sample is ignored; None stands for True everywhere, here and below."""
+        """False where a sample is ignored; None if no sample is."""
         if self.ignore_index is None:
             return None
-        return long(self.target, self.ignore_index) != self.ignore_index
+        return to_int64(self.target, self.ignore_index) != self.ignore_index
 
     @property
     def valid(self) -> Tensor | None:
-        """False where a sample that is kept names no class."""
+        """False where the index of a counted sample is out of range; None if none is."""
         if self.is_valid:
             return None
         kept = self.kept
@@ -87,57 +88,57 @@ class Classes(NamedTuple):
 
     @property
     def label(self) -> Tensor:
-        """The classes, and 0 where there is none: safe to gather with."""
-        label = long(self.target)
+        """The class indices, with 0 for ignored and invalid ones: safe to gather with."""
+        label = to_int64(self.target)
         if self.is_valid and self.ignore_index is None:
             return label
         return label.where(self._within, 0)
 
     @property
     def _within(self) -> Tensor:
-        label = long(self.target)
+        label = to_int64(self.target)
         return (label >= 0) & (label < self.num_classes)
 
 
 class Rows:
-    """The rows of an input that are whole here; those of `sharded.Shards` may lie elsewhere too.
+    """The rows of an input in one process; `sharded.Shards` are rows over several.
 
-    `shape` is that of the input, and `own` that of its part here.
+    `shape` is the input's, and `own` that of the part in this process.
     """
 
-    are_shared = False  # By several processes.
+    are_shared = False
 
     def __init__(self, shape: Sequence[int], dim: int) -> None:
         self.shape = self.own = torch.Size(shape)
         self.dim = dim
         self.num_classes = shape[dim] if len(shape) else 1
 
-    def find(self, classes: Classes) -> "Place":
-        return Place(classes.label.unsqueeze(self.dim), self.dim)
+    def find(self, classes: Classes) -> "ClassPosition":
+        return ClassPosition(classes.label.unsqueeze(self.dim), self.dim)
 
     def over_classes(self, values: Tensor, operation: str = "sum") -> Tensor:
-        """All-reduces over the processes that hold other classes: here, none."""
+        """All-reduces over the processes that hold other classes (here: none)."""
         return values
 
-    def counted(self, call: Call, weights: Tensor, place: "Place | None") -> Tensor:
-        """The weights of the samples that are counted here, and 0 for those counted elsewhere."""
+    def counted(self, call: Call, weights: Tensor, place: "ClassPosition | None") -> Tensor:
+        """The weights of samples that this process counts, and 0 for others."""
         return weights
 
     def total(self, parts: Tensor) -> Tensor:
-        """The sum over all processes: here, one."""
+        """The sum over all processes (here: one)."""
         return parts
 
 
-class Place(NamedTuple):
-    """Where the class of each sample is: not here where `is_here` is False, if it is a tensor."""
+class ClassPosition(NamedTuple):
+    """The index of each sample's class; `is_here` is False where another process holds it."""
 
     position: Tensor
     dim: int
     is_here: Tensor | None = None
 
     def pick(self, values: Tensor, otherwise: float) -> Tensor:
-        """The value of each sample's class, or `otherwise` if that class lies elsewhere."""
-        # Of no classes the sum, which is 0 and has a derivative as all that is picked.
+        """The value of each sample's class, or `otherwise` if another process holds it."""
+        # With no classes, use the empty sum: 0, and differentiable.
         if values.shape[self.dim]:
             picked = values.gather(self.dim, self.position).squeeze(self.dim)
         else:
@@ -145,37 +146,37 @@ class Place(NamedTuple):
         return picked if self.is_here is None else picked.where(self.is_here, otherwise)
 
     def weight(self, weight: Tensor) -> Tensor:
-        """The class weight of each sample, 0 if its class lies elsewhere."""
-        # Under vmap torch would ask a 0-D index for its value, which is not to be had.
+        """The class weight of each sample, or 0 if another process holds its class."""
+        # Under vmap torch would read the value of a 0-D index, and fail.
         picked = weight[self.position] if len(weight) else weight.new_zeros(self.position.shape)
         picked = picked.squeeze(self.dim)
         return picked if self.is_here is None else picked.where(self.is_here, 0)
 
 
 def compute(call: Call, arguments: Arguments, classes: Classes | None = None) -> Tensor:
-    """The loss. `classes` are those of the target, where more is known of them than their range."""
+    """The loss. Pass `classes` if more is known of the target than its range."""
     input, target, *_ = arguments
     rows = Rows(input.shape, call.dim)
     if call.is_index and classes is None:
         classes = Classes(target, rows.num_classes, call.ignore_index)
     place = None if classes is None else rows.find(classes)
-    losses = losses_of(call, arguments, rows, classes, place)
-    return reduced(call, losses, rows, arguments, classes, place)
+    losses = unreduced_losses(call, arguments, rows, classes, place)
+    return reduce(call, losses, rows, arguments, classes, place)
 
 
-def reduced(
+def reduce(
     call: Call,
     losses: Tensor,
     rows: Rows,
     arguments: Arguments,
     classes: Classes | None,
-    place: "Place | None",
+    place: "ClassPosition | None",
 ) -> Tensor:
-    """The loss of the rows, from their losses before sample weights."""
+    """Weights the losses by sample and reduces them."""
     divisor = find_divisor(call, losses, rows, arguments, classes, place)
     if arguments.sample_weight is not None:
         weights = arguments.sample_weight.to(losses.dtype)
-        if classes is not None:  # They broadcast to the samples.
+        if classes is not None:  # One weight per sample.
             kept = classes.kept
             if kept is not None:
                 weights = weights.where(kept, 0)
@@ -199,12 +200,9 @@ def find_divisor(
     rows: Rows,
     arguments: Arguments,
     classes: Classes | None,
-    place: "Place | None",
+    place: "ClassPosition | None",
 ) -> Any:
-    """What the sum of the losses of all rows is divided by, if by anything.
-
-    It is found in the dtype and on the device of `like`.
-    """
+    """The divisor of the summed losses, in the dtype and on the device of `like`; None for none."""
     if call.reduction == "batchmean" and len(rows.shape) > 1:
         return at_least_one(rows.shape[0], like, call.dtype)
     if call.reduction != "mean":
@@ -218,14 +216,14 @@ def find_divisor(
     return _count(call, like, rows, weights, classes, place)
 
 
-def losses_of(
+def unreduced_losses(
     call: Call,
     arguments: Arguments,
     rows: Rows,
     classes: Classes | None,
-    place: "Place | None",
+    place: "ClassPosition | None",
 ) -> Tensor:
-    """The losses by element or by sample, before sample weights; `place` is that of the classes."""
+    """The losses per element or sample, before sample weights."""
     dtype = call.dtype if call.is_plain_delta else torch.float64
     input, weight = arguments.input.to(dtype), arguments.weight
     if weight is not None:
@@ -240,23 +238,23 @@ def losses_of(
 
 
 def squared_error(
-    call: Call, input: Tensor, target: Tensor | Place, weight: Tensor | None, rows: Rows
+    call: Call, input: Tensor, target: Tensor | ClassPosition, weight: Tensor | None, rows: Rows
 ) -> Tensor:
-    """½ (y − t)², by element, where a class stands for its one-hot row."""
+    """½ (y − t)² per element. A class index stands for its one-hot row."""
     if isinstance(target, Tensor):
         difference = input - target
     elif input.shape[target.dim] == 0:
         return input
-    else:  # y − t differs from y in one place per row, so the row t itself is never made.
+    else:  # y − t differs from y in one element per row, so the one-hot row is never made.
         minus_one = input.new_full((), -1).expand(target.position.shape)
         if target.is_here is not None:
             minus_one = minus_one.where(target.is_here.unsqueeze(target.dim), 0)
         difference = input.scatter_add(target.dim, target.position, minus_one)
-    return difference * (difference / 2)  # Not the square, which overflows before its half does.
+    return difference * (difference / 2)  # difference² would overflow first.
 
 
 def cross_entropy_of_logits(
-    call: Call, logits: Tensor, target: Tensor | Place, weight: Tensor | None, rows: Rows
+    call: Call, logits: Tensor, target: Tensor | ClassPosition, weight: Tensor | None, rows: Rows
 ) -> Tensor:
     """`cross_entropy` with y = softmax(x)."""
     shift, log_normalizer = shifted(logits, rows)
@@ -266,14 +264,14 @@ def cross_entropy_of_logits(
 def cross_entropy(
     call: Call,
     input: Tensor,
-    target: Tensor | Place,
+    target: Tensor | ClassPosition,
     weight: Tensor | None,
     rows: Rows,
     log_normalizer: Tensor | None = None,
 ) -> Tensor:
-    """− Σₖ wₖ · tₖ · log(yₖ + δ), by sample, with y as in `guarded_log`."""
+    """− Σₖ wₖ · tₖ · log(yₖ + δ) per sample, with y as in `guarded_log`."""
     dim, smoothing = call.dim, call.label_smoothing
-    if rows.num_classes == 0 and isinstance(target, Place):
+    if rows.num_classes == 0 and isinstance(target, ClassPosition):
         return input.sum(dim)
     share = number(smoothing, input) if smoothing else 0.0
     kept, uniform = 1 - share, share / max(rows.num_classes, 1)
@@ -285,9 +283,9 @@ def cross_entropy(
             input = torch.where((target == 0) & (input == zero), one, input)
         losses = -target * guarded_log(input, log_normalizer, call.delta)
         if weight is not None:
-            losses = losses * along(weight, losses, dim)
+            losses = losses * broadcast_along(weight, losses, dim)
         return losses.sum(dim)
-    # Where the class lies elsewhere 1, which has a logarithm and a slope, and goes out again.
+    # 1 where another process holds the class: finite, and masked out below.
     picked = target.pick(input, 1).unsqueeze(dim)
     losses = -guarded_log(picked, log_normalizer, call.delta)
     if target.is_here is not None:
@@ -297,19 +295,19 @@ def cross_entropy(
     if smoothing:  # t = (1−ε)·[k=c] + ε/C, and Σₖ over the second part reads the whole row.
         rest = -guarded_log(input, log_normalizer, call.delta)
         if weight is not None:
-            rest = rest * along(weight, rest, dim)
+            rest = rest * broadcast_along(weight, rest, dim)
         rest = uniform * rest.sum(dim, keepdim=True)
-        # An ε of 1 leaves nothing of the class by itself, not 0·∞ either.
+        # With ε = 1 drop the class term, or 0·∞ would give NaN.
         losses = rest if smoothing == 1 else kept * losses + rest
     return losses.squeeze(dim)
 
 
 def shifted(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """z = x − max x and log Σ exp z, so that log softmax(x) = z − log Σ exp z."""
-    # softmax is the same for any shift, so the maximum takes no part in the derivatives.
+    # softmax does not depend on the shift, so the maximum needs no gradient.
     if logits.shape[rows.dim]:
         maximum = logits.detach().amax(rows.dim, keepdim=True)
-    else:  # The maximum of no classes is not defined, but where classes lie elsewhere it is needed.
+    else:  # amax of no classes is an error, but other processes may hold some.
         maximum = logits.detach().sum(rows.dim, keepdim=True) - torch.inf
     logits = logits - rows.over_classes(maximum, "max")
     return logits, rows.over_classes(logits.exp().sum(rows.dim, keepdim=True)).log()
@@ -318,13 +316,13 @@ def shifted(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
 def guarded_log(input: Tensor, log_normalizer: Tensor | None, delta: float) -> Tensor:
     """log(y + δ), where y is `input`, or exp(input − log_normalizer) from shifted logits."""
     if log_normalizer is None:
-        # With a δ of 0 too: it makes 0 of −0.0, whose slope is −∞.
+        # Add a δ of 0 too: it turns −0.0, whose derivative is −∞, into 0.
         return (input + number(delta, input)).log()
     log_p = input - log_normalizer
     if delta == 0:
         return log_p
-    # By log p and log δ, since p/(p+δ) differentiated as a quotient is 0/0 where p and δ are small.
-    reach = REACH[log_p.dtype]
+    # By log p and log δ: the derivative of the quotient p/(p+δ) is 0/0 where both are small.
+    reach = LOG_RANGE[log_p.dtype]
     if is_symbolic(delta):
         log_delta = scalar(delta).log().to(log_p.dtype)
         return torch.logaddexp(log_p.clamp(min=log_delta - reach), log_delta)
@@ -333,12 +331,12 @@ def guarded_log(input: Tensor, log_normalizer: Tensor | None, delta: float) -> T
 
 
 class Loss(NamedTuple):
-    """What the layers need to know of a loss: they ask for it, and compare no names."""
+    """The properties of a loss. Code asks for them, and never compares names."""
 
-    name: str  # Of its kernels too.
-    is_per_element: bool  # It has a value for each element, not for each sample.
-    domain: str  # "real", "probability" or "logit": what its input must be.
-    formula: Callable[[Call, Tensor, Tensor | Place, Tensor | None, Rows], Tensor]
+    name: str  # Kernels know it by this name.
+    is_per_element: bool  # One value per element, not per sample.
+    domain: str  # "real", "probability" or "logit": what the input must be.
+    formula: Callable[[Call, Tensor, Tensor | ClassPosition, Tensor | None, Rows], Tensor]
 
 
 LOSSES = {
@@ -352,71 +350,71 @@ LOSSES = {
 
 
 def number(value: float, like: Tensor) -> Tensor | float:
-    """A number that is added to or multiplies what has the dimensions of `like`, one at least."""
-    # The optimiser of torch.onnx.export takes a scalar within 1e-8 of 0 for 0, and one within 1e-5
-    # of 1 for 1, and drops it. What has a dimension it keeps; elsewhere that would cost a kernel.
+    """A number as an operand for tensors of at least one dimension, such as `like`."""
+    # The optimiser of torch.onnx.export drops scalars within 1e-8 of 0 and within 1e-5 of 1. It
+    # keeps tensors with a dimension, which would cost a kernel elsewhere.
     if is_exporting():
         return like.new_full((1,), value)
     return scalar(value) if is_symbolic(value) else value
 
 
 def is_exporting() -> bool:
-    """Whether what is recorded is for another runtime."""
+    """Whether the graph is recorded for another runtime."""
     # Private: in torch 2.11 every compiled graph takes the public twin for True.
     flag = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_exporting() if flag is None else flag
 
 
 def is_symbolic(value: float) -> bool:
-    """Whether a graph that is being compiled serves other numbers in place of this one too."""
+    """Whether the graph being compiled takes this number as an input."""
     if not torch.compiler.is_compiling():
         return False
-    # Not documented; it is imported wherever something is compiled.
+    # Undocumented; the compiler has imported it.
     return not torch.fx.experimental.symbolic_shapes.has_static_value(value)
 
 
 def scalar(value: float) -> Tensor:
-    """A symbolic number as a tensor on the CPU, where the number is: no device is waited for."""
-    # A product, since what makes a tensor of one number alone compiles it in.
+    """A symbolic number as a CPU tensor, so no device is waited for."""
+    # A product: torch.tensor(value) would compile the number in.
     return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
 def lifted(weights: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights and what divides their losses, both 2⁶⁴ times as large where 1/divisor overflows."""
+    """Weights and divisor, both times 2⁶⁴ if 1/divisor would overflow."""
     lift = divisor.new_ones(()).where(divisor.abs() >= LEAST_DIVISOR, 2.0**64)
     return weights * lift, divisor * lift
 
 
 def at_least_one(size: Any, like: Tensor, dtype: torch.dtype) -> Any:
-    """A size, or 1 in place of 0."""
+    """max(size, 1)."""
     if type(size) is int:
         return max(size, 1)
-    # Compilers and exporters take a size that they do not know for more than 0, but not a number.
+    # Compilers and exporters assume that an unknown size is positive, but not an unknown number.
     return like.new_full((), size, dtype=dtype).clamp(min=1)
 
 
-def along(weight: Tensor, like: Tensor, dim: int) -> Tensor:
+def broadcast_along(weight: Tensor, like: Tensor, dim: int) -> Tensor:
     return weight.view([-1 if d == dim else 1 for d in range(like.dim())])
 
 
-def long(target: Tensor, ignore_index: int | None = None) -> Tensor:
-    """Class indices of any integer dtype in int64."""
+def to_int64(target: Tensor, ignore_index: int | None = None) -> Tensor:
+    """Class indices of any integer dtype as int64."""
     if target.dtype == torch.int64:
         return target
     label = target.long()
-    if target.dtype == torch.uint64:  # What int64 cannot hold has wrapped: no class, nor ignored.
+    if target.dtype == torch.uint64:  # Wrapped: neither a class nor ignored.
         greatest = torch.iinfo(torch.int64).max
         label = label.where(label >= 0, -1 if ignore_index == greatest else greatest)
     return label
 
 
 def _masked(input: Tensor, classes: Classes, dim: int) -> Tensor:
-    """`input` with impossible rows NaN and ignored rows cut off."""
+    """`input` with NaN in invalid rows, and without gradient in ignored rows."""
     kept, valid = classes.kept, classes.valid
-    if valid is not None:  # A factor, because it makes the gradient of the whole row NaN too.
+    if valid is not None:  # A factor makes the gradient of the whole row NaN too.
         one_or_nan = torch.where(valid, 1.0, torch.nan).to(input.dtype)
         input = input * one_or_nan.unsqueeze(dim)
-    if kept is not None:  # Not a factor 0: that would let a NaN or inf of an ignored row through.
+    if kept is not None:  # Not a factor of 0: 0 · NaN and 0 · ∞ are NaN.
         input = input.where(kept.unsqueeze(dim), 1)
     return input
 
@@ -427,12 +425,12 @@ def _count(
     rows: Rows,
     weights: Tensor | None,
     classes: Classes | None,
-    place: Place | None,
+    place: ClassPosition | None,
 ) -> Any:
-    """What `'mean'` divides by: what the losses weigh together, or 1 if none weighs anything."""
+    """The divisor of `'mean'`: the sum of the weights, or 1 if all are 0."""
     kept = None if classes is None else classes.kept
     if kept is None and classes is not None and rows.are_shared:
-        # Another process may have samples to ignore, and counts with this one.
+        # Every process takes part in the sum, and another may have samples to ignore.
         kept = torch.ones_like(classes.target, dtype=torch.bool)
     sizes = list(rows.shape if weights is None and kept is None else rows.own)
     num_classes: Any = 1
@@ -449,7 +447,7 @@ def _count(
     if kept is not None:
         weights = weights.where(kept, 0)
     weights = rows.counted(call, weights, place)
-    # Not expanded: torch adds what repeats one by one, and is a percent off at 10⁸ of them.
+    # Not expanded: torch would add repeated values one by one, with an error of 1% at 10⁸.
     repeats = num_classes
     for d, size in enumerate(reversed(sizes)):
         if d >= weights.dim() or weights.shape[-1 - d] != size:

@@ -1,4 +1,4 @@
-"""The losses as functions: check, then compute, then reduce."""
+"""The losses as functions: check the call, then compute it."""
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def sum_squared_error(
     >>> sum_squared_error(y, torch.tensor(2))
     tensor(0.0975)
     """
-    options = checks.known_options(reduction, dim, ignore_index)
+    options = checks.cached_options(reduction, dim, ignore_index)
     return _compute("squares", options, input, target, None, sample_weight)
 
 
@@ -58,7 +58,7 @@ def cross_entropy_error(
     >>> cross_entropy_error(y, torch.tensor(2))
     tensor(0.5108)
     """
-    options = checks.known_options(
+    options = checks.cached_options(
         reduction, dim, ignore_index, delta, label_smoothing, from_logits
     )
     kind = "logits" if from_logits else "probabilities"
@@ -78,7 +78,7 @@ def linear_cross_entropy_error(
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of a linear layer's logits, which are never there at once.
+    """Cross-entropy of a linear layer without holding all logits in memory.
 
     The function behind :class:`torchlosses.LinearCrossEntropyError`, where every argument, dtype,
     error and source is described. Use it where the layer's weight is another's too, such as an
@@ -90,10 +90,10 @@ def linear_cross_entropy_error(
     >>> linear_cross_entropy_error(x, w, torch.tensor([1, 0]))
     tensor(1.6265)
     """
-    options = checks.known_options(reduction, None, ignore_index, delta, label_smoothing)
+    options = checks.cached_options(reduction, None, ignore_index, delta, label_smoothing)
     shape = checks.check_linear(input, linear_weight, linear_bias)
     dim = len(shape) - 1
-    is_index = checks.is_class_index(input, shape, target, dim, options.ignore_index, "logits")
+    is_index = checks.check_target(input, shape, target, dim, options.ignore_index, "logits")
     _warn_of_one_class(shape[dim], dim, is_linear=True)
     checks.check_weights(input, shape, weight, dim, sample_weight, shape[:-1], "logits")
     call = _call("logits", options, is_index, dim, input, target)
@@ -106,14 +106,14 @@ def linear_cross_entropy_error(
     return linear.compute(call, *arguments)
 
 
-# torch.fx.symbolic_trace takes them as they are, as it does torch's own losses.
+# torch.fx.symbolic_trace records them as calls, like torch's own losses.
 torch.fx.wrap("sum_squared_error")
 torch.fx.wrap("cross_entropy_error")
 torch.fx.wrap("linear_cross_entropy_error")
 
 
 def _warn_of_one_class(num_classes: int, dim: int, *, is_linear: bool) -> bool:
-    """Whether there is one class alone, of which the user is warned."""
+    """Warns if there is only one class; returns whether there is."""
     if type(num_classes) is not int or num_classes != 1:
         return False
     checks.warn_of_one_class(dim, is_linear=is_linear)
@@ -147,9 +147,9 @@ def _compute(
     is_per_element = LOSSES[kind].is_per_element
     if not is_per_element and input.dim() == 0 and target.shape == input.shape:
         input, target = input.unsqueeze(0), target.unsqueeze(0)  # One class, and no dimension.
-    is_index = checks.is_class_index(input, input.shape, target, dim, options.ignore_index)
+    is_index = checks.check_target(input, input.shape, target, dim, options.ignore_index)
     has_softmax = LOSSES[kind].domain == "logit" and not is_per_element
-    # Never a known call: one from another place warns too.
+    # Such a call is never prepared, so it warns at each line of the user.
     is_warned = has_softmax and _warn_of_one_class(input.shape[dim], dim, is_linear=False)
     if weight is not None or sample_weight is not None:
         is_like_target = is_index or is_per_element

@@ -1,9 +1,8 @@
-"""The cross-entropy of a linear layer's logits, which are never there at once.
+"""Cross-entropy of a linear layer without holding all logits in memory.
 
-Rows are taken in chunks: the logits of one are made in a buffer that is used again, a kernel turns
-them into their gradient where they stand, and three products take it on to input, weight and bias.
-Where no kernel serves, the formula does, and in eager autograd a chunk at a time too, whose logits
-are made again in backward.
+For each chunk of rows: compute the logits into a reused buffer, overwrite them with their gradient,
+and accumulate the gradients of input, weight and bias. Where no kernel serves, the formula computes
+chunks too in eager mode, and backward computes their logits again.
 """
 
 import functools
@@ -18,39 +17,38 @@ from torch.nn.modules import module
 from torch.utils.checkpoint import checkpoint
 
 from torchlosses import checks, formulas, ops
-from torchlosses.formulas import Arguments, Call, Classes, Place, Rows
+from torchlosses.formulas import Arguments, Call, Classes, ClassPosition, Rows
 
-# Bytes that each class has in the logits of a chunk, of 1024 rows in float32 and 2048 in half
-# precision. On a GPU the products of 1024 rows by 32000 classes are 2000 tiles of 128 by 128, for
-# some 130 processors. The weight's gradient is read and written in float32 for each chunk, 8 bytes
-# of it for 2 operations a row: those of 2048 rows are 512 for each byte, where a GPU does some 300
-# in half precision in the time that a byte takes.
+# Bytes per class in a chunk of logits: 1024 rows in float32, 2048 in half precision. On a GPU, 1024
+# rows by 32000 classes are 2000 tiles of 128 by 128 for some 130 processors. Each chunk reads and
+# writes the weight's gradient, in float32 8 bytes for 2 operations a row: with 2048 rows that is
+# 512 operations a byte, where a GPU needs some 300 in half precision to be busy.
 CHUNK = 2**12
-# On a CPU a chunk's logits should fit in so many bytes. With more classes it has fewer rows, which
-# takes a few percent longer, but no fewer than LEAST_ROWS: half as many take 10 to 15 % longer.
+# Bytes of a chunk of logits on a CPU. With more classes a chunk has fewer rows, which takes a few
+# percent longer, but at least LEAST_ROWS: half as many take 10 to 15% longer.
 CHUNK_ON_CPU = 48 * 10**6
 LEAST_ROWS = 256
-# Chunks at most whose products add up in half precision: the error of the sum is then at most twice
-# that of one product, since partial sums of rows whose signs are random grow as the square root.
+# Chunks at most whose products add up in half precision. Each rounds the sum once; partial sums of
+# random signs grow as the square root, so six roundings at most double the error of one.
 MOST_ROUNDINGS = 6
 MAX_LAUNCHES = 64
-# Classes at a time in the weight's gradient, where products in half precision are added to float32:
-# a product of so many is still in the cache when it is added.
+# Classes at a time whose products in half precision are added to float32: the product is still in
+# the cache when it is added.
 BLOCK = 4096
 
 
-# As it is before another library replaces it.
+# Read before another library replaces it.
 LINEAR_FORWARD = nn.Linear.forward
-# Private, as are the hooks of one module: torch has no public way to ask for them.
+# Private, like the hooks of a module: torch has no public way to list them.
 has_global_hook: Callable[[], int] = getattr(module, "_has_any_global_hook", checks.unknown)
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether calling a layer is F.linear by its weight and bias, and nothing else."""
+    """Whether calling the layer is F.linear on its weight and bias, and nothing else."""
     return (
-        getattr(type(layer), "forward", None) is LINEAR_FORWARD  # A scripted layer's has none.
-        and type(layer).__call__ is nn.Module.__call__  # Of now: torch.fx sets another.
-        and "forward" not in vars(layer)  # As accelerate's offloading sets it.
+        getattr(type(layer), "forward", None) is LINEAR_FORWARD  # A scripted layer has none.
+        and type(layer).__call__ is nn.Module.__call__  # torch.fx replaces it.
+        and "forward" not in vars(layer)  # accelerate's offloading sets it.
         and not (
             layer._forward_hooks
             or layer._forward_pre_hooks
@@ -70,7 +68,7 @@ def compute(
     weight: Tensor | None,
     sample_weight: Tensor | None,
 ) -> Tensor:
-    """The loss of the logits of a linear layer, in chunks of rows wherever that can be."""
+    """The loss of a linear layer's logits, in chunks of rows where possible."""
     dtype = product_dtype(input)
     tensors = (input, linear_weight, linear_bias, target, weight, sample_weight)
     if (
@@ -96,17 +94,17 @@ def compute(
         return formula(dtype, call, *tensors)
     rows = Rows(input.shape[:-1] + linear_weight.shape[:1], call.dim)
     place = None if classes is None else rows.find(classes)
-    losses = losses_of(
+    losses = unreduced_losses(
         call, input, linear_weight, linear_bias, target, weight, rows, classes, place
     )
     arguments = Arguments(input, target, weight, sample_weight)
-    return formulas.reduced(call, losses, rows, arguments, classes, place)
+    return formulas.reduce(call, losses, rows, arguments, classes, place)
 
 
 class LayerKernels(NamedTuple):
-    """The kernels of a loss, as those of a linear layer and that loss."""
+    """Kernels for a linear layer and its loss, on top of those of the loss."""
 
-    dtype: torch.dtype  # Of the products.
+    dtype: torch.dtype  # Of the matrix products.
     kernels: ops.Kernels
 
     @property
@@ -122,13 +120,13 @@ class LayerKernels(NamedTuple):
 
 
 class LayerLaunch:
-    """A linear layer and its loss, for calls whose tensors are alike."""
+    """Computes calls whose tensors have the same layout."""
 
     def __init__(
         self, call: Call, kernels: ops.Kernels, dtype: torch.dtype, input: Tensor, *rest: Any
     ) -> None:
         self.call, self.kernels = call, kernels
-        self.dtype = dtype if _has_products(input.device, dtype) else torch.float32
+        self.dtype = dtype if has_fast_matmul(input.device, dtype) else torch.float32
         is_none = call.reduction == "none"
         # The divisor is that of the whole batch; chunks compute plain sums.
         self.chunk_call = call._replace(dim=1, reduction="none" if is_none else "sum")
@@ -137,7 +135,7 @@ class LayerLaunch:
     def rescale(
         self, gradients: Sequence[Tensor | None], grad_loss: Tensor, target: Tensor
     ) -> Sequence[Tensor | None] | None:
-        if not self.launches:  # No row counts, and all gradients are 0.
+        if not self.launches:  # Every row is ignored, so all gradients are 0.
             return [None if gradient is None else gradient.data for gradient in gradients]
         launch = next(iter(self.launches.values()))
         by_input, *rest = gradients
@@ -149,8 +147,8 @@ class LayerLaunch:
         return rescaled and [by_input.data, *rescaled[1:]]
 
     def compute(self, input: Tensor, *rest: Any) -> list[Any]:
-        """The loss, and the gradients by input, weight, bias and target, times that of upstream."""
-        # All dtypes are chosen here.
+        """The loss and the gradients of input, weight, bias and target, times `upstream`."""
+        # Dtypes are chosen explicitly.
         with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
             return self._compute(input, *rest)
 
@@ -195,7 +193,7 @@ class LayerLaunch:
         layout = ops.layout_of((z, t, weight, s))
         launch = self.launches.get(layout)
         if launch is None:
-            if len(self.launches) >= MAX_LAUNCHES:  # Of batches with other counts of rows.
+            if len(self.launches) >= MAX_LAUNCHES:  # Counts of ignored rows differ by batch.
                 self.launches.clear()
             launch = self.launches[layout] = self.kernels.prepare(self.chunk_call, z, t, weight, s)
         return launch
@@ -212,15 +210,15 @@ class LayerLaunch:
 
 
 class Batch(NamedTuple):
-    """The samples of a linear layer's input as rows, and what goes with each."""
+    """The samples of a linear layer's input as rows, with their targets and weights."""
 
     samples: torch.Size
     x: Tensor
     target: Tensor
     sample_weight: Tensor | None
-    upstream: Tensor | None  # One for each row, or for all.
-    kept: Tensor | None  # False for rows to ignore, where nobody looks which they are.
-    counted: Tensor | None  # The numbers of the rows that count; None for all.
+    upstream: Tensor | None  # Per row, or one for all.
+    kept: Tensor | None  # False for ignored rows, where their values cannot be read.
+    counted: Tensor | None  # Indices of the rows that are not ignored; None for all.
 
     @property
     def num_counted(self) -> int:
@@ -233,10 +231,10 @@ class Batch(NamedTuple):
         return self.counted[start : start + step]
 
     def part(self, start: int, step: int, dtype: torch.dtype) -> tuple[Any, ...]:
-        """Inputs in that dtype, targets, sample weights and upstream gradients of a chunk."""
+        """Inputs, targets, sample weights and upstream gradients of a chunk."""
         rows = self.rows(start, step)
         x, s, u = self.x[rows].to(dtype), self.sample_weight, self.upstream
-        if self.kept is not None:  # 0 times an infinity that is ignored is NaN.
+        if self.kept is not None:  # 0 · ∞ of an ignored row is NaN.
             x = x.where(self.kept[rows], 0)
         s = None if s is None else s[rows]
         return x, self.target[rows], s, u if u is None or u.dim() == 0 else u[rows]
@@ -245,7 +243,7 @@ class Batch(NamedTuple):
 def _batch_of(
     call: Call, num_classes: int, arguments: Arguments, upstream: Tensor | None
 ) -> tuple[Batch, Any]:
-    """The rows of a call, their weights and upstream gradients divided, and the divisor."""
+    """The rows of a call, with upstream gradients divided by the divisor, and the divisor."""
     input, target, _, sample_weight = arguments
     samples = input.shape[:-1]
     like = input.new_empty((), dtype=call.dtype)
@@ -257,8 +255,8 @@ def _batch_of(
     if call.is_index:
         classes = Classes(target, num_classes, call.ignore_index)
         place = rows.find(classes)
-        kept = (formulas.long(t, call.ignore_index) != call.ignore_index).unsqueeze(1)
-        if checks.can_look(t):
+        kept = (formulas.to_int64(t, call.ignore_index) != call.ignore_index).unsqueeze(1)
+        if checks.can_read_values(t):
             counted = None if kept.all() else kept.nonzero()[:, 0]
             kept = None
     divisor = formulas.find_divisor(call, like, rows, arguments, classes, place)
@@ -272,9 +270,9 @@ def _batch_of(
 
 
 class LayerGradients:
-    """The gradients by input, weight, bias and target, chunk by chunk, as far as they are needed.
+    """Accumulates the needed gradients of input, weight, bias and target, chunk by chunk.
 
-    That by the weight adds up in the dtype `sums`, and that by the bias in float32 at least.
+    The weight's adds up in the dtype `sums`, and the bias's in float32 at least.
     """
 
     def __init__(self, needs: Sequence[bool], batch: Batch, w: Tensor, sums: torch.dtype) -> None:
@@ -302,9 +300,9 @@ class LayerGradients:
             self.target[rows] = grad_t
 
     def of(self, *layer: Tensor | None) -> list[Tensor | None]:
-        """The gradients in dtype and shape of the tensors that they are by."""
+        """The gradients in the dtypes and shapes of the tensors."""
         gradients = [self.x, self.w_sum, self.b_sum, self.target]
-        del self.w, self.w_sum  # Before the weight's gradient in another dtype is there too.
+        del self.w, self.w_sum  # Free these first: the cast below allocates a weight gradient.
         for k, tensor in enumerate(layer):
             gradient = gradients[k]
             if gradient is not None and tensor is not None:
@@ -312,17 +310,17 @@ class LayerGradients:
         return gradients
 
 
-def _has_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products in a dtype are not slower than in float32 by far."""
+def has_fast_matmul(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether matmul in this dtype is fast on this device."""
     if device.type != "cpu" or dtype.itemsize >= 4:
         return True
-    # Private; without vector instructions for it torch multiplies one element at a time.
+    # Private; without vector instructions for the dtype torch multiplies element by element.
     is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return dtype == torch.bfloat16 and is_supported is not None and is_supported()
 
 
-def find_step(rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> int:
-    """The rows of a chunk: all chunks but the last have as many, and that not many fewer."""
+def rows_per_chunk(rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows per chunk, chosen so that chunks are nearly equal."""
     most = CHUNK // dtype.itemsize
     if device.type == "cpu":
         fitting = CHUNK_ON_CPU // dtype.itemsize // max(num_classes, 1)
@@ -333,16 +331,16 @@ def find_step(rows: int, num_classes: int, dtype: torch.dtype, device: torch.dev
 def find_sums(
     rows: int, linear_weight: Tensor, dtype: torch.dtype, is_needed: bool
 ) -> tuple[int, torch.dtype]:
-    """The rows of a chunk, and the dtype in which the weight's gradient adds up.
+    """Rows per chunk, and the dtype in which the weight's gradient adds up.
 
-    In half precision each chunk rounds the sum, so there are MOST_ROUNDINGS of them at most, for
-    which chunks may grow by the memory that a sum in float32 would take.
+    In half precision each chunk rounds the sum, so there are at most MOST_ROUNDINGS chunks. They
+    may grow by the memory that a sum in float32 would take.
     """
     num_classes, width = linear_weight.shape
-    step = find_step(rows, num_classes, dtype, linear_weight.device)
+    step = rows_per_chunk(rows, num_classes, dtype, linear_weight.device)
     if not is_needed or linear_weight.dtype != dtype or dtype.itemsize >= 4:
         return step, torch.promote_types(linear_weight.dtype, torch.float32)
-    # A sum of half the size is read and written in half the time, so half of the rows will do.
+    # A sum of half the bytes needs half of the operations to hide its traffic.
     rounded = max(-(-rows // MOST_ROUNDINGS), step // 2, 1)
     if rounded * dtype.itemsize <= step * dtype.itemsize + width * torch.float32.itemsize:
         return rounded, dtype
@@ -350,7 +348,7 @@ def find_sums(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
-    """total += left · right; each product is rounded to the dtype of the total, or added in it."""
+    """total += left · right, in the dtype of `total`."""
     if total.dtype == left.dtype:
         if is_first:
             torch.mm(left, right, out=total)
@@ -372,14 +370,14 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) 
 
 
 def product_dtype(input: Tensor) -> torch.dtype:
-    """The dtype of the products, as F.linear has it."""
+    """The dtype in which F.linear would multiply."""
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return input.dtype
 
 
-# ---- By the formula
+# ---- The formula
 
 
 def formula(
@@ -392,7 +390,7 @@ def formula(
     weight: Tensor | None,
     sample_weight: Tensor | None,
 ) -> Tensor:
-    """The loss by all logits at once."""
+    """The loss of all logits at once."""
     classes = None
     if call.is_index:
         classes = checks.check_classes(target, linear_weight.shape[0], call.ignore_index)
@@ -408,14 +406,14 @@ def _logits(
     classes: Classes | None,
 ) -> Tensor:
     kept = None if classes is None else classes.kept
-    if kept is not None:  # The weight's gradient is NaN by 0 times an infinity that is ignored.
+    if kept is not None:  # 0 · ∞ of an ignored row would make the weight's gradient NaN.
         input = input.where(kept.unsqueeze(-1), 0)
     bias = None if linear_bias is None else linear_bias.to(dtype)
     return F.linear(input.to(dtype), linear_weight.to(dtype), bias)
 
 
 class FlatRows(Rows):
-    """Rows in one dimension, which share their classes with the processes that others do."""
+    """The same rows in one dimension."""
 
     def __init__(self, rows: Rows) -> None:
         super().__init__((math.prod(rows.shape[: rows.dim]), rows.num_classes), 1)
@@ -425,7 +423,7 @@ class FlatRows(Rows):
         return self.rows.over_classes(values, operation)
 
 
-def losses_of(
+def unreduced_losses(
     call: Call,
     input: Tensor,
     linear_weight: Tensor,
@@ -434,9 +432,9 @@ def losses_of(
     weight: Tensor | None,
     rows: Rows,
     classes: Classes | None,
-    place: Place | None,
+    place: ClassPosition | None,
 ) -> Tensor:
-    """`formulas.losses_of` logits, in chunks of rows whose logits backward makes again."""
+    """`formulas.unreduced_losses` in chunks of rows, whose logits backward computes again."""
     samples = input.shape[:-1]
     dtype = product_dtype(input)
     flat = FlatRows(rows)
@@ -444,27 +442,27 @@ def losses_of(
     count = samples.numel()
     x = input.reshape(count, input.shape[-1])
     t = target.reshape(count, *target.shape[len(samples) :])
-    step = find_step(count, linear_weight.shape[0], dtype, x.device)
+    step = rows_per_chunk(count, linear_weight.shape[0], dtype, x.device)
 
     def part(chunk: slice) -> Tensor:
         of, at = classes, place
         if of is not None and at is not None:
             of = of._replace(target=t[chunk])
             is_here = None if at.is_here is None else at.is_here.reshape(-1)[chunk]
-            at = Place(at.position.reshape(-1, 1)[chunk], 1, is_here)
+            at = ClassPosition(at.position.reshape(-1, 1)[chunk], 1, is_here)
         logits = _logits(dtype, x[chunk], linear_weight, linear_bias, of)
-        return formulas.losses_of(call, Arguments(logits, t[chunk], weight), flat, of, at)
+        return formulas.unreduced_losses(call, Arguments(logits, t[chunk], weight), flat, of, at)
 
     if torch.compiler.is_compiling() or step >= count:
         return part(slice(None)).view(samples)
     tensors = (input, linear_weight, linear_bias, target, weight)
     versions = _versions(tensors)
-    if linear_weight.dtype.itemsize < 4:  # So that autograd adds up their gradients in float32.
+    if linear_weight.dtype.itemsize < 4:  # Autograd then adds up their gradients in float32.
         linear_weight = linear_weight.float()
         linear_bias = None if linear_bias is None else linear_bias.float()
 
     def unchanged_part(chunk: slice) -> Tensor:
-        if _versions(tensors) != versions:  # Autograd does not look: a checkpoint saves nothing.
+        if _versions(tensors) != versions:  # A checkpoint saves nothing that autograd could check.
             raise RuntimeError(
                 "one of the arguments of a loss has been modified by an inplace operation before "
                 "its gradient was computed"
@@ -478,7 +476,7 @@ def losses_of(
 
 
 def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
-    """How often each tensor has been written to; those of inference mode do not count it."""
+    """The version of each tensor. Inference tensors have none."""
     return [t._version for t in tensors if t is not None and not t.is_inference()]
 
 

@@ -233,11 +233,12 @@ class LinearCrossEntropyError(nn.Module):
     .. math:: E = -\sum_k t_k \log(\mathrm{softmax}(Wx + b)_k + \delta)
 
     The value and all derivatives are those of ``CrossEntropyError(from_logits=True, dim=-1)`` on
-    what the layer puts out. All its logits are never there at once: some hundred to two thousand
-    rows of them are made at a time and turned into their gradient in place. What a training step
-    allocates beyond its arguments is then the gradients, the logits of those rows, and a few
-    numbers per sample. With many classes, as the words of a language model are, logits and their
-    gradient are most of the memory otherwise.
+    the layer's output. It computes a few hundred to a few thousand rows of logits at a time, and
+    overwrites them with their gradient. Beyond its arguments a training step allocates the
+    gradients, the logits of those rows, and a few numbers per sample. With many classes, such as
+    the tokens of a language model, logits and their gradient would take most of the memory.
+    In half precision the weight's gradient adds up in its own dtype over at most six chunks, or
+    in float32 over more: its error is at most about twice that of one matrix product.
 
     A loss that is not reduced, and one in float16, makes the logits a second time in backward.
     Where autograd asks for more than one first derivative (create_graph, forward mode,

@@ -1,12 +1,14 @@
-"""The way to the kernels: loss and gradient in one pass over the data.
+"""Dispatch to the kernels, which compute loss and gradient in one pass over the data.
 
-A call goes from a public function to a launch or to the formula:
+The way of a call:
 
-    functional ─ key_of ─ known? ───────────────────────── run ─ Launch.compute ─ OnePass
-                    └─ checks ─ Call ─ compute ─ prepare ─┘ └─ formulas.compute where none serves
+    public function ─ key_of ─ prepared? ─ yes ───────────── run ─ Launch.compute ─ OnePass
+                                  └─ no ─ checks ─ prepare ──┘└─ formulas.compute, without kernels
 
-In a graph that is compiled, `Operator` stands for the call. Whatever autograd asks beyond one first
-derivative is computed by the formula.
+- `key_of` decides whether kernels may serve a call, and by what it is looked up.
+- `Launch` is what the kernels of a device prepared for such calls: `kernels/cpu`, `kernels/triton`.
+- `OnePass` is the autograd node of eager calls, and `Operator` the operator in compiled graphs.
+- Anything beyond a first derivative is computed by the formula.
 """
 
 import functools
@@ -34,45 +36,45 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Launch(Protocol):
-    """The kernels for calls whose tensors are alike."""
+    """Computes calls whose tensors have the same layout."""
 
     def compute(self, *arguments: Any) -> Any:
-        """The loss and its gradients: by tensors, needs and, if given, the gradient from upstream.
+        """The loss and its gradients, from tensors, needs and an optional upstream gradient.
 
-        Needs say which tensors have a gradient; the last two, the weights, never do. A class that
-        is none makes NaN of its sample; where the kernels see it, it is an IndexError in eager
-        calls.
+        Needs say which tensors get a gradient; the last two, the weights, never do. The loss and
+        gradient of a sample with an invalid class are NaN, and on the CPU an eager call raises an
+        IndexError.
         """
 
     def rescale(
         self, gradients: Sequence[Tensor | None], grad_loss: Tensor, target: Tensor, /
     ) -> Sequence[Tensor | None] | None:
-        """Gradients times that of their loss, in place, as tensors of their own.
+        """Multiplies gradients in place by that of their loss.
 
-        So what was saved counts as unchanged. Of the first, the rows that the target ignores stay
-        0, though 0 times a factor that is not finite is NaN; None, and nothing done, where the
-        kernels see such a factor and leave it to `compute`.
+        Returns detached tensors, so the versions of saved ones do not change. In the first, ignored
+        rows stay 0 though 0 · ∞ is NaN. Returns None, and does nothing, where the kernels see a
+        factor that is not finite and leave it to `compute`.
         """
 
 
 class Kernels(Protocol):
-    """The kernels of a device: a module, or what is like one."""
+    """The kernels of a device: a module, or an object like one."""
 
     @property
     def LOSSES(self) -> Sequence[str]:  # noqa: N802
-        """The losses that they know."""
+        """The names of the losses that they compute."""
 
     @property
     def CAN_FAIL(self) -> bool:  # noqa: N802
-        """Whether a driver, a compiler or a device may refuse them."""
+        """Whether a driver, compiler or device may refuse them."""
 
     def prepare(self, call: Call, /, *tensors: Any) -> Launch:
-        """For calls whose tensors are alike in all that `layout_of` tells of them."""
+        """A launch for calls with the `layout_of` these tensors."""
 
 
 @functools.cache
 def _find_cpu() -> Any | None:
-    """Imported for the first eager call: a mode that was on before would make its tensors."""
+    """Imports the kernels with the first eager call: earlier, a mode could create its tensors."""
     try:
         from torchlosses.kernels import cpu
     except ImportError as error:
@@ -87,15 +89,15 @@ def _find_cpu() -> Any | None:
 
 @functools.cache
 def _find_triton(device: torch.device) -> Any | None:
-    """Imported for the first CUDA tensor: that takes a second, and not every build has Triton."""
+    """Imports Triton with the first CUDA tensor: it takes a second, and some builds lack it."""
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
-        return None  # Nothing is compiled for either in the tests.
+        return None  # The tests compile for neither.
     try:
         from torchlosses.kernels import triton
     except ImportError:
         return None
-    # Triton builds its launcher with the C compiler of the machine, if there is one.
-    return triton if attempt(triton, device, _try_out, triton, device) else None
+    # Triton needs a C compiler for its launcher.
+    return triton if try_kernels(triton, device, _try_out, triton, device) else None
 
 
 def _try_out(kernels: Kernels, device: torch.device) -> Any:
@@ -104,7 +106,7 @@ def _try_out(kernels: Kernels, device: torch.device) -> Any:
     return kernels.prepare(call, one, one, None, None).compute(one, one, None, None, (False, False))
 
 
-# The formulas serve all other devices, and those whose kernels have failed.
+# All other devices use the formulas, as do devices whose kernels have failed.
 KERNELS: dict[str, Callable[[torch.device], Any]] = {
     "cpu": lambda device: _find_cpu(),
     "cuda": _find_triton,
@@ -115,16 +117,16 @@ PASS_THROUGH = (IndexError, MemoryError, torch.OutOfMemoryError, TimeoutError)
 
 
 def kernels_of(device: torch.device, kind: str) -> Kernels | None:
-    """The kernels of a device for a kind of loss, if there are any and none has failed."""
+    """The kernels of a device for a loss, if there are any and none has failed."""
     find = KERNELS.get(device.type)
     kernels = None if find is None or device in _failed else find(device)
     return kernels if kernels is not None and kind in kernels.LOSSES else None
 
 
-def attempt(
+def try_kernels(
     kernels: Kernels, device: torch.device, function: Callable[..., Any], *arguments: Any
 ) -> Any | None:
-    """What a function of kernels returns; None where it fails, and the formula serves from then."""
+    """Calls a function of kernels. If it fails, disables them, warns and returns None."""
     try:
         return function(*arguments)
     except PASS_THROUGH:
@@ -146,14 +148,14 @@ def attempt(
 
 
 class Prepared(NamedTuple):
-    """A call that has been checked, and what computes it."""
+    """A checked call, and what computes it."""
 
     call: Call
     kernels: Kernels
     launch: Launch
     device: torch.device
-    needs: tuple[bool, ...]  # Which of the tensors have a gradient, but for the weights.
-    is_late: bool  # Gradients wait for that from upstream.
+    needs: tuple[bool, ...]  # Which tensors get a gradient; weights never do.
+    is_late: bool  # Gradients are computed in backward.
     formula: Callable[..., Tensor]
 
 
@@ -163,7 +165,7 @@ MAX_PREPARED = 1024
 
 
 def layout_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
-    """All that kernels ask of tensors before they read them; None where they cannot read one."""
+    """All properties of tensors that kernels depend on; None if they cannot read a tensor."""
     layout: list[Any] = []
     rest = len(tensors)
     for tensor in tensors:
@@ -175,9 +177,9 @@ def layout_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
             return None
         try:
             address, shape = tensor.data_ptr(), tensor.shape
-        except RuntimeError:  # It is sparse, nested, or in a batch of gradients.
+        except RuntimeError:  # Sparse, nested, or a batch of gradients.
             return None
-        if not address:  # It is empty, or mere zeros.
+        if not address:  # Empty, or without storage.
             return None
         strides = None
         if not tensor.is_contiguous():
@@ -191,11 +193,11 @@ def layout_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
 
 
 def key_of(kind: str, options: Any, tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
-    """All that decides whether a call is right, and how it is computed; None: by the formula.
+    """The key of a prepared call; None if only the formula can serve.
 
     Kernels serve plain tensors in eager mode.
     """
-    # Here and not in functions, each of which would cost as much as the question.
+    # Inlined: a function would cost as much as a question.
     if (
         is_compiling()
         or is_tracing()
@@ -218,11 +220,10 @@ def prepare(
     dtypes: Sequence[torch.dtype] = (),
     becomes_known: bool = True,
 ) -> Prepared | None:
-    """A call that has been checked, if kernels serve it; it may become known by its key.
+    """Prepares a checked call, or returns None if no kernels serve it.
 
-    They make gradients for all tensors but the weights. `bind` makes of the kernels of a device
-    those of another loss, as a linear layer's, and `formula` is what that stands for; `dtypes` are
-    those of what it computes in between.
+    They compute gradients for all tensors but the weights. For the linear loss, `bind` wraps the
+    kernels of a device, `formula` is its formula, and `dtypes` are those of intermediate results.
     """
     layer = tensors[:-2]
     needs = tuple(is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
@@ -233,10 +234,10 @@ def prepare(
     if kernels is None:
         return None
     kernels = kernels if bind is None else bind(kernels)
-    launch = attempt(kernels, device, kernels.prepare, call, *tensors)
+    launch = try_kernels(kernels, device, kernels.prepare, call, *tensors)
     if launch is None:
         return None
-    is_late = waits_for_upstream(call, *dtypes, *[t.dtype for t in layer if t is not None])
+    is_late = needs_upstream(call, *dtypes, *[t.dtype for t in layer if t is not None])
     prepared = Prepared(
         call, kernels, launch, device, needs[:-2], is_late, formula or formula_of_tensors
     )
@@ -248,7 +249,7 @@ def prepare(
 
 
 def find(key: tuple[Any, ...] | None) -> Prepared | None:
-    """The call of that key, if it is known."""
+    """The prepared call of that key, if there is one."""
     return None if key is None else _prepared.get(key)
 
 
@@ -257,24 +258,24 @@ def formula_of_tensors(call: Call, *tensors: Any) -> Tensor:
 
 
 def fits(call: Call, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether kernels know the numbers of such a call: dtypes, and a δ that float32 holds."""
+    """Whether kernels support the dtypes of a call, and float32 holds its δ."""
     *layer, target, _, _ = tensors
     is_known = target is not None and (target.dtype in DTYPES or not target.is_floating_point())
     return is_known and call.is_plain_delta and all(t is None or t.dtype in DTYPES for t in layer)
 
 
-def waits_for_upstream(call: Call, *dtypes: torch.dtype) -> bool:
-    """Whether the gradients of tensors of these dtypes are made in backward; see `OnePass`."""
+def needs_upstream(call: Call, *dtypes: torch.dtype) -> bool:
+    """Whether gradients of these dtypes are computed in backward; see `OnePass`."""
     return call.reduction == "none" or torch.float16 in dtypes
 
 
 def run(prepared: Prepared, tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """The loss by kernels; None where they fail."""
+    """The loss by kernels, or None if they fail."""
     _, kernels, launch, device, needs, is_late, _ = prepared
     learns = True in needs
     is_hooked = learns and bool(checks.find_saving_hooks(True))
     now = (False,) * len(needs) if is_late or is_hooked else needs
-    made = attempt(kernels, device, launch.compute, *tensors, now)
+    made = try_kernels(kernels, device, launch.compute, *tensors, now)
     loss: Tensor | None = made and made[0]
     if made and learns:
         loss = OnePass.apply(prepared, is_hooked, made, *tensors)
@@ -287,7 +288,7 @@ def compute(
     key: tuple[Any, ...] | None,
     becomes_known: bool = True,
 ) -> Tensor:
-    """The loss of a call that has been checked."""
+    """The loss of a checked call."""
     if torch.compiler.is_compiling() and serves_graph(call, arguments):
         return LOSS(call, (), *arguments)
     prepared = find(key) or prepare(key, call, arguments, becomes_known=becomes_known)
@@ -303,14 +304,13 @@ def compute(
 
 
 class OnePass(Function):
-    """A loss whose gradients are made together with it and handed over once.
+    """The autograd node of a loss whose gradients are computed in forward and returned once.
 
-    Those that wait for the upstream gradient are made in backward: of float16, where what is too
-    small for that dtype would be lost before a loss scaler's factor could lift it, and of losses
-    that are not reduced, which are told apart by it. Where hooks get what is saved, gradients are
-    made in backward too: the memory that a hook gives back is not ours to write to, or hand over.
-    All that backward reads is saved, so that autograd sees what changes meanwhile, hooks see what
-    is held, and nothing is held any longer.
+    Some gradients are computed in backward instead: those of float16, where small values would
+    underflow before a loss scaler lifts them; those of losses that are not reduced, which depend on
+    the upstream gradient of each; and those under saved-tensor hooks, whose memory is not ours to
+    write to. Everything that backward reads is saved, so autograd sees changes, hooks see all
+    memory, and nothing is held longer.
     """
 
     @staticmethod
@@ -331,14 +331,16 @@ class OnePass(Function):
         tensors = saved[: len(needs) + 2]
         gradients = None
         if not (
-            torch.is_grad_enabled()  # To be differentiated again.
+            torch.is_grad_enabled()  # create_graph=True.
             or checks.is_traced()
             or not _has_memory(grad_loss)
         ):
             made = saved[len(tensors) :]
-            gradients = attempt(kernels, device, _gradients, ctx, tensors, needs, made, grad_loss)
+            gradients = try_kernels(
+                kernels, device, _gradients, ctx, tensors, needs, made, grad_loss
+            )
         if gradients is None:
-            gradients = by_formula(formula, call, tensors, needs, grad_loss)
+            gradients = formula_gradients(formula, call, tensors, needs, grad_loss)
         return None, None, None, *gradients, None, None
 
 
@@ -349,14 +351,14 @@ def _gradients(
     made: Sequence[Tensor | None],
     grad_loss: Tensor,
 ) -> Any:
-    """The gradients by kernels, which `needs` asks for."""
+    """The gradients by kernels."""
     call, kernels, launch, _, _, is_late, _ = ctx.prepared
-    if ctx.is_hooked:  # Hooks may give back other strides.
+    if ctx.is_hooked:  # Hooks may return other strides.
         launch = kernels.prepare(call, *tensors)
     if not is_late:
         if not ctx.is_made:
             _, *made = launch.compute(*tensors, needs)
-        ctx.is_made = False  # Handed out once: the caller may write to it.
+        ctx.is_made = False  # Returned once: the caller may write to them.
         target: Any = tensors[-3]
         rescaled = launch.rescale(made, grad_loss, target)
         if rescaled is not None:
@@ -373,7 +375,7 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def _show_saved(node: Any) -> Any:
-    """What a node saves, for hooks to be set on: gradients are made again in backward then."""
+    """The saved tensors of a node. A caller may set hooks on them, so backward computes anew."""
     node.is_made, node.is_hooked = False, True
     return super(_nodes, node)._raw_saved_tensors
 
@@ -385,17 +387,17 @@ else:
     _nodes._raw_saved_tensors = property(_show_saved)
 
 
-def by_formula(
+def formula_gradients(
     formula: Callable[..., Tensor],
     call: Call,
     arguments: Sequence[Any],
     needs: Sequence[bool],
     grad_loss: Tensor,
 ) -> list[Tensor | None]:
-    """The gradients that are needed, differentiable where autograd asks for that.
+    """The needed gradients, differentiable under create_graph.
 
-    They are those by fresh nodes on top of the arguments: a target that is made from the input is
-    an argument of its own here, and what hangs on an argument is no business of this derivative.
+    Differentiates with respect to fresh views of the arguments. If the target was computed from the
+    input, that path is not followed twice.
     """
     is_differentiable = torch.is_grad_enabled()
     fresh = list(arguments)
@@ -415,9 +417,9 @@ def by_formula(
 
 
 def serves_graph(call: Call, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether an operator stands for the call in a graph that is being compiled.
+    """Whether a graph that is being compiled gets the operator.
 
-    An exported graph has operations of torch alone: it may run where this package is not there.
+    Exported graphs use plain operations: the package may not be installed where they run.
     """
     input, *_, weight, sample_weight = tensors
     weights = [w for w in (weight, sample_weight) if w is not None]
@@ -436,12 +438,12 @@ def _has_kernels(device: torch.device, kind: str) -> bool:
     return kernels_of(device, kind) is not None
 
 
-# What torch.compiler.assume_constant_result does, but for the import of the compiler: the answer,
-# which takes an import and a look at files, is that of when the graph is compiled.
+# What torch.compiler.assume_constant_result sets, which would import the compiler: Dynamo calls it
+# when a graph is compiled.
 _has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-# torch caches a compiled graph with the backward of its operators, and knows them by their names:
-# one whose backward becomes another needs another name.
+# torch caches compiled graphs on disk by the names of their operators, with their backward. Rename
+# an operator whose backward changes.
 LIBRARY = torch.library.Library("torchlosses", "DEF")
 CALL = (
     "str kind, bool is_index, int dim, str reduction, int ignore_index, ScalarType dtype, "
@@ -449,22 +451,21 @@ CALL = (
 )
 
 
-# The upstream gradient again, as what depends on tensors: a compiler that has no second derivative
-# says so only if its backward reads what that derivative is by, and a gradient that is there
-# already reads nothing.
+# Returns the upstream gradient, as a function of other tensors too. A compiler without second
+# derivatives refuses them only if its backward reads those tensors, and a finished gradient does
+# not.
 LIBRARY.define("depending(Tensor upstream, Tensor[] tensors) -> Tensor")
 LIBRARY.impl("depending", lambda upstream, tensors: upstream.clone(), "CompositeExplicitAutograd")
 
 
 class Operator:
-    """A loss and its gradients as one operator of torch, by the kernels of eager calls.
+    """A loss and its gradients as one operator of torch, by the same kernels as eager calls.
 
-    Its first tensors are `layer`, which have gradients, the target last; then come weights. It
-    gives the loss, and gradients that `needs` asks for: at once, or, where they are late, from the
-    backward of the operator, which runs it again, times that of upstream. `numbers` are δ and ε of
-    a graph for many, since a graph is compiled for each number of an operator. `bind` makes of the
-    kernels of a device what computes the loss, and `formula` is what that stands for; both take
-    `extra`.
+    Its first tensors are `layer`, which get gradients, the target last; then come weights. It
+    returns the loss and the needed gradients. Late gradients are computed in backward, which runs
+    the operator again with the upstream gradient. `numbers` holds δ and ε if the graph takes them
+    as inputs: numbers of an operator are constants of a graph. `bind` and `formula` are as in
+    `prepare`, and both take `extra`.
     """
 
     def __init__(
@@ -491,11 +492,11 @@ class Operator:
         self.overload = getattr(torch.ops.torchlosses, name).default
 
     def __call__(self, call: Call, extra: Sequence[Any], *tensors: Any) -> Tensor:
-        """The loss, for a graph to hold."""
+        """The loss, in a graph."""
         layer = tensors[: self.count]
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in layer]
         dtypes = [t.dtype for t in layer if t is not None]
-        is_late = waits_for_upstream(call, *extra, *dtypes)
+        is_late = needs_upstream(call, *extra, *dtypes)
         numbers = None
         if formulas.is_symbolic(call.delta) or formulas.is_symbolic(call.label_smoothing):
             numbers = torch.stack(
@@ -506,7 +507,7 @@ class Operator:
         return loss
 
     def _split(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """Tensors, numbers, upstream, needs, is_late, extra and call of the arguments."""
+        """Unpacks tensors, numbers, upstream, needs, is_late, extra and call."""
         tensors, options = inputs[: self.tensors], inputs[self.tensors :]
         numbers, upstream, needs, is_late, *rest = options
         call = Call(*rest[self.extra :])
@@ -530,7 +531,7 @@ class Operator:
         if prepared is not None:
             _, kernels, launch, *_ = prepared
             options = (tuple(needs), upstream, False, False)  # No class is an error in a graph.
-            made = attempt(kernels, device, launch.compute, *tensors, *options)
+            made = try_kernels(kernels, device, launch.compute, *tensors, *options)
             if made is not None:
                 return [result for result in made if result is not None]
         # Within an operator there is no autograd, and so no gradient by a formula.
@@ -564,7 +565,7 @@ class Operator:
         tensors, numbers, _, needs, is_late, extra, call = self._split(inputs)
         if torch.is_grad_enabled():  # To be differentiated again.
             call = _with_numbers(call, numbers)
-            gradients = by_formula(self.formula(*extra), call, tensors, needs, upstream)
+            gradients = formula_gradients(self.formula(*extra), call, tensors, needs, upstream)
         else:
             if is_late:
                 made = self.overload(*inputs)[1:]

@@ -1,8 +1,8 @@
-"""Losses of DTensors: each process works on its shard, and only numbers per sample travel.
+"""Losses of DTensors: each process computes its shard, and only numbers per sample travel.
 
-A shard with whole rows is a batch of its own, which the plain loss serves. Where the class
-dimension is cut, a process answers for the classes that it holds: its loss is a share of a sum, and
-what takes a whole row (the maximum and the normaliser of logits) is reduced over the processes.
+A shard with whole rows is a batch of its own, which the plain loss serves. If the class dimension
+is cut, each process computes its classes' share of the loss, and the maximum and normaliser of a
+row of logits are all-reduced.
 """
 
 import sys
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torchlosses import checks, formulas, linear, ops
-from torchlosses.formulas import Arguments, Call, Classes, Place
+from torchlosses.formulas import Arguments, Call, Classes, ClassPosition
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -25,7 +25,7 @@ _PLAIN = (*checks.PLAIN, type(None))
 
 
 def is_sharded(*tensors: Tensor | None) -> bool:
-    """Whether one of the tensors is a DTensor, or what a transform of torch.func makes of one."""
+    """Whether any tensor is a DTensor, or wraps one under a transform of torch.func."""
     if _are_transformed():
         tensors = tuple(_unwrapped(tensor) for tensor in tensors)
     return any(_is_dtensor(tensor) for tensor in tensors if type(tensor) not in _PLAIN)
@@ -36,12 +36,12 @@ def _is_dtensor(argument: Any) -> bool:
 
 
 def _is_under_way(argument: Any) -> bool:
-    # Private, but what `to_local` returns where a collective is asynchronous.
+    # Private, but `to_local` returns it while a collective runs.
     return _is_a(argument, "torch.distributed._functional_collectives", "AsyncCollectiveTensor")
 
 
 def _is_a(argument: Any, module: str, name: str) -> bool:
-    # The import takes longer than that of this package, and who has such a tensor has done it.
+    # Not imported, which would take long: a tensor of this type implies that it has been.
     kind = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(argument, kind)
 
@@ -50,7 +50,7 @@ def _are_transformed() -> bool:
     return not torch.compiler.is_compiling() and bool(checks.are_transforms_active())
 
 
-# Private, for want of a public twin; without it such a DTensor gets an error of torch's own.
+# Private, without a public twin. Without it torch itself refuses such a DTensor.
 _is_wrapped: Callable[[Tensor], bool] = getattr(
     torch._C._functorch, "is_functorch_wrapped_tensor", lambda tensor: False
 )
@@ -63,7 +63,7 @@ def _unwrapped(tensor: Tensor | None) -> Tensor | None:
 
 
 class _Wait(Function):
-    """A tensor that a collective is under way to, once it is there.
+    """Waits for a tensor that a collective is computing.
 
     Its own `wait` detaches. What is written to it does not show in what it holds, so it is saved
     itself.
@@ -85,7 +85,7 @@ Tensors = TypeVar("Tensors", bound=tuple[Any, ...])
 
 
 def waited(arguments: Tensors) -> Tensors:
-    """The arguments, as plain tensors where a collective was under way to them.
+    """The arguments, with results of running collectives as plain tensors.
 
     So kernels serve them.
     """
@@ -98,11 +98,11 @@ def _waited(tensor: Tensor) -> Tensor:
     if checks.is_eager() and (tensor.requires_grad or not torch.is_grad_enabled()):
         waited: Tensor = _Wait.apply(tensor)
         return waited
-    return tensor.clone()  # Of which it is no matter whether the tensor itself changes.
+    return tensor.clone()  # A change of the tensor itself does not matter to it.
 
 
 class _Saved(Function):
-    """A loss that saves its arguments themselves.
+    """Saves the arguments of a loss themselves.
 
     What is written to a DTensor does not show in the shard that the loss was computed from, so
     without this autograd would not notice it.
@@ -125,7 +125,7 @@ def compute(call: Call, arguments: Arguments) -> Tensor:
 
 
 def compute_linear(call: Call, *arguments: Any) -> Tensor:
-    """The loss of a linear layer's logits, cut by class as its weight is, or by row."""
+    """The loss of a linear layer's logits, cut by class like its weight, or by row."""
     return _compute_by(_compute_linear, call, arguments)
 
 
@@ -145,12 +145,12 @@ def _compute_by(way: Callable[..., Tensor], call: Call, arguments: Sequence[Any]
 
 
 def _compute_outside(call: Call, input: Tensor, *rest: Any) -> Tensor:
-    """The loss on a process that is not in the mesh, where DTensors have a shape and no numbers."""
+    """The loss in a process outside of the mesh, where DTensors have a shape and no values."""
     losses = input if call.is_per_element else input.sum(call.dim)
     losses = losses.to(call.dtype)
     if call.reduction != "none":
         losses = losses.sum()
-    for other in rest:  # Backward is for them too.
+    for other in rest:  # They have gradients too.
         if _is_dtensor(other) and other.requires_grad:
             losses = losses + other.sum()
     whole: Any = losses
@@ -158,7 +158,7 @@ def _compute_outside(call: Call, input: Tensor, *rest: Any) -> Tensor:
 
 
 def _compute(call: Call, arguments: Arguments, layer: "Layer | None" = None) -> Tensor:
-    """The input has no numbers where it stands for the logits of a `layer`."""
+    """If there is a `layer`, the input is a stand-in for its logits, without values."""
     shards = Shards(arguments.input, call.dim)
     arguments = shards.parts(call, arguments)
     is_whole = not any(shards.is_cut) or (call.is_per_element and not call.is_index)
@@ -187,10 +187,10 @@ def _compute_whole_rows(
     arguments: Arguments,
     shards: "Shards",
     classes: Classes | None,
-    place: Place | None,
+    place: ClassPosition | None,
     layer: "Layer | None",
 ) -> Tensor:
-    """The loss where each process has whole rows: its shard is a batch of its own."""
+    """The loss if each process has whole rows: its shard is a batch of its own."""
     like = arguments.input.new_empty((), dtype=call.dtype)
     divisor = formulas.find_divisor(call, like, shards, arguments, classes, place)
     if arguments.sample_weight is not None and call.reduction == "mean":
@@ -209,15 +209,15 @@ def _compute_cut_rows(
     arguments: Arguments,
     shards: "Shards",
     classes: Classes | None,
-    place: Place | None,
+    place: ClassPosition | None,
     layer: "Layer | None",
 ) -> Tensor:
-    """The loss where the classes of a row are on several processes."""
+    """The loss if several processes share the classes of a row."""
     if layer is None:
-        losses = formulas.losses_of(call, arguments, shards, classes, place)
+        losses = formulas.unreduced_losses(call, arguments, shards, classes, place)
     else:
-        losses = linear.losses_of(call, *layer, *arguments[1:3], shards, classes, place)
-    return formulas.reduced(call, losses, shards, arguments, classes, place)
+        losses = linear.unreduced_losses(call, *layer, *arguments[1:3], shards, classes, place)
+    return formulas.reduce(call, losses, shards, arguments, classes, place)
 
 
 def _compute_linear(
@@ -249,7 +249,7 @@ def _compute_linear(
         raise ValueError(
             f"linear_weight: got placements {by_class}; expected Shard(0), by class, or Replicate"
         )
-    # As in all operations that are not linear, a sum that is still to be made is made now.
+    # A pending sum is computed now: the loss is not linear.
     by_row = [Replicate() if p.is_partial() else p for p in input.placements]
     for p, q in zip(by_row, by_class, strict=True):
         if _is_cut(p, call.dim) or not (p.is_replicate() or q.is_replicate()):
@@ -258,11 +258,11 @@ def _compute_linear(
                 f"{by_class}; expected Replicate where the weight is cut, and no features cut"
             )
     if linear_bias is not None and not isinstance(linear_bias, DTensor):
-        everywhere = [Replicate()] * mesh.ndim  # It is the same on every process.
+        everywhere = [Replicate()] * mesh.ndim  # The same in every process.
         linear_bias = DTensor.from_local(linear_bias, mesh, everywhere, run_check=False)
-    # What is the same on processes with different shards has on each a share of its gradient.
+    # Replicated tensors get a share of their gradient from each process with another shard.
     shares = [Partial() if q.is_shard() else p for p, q in zip(by_row, by_class, strict=True)]
-    # Made first: not every sum, as that of an embedding, takes shares for a gradient.
+    # Redistribute first: not every pending sum, such as an embedding's, takes partial gradients.
     x = _local(input.redistribute(placements=by_row), by_row, shares)
     shares = [Partial() if _is_cut(p) else q for p, q in zip(by_row, by_class, strict=True)]
     layer = Layer(
@@ -271,7 +271,7 @@ def _compute_linear(
         None if linear_bias is None else _local(linear_bias, by_class, shares),
     )
     shape = input.shape[:-1] + linear_weight.shape[:1]
-    # One number that stands for all.
+    # A zero-stride stand-in: only its shape and placement are used.
     logits = x.new_empty(()).expand(x.shape[:-1] + layer.linear_weight.shape[:1])
     placements = [
         Shard(call.dim) if q.is_shard() else p for p, q in zip(by_row, by_class, strict=True)
@@ -282,7 +282,7 @@ def _compute_linear(
 
 
 class Layer(NamedTuple):
-    """What of a linear layer is on this process, and the rows that it is given."""
+    """The local part of a linear layer and its input."""
 
     input: Tensor
     linear_weight: Tensor
@@ -290,7 +290,7 @@ class Layer(NamedTuple):
 
 
 class Shards(formulas.Rows):
-    """How an input lies on its mesh, and what goes with the shard of this process."""
+    """The rows of a DTensor: its placements, and its shard in this process."""
 
     are_shared = True
 
@@ -301,11 +301,11 @@ class Shards(formulas.Rows):
             raise ValueError(
                 f"input: got {type(input).__name__} beside a DTensor; expected a DTensor too"
             )
-        # As in all operations that are not linear, a sum that is still to be made is made now.
+        # A pending sum is computed now: the loss is not linear.
         self.placements: list[Any] = [
             Replicate() if p.is_partial() else p for p in input.placements
         ]
-        # Private, but what cuts a dimension that is several, flattened, one of which was cut.
+        # Private; flattening dimensions of which one is cut makes it.
         strided = getattr(placement_types, "_StridedShard", ())
         if any(
             not isinstance(p, (Replicate, Shard)) and (not isinstance(p, strided) or p.dim == dim)
@@ -318,7 +318,7 @@ class Shards(formulas.Rows):
         super().__init__(input.shape, dim)
         self.mesh = input.device_mesh
         self.is_cut = [_is_cut(p, dim) for p in self.placements]
-        # Of the processes that have the same rows, and other classes of them.
+        # Among the processes that share these rows.
         self.is_first = all(
             self.mesh.get_local_rank(i) == 0 for i, cut in enumerate(self.is_cut) if cut
         )
@@ -326,12 +326,12 @@ class Shards(formulas.Rows):
         self.own = self.input.shape
 
     def loss_dims(self, call: Call) -> tuple[int, ...]:
-        """The input's dimensions that the losses have."""
+        """The input's dimensions that remain in the losses."""
         every = tuple(range(len(self.shape)))
         return every if call.is_per_element else every[: self.dim] + every[self.dim + 1 :]
 
     def parts(self, call: Call, arguments: Arguments) -> Arguments:
-        """What of the tensors goes with the shard."""
+        """The local parts of the tensors that match the shard."""
         _, target, weight, sample_weight = arguments
         every = tuple(range(len(self.shape)))
         samples = every[: self.dim] + every[self.dim + 1 :]
@@ -345,17 +345,17 @@ class Shards(formulas.Rows):
         return Arguments(self.input, target, weight, sample_weight)
 
     def part(self, name: str, tensor: Tensor, dims: Sequence[int]) -> Tensor:
-        """What of a tensor goes with the shard. Its dimensions are the input's `dims`."""
+        """The local part of a tensor whose dimensions are the input's `dims`."""
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
-        if not isinstance(tensor, DTensor):  # It is the same on every process.
+        if not isinstance(tensor, DTensor):  # The same in every process.
             everywhere = [Replicate()] * self.mesh.ndim
             tensor = DTensor.from_local(tensor, self.mesh, everywhere, run_check=False)
         if tensor.device_mesh != self.mesh:
             raise ValueError(
                 f"{name}: got {tensor.device_mesh}; expected {self.mesh}, the input's mesh"
             )
-        # A dimension that broadcasts is on every process.
+        # Every process has a dimension that broadcasts.
         own = {d: i for i, d in enumerate(dims) if tensor.shape[i] == self.shape[d]}
         placements = [
             _along(p, own[p.dim]) if _is_cut(p) and p.dim in own else Replicate()
@@ -368,7 +368,7 @@ class Shards(formulas.Rows):
                 f"{name}: got placements {tensor.placements} for an input of placements "
                 f"{tuple(self.placements)}; expected {tuple(placements)}, or Replicate"
             )
-        # What is the same on processes with different shards has on each a share of its gradient.
+        # Replicated tensors get a share of their gradient from each process with another shard.
         gradients = [
             Partial() if _is_cut(p) and q.is_replicate() else q
             for p, q in zip(self.placements, placements, strict=True)
@@ -382,8 +382,8 @@ class Shards(formulas.Rows):
             )
         return part
 
-    def find(self, classes: Classes) -> Place:
-        """Where the classes lie in the shard. One that is impossible lies in every shard."""
+    def find(self, classes: Classes) -> ClassPosition:
+        """The indices of the classes in the shard. Every shard has an invalid class."""
         ids = torch.arange(self.num_classes, device=self.input.device)
         ids = self.part("input", ids, (self.dim,))
         index = classes.label - ids[:1].sum()  # The first of them, if there is one.
@@ -393,21 +393,21 @@ class Shards(formulas.Rows):
         if classes.kept is not None:
             is_here = is_here & classes.kept
         index = index.clamp(0, max(len(ids) - 1, 0))
-        return Place(index.unsqueeze(self.dim), self.dim, is_here)
+        return ClassPosition(index.unsqueeze(self.dim), self.dim, is_here)
 
     def over_classes(self, values: Tensor, operation: str = "sum") -> Tensor:
-        """The sum or the maximum over the processes that share the rows of the shard."""
+        """The sum or the maximum over the processes that share these rows."""
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
-        # Other dimensions of the mesh take no part: what lies there need not be the same.
+        # Along other dimensions of the mesh the values may differ.
         shares = [Partial(operation) if cut else Replicate() for cut in self.is_cut]
         whole = _reduced(DTensor.from_local(values, self.mesh, shares, run_check=False))
-        # Each process goes on with its own classes, and has a share of the gradient too.
+        # Each process continues with its own classes, and so has a share of the gradient.
         gradients = [Partial() if cut else Replicate() for cut in self.is_cut]
         return whole.to_local(grad_placements=gradients)
 
-    def counted(self, call: Call, weights: Tensor, place: Place | None) -> Tensor:
-        """As in `Rows`: a sample counts where its class is, or on the first of its processes."""
+    def counted(self, call: Call, weights: Tensor, place: ClassPosition | None) -> Tensor:
+        """The process that holds its class counts a sample, or the first of its processes."""
         if call.is_per_element:
             return weights
         if place is not None and place.is_here is not None:
@@ -418,13 +418,13 @@ class Shards(formulas.Rows):
         return self.join(parts).to_local()
 
     def replicated(self, value: Tensor) -> Tensor:
-        """The DTensor of a value that is the same on all processes."""
+        """The DTensor of a value that all processes have."""
         from torch.distributed.tensor import Replicate
 
         return _from_local(value, self.mesh, [Replicate()] * self.mesh.ndim, value.shape)
 
     def join(self, part: Tensor, dims: Sequence[int] | None = None) -> "DTensor":
-        """The DTensor of which each process has a part, with the input's `dims`.
+        """The DTensor of the parts of all processes, whose dimensions are the input's `dims`.
 
         It is summed over what else the input is cut in. Without `dims` it has the part's shape.
         """
@@ -440,23 +440,23 @@ class Shards(formulas.Rows):
                 placements.append(Partial())
         shape = part.shape if dims is None else torch.Size([self.shape[d] for d in dims])
         joined = _reduced(_from_local(part, self.mesh, placements, shape))
-        # The compiler refuses it itself.
+        # Compilers refuse it themselves.
         if joined.requires_grad and not torch.compiler.is_compiling():
             joined.register_hook(_refuse_second_derivative)
         return joined
 
 
 def _is_cut(placement: Any, dim: int | None = None) -> bool:
-    """Whether a placement, of which no sum is still to be made, cuts the dimension, or any."""
+    """Whether a placement without a pending sum cuts the dimension, or any."""
     return not placement.is_replicate() and (dim is None or placement.dim == dim)
 
 
 def _along(placement: Any, dim: int) -> "Placement":
-    """The same cut of a tensor that has the dimension in another place."""
+    """The same cut of a tensor in which the dimension is number `dim`."""
     from torch.distributed.tensor import Shard
 
     moved: Placement = placement
-    if placement.dim != dim:  # Else as it is: the compiler does not see within a private one.
+    if placement.dim != dim:  # Else unchanged: the compiler cannot trace into private placements.
         is_plain = isinstance(placement, Shard)
         moved = (
             Shard(dim) if is_plain else type(placement)(dim, split_factor=placement.split_factor)
@@ -478,11 +478,10 @@ def _from_local(
 def _local(
     tensor: "DTensor", placements: "Sequence[Placement]", gradients: "Sequence[Placement]"
 ) -> Tensor:
-    """The shard of a tensor by other placements, and by which its gradient comes back."""
+    """The local shard after redistribution; its gradient returns with other placements."""
     placed = tensor.redistribute(placements=placements)
     if placed.requires_grad and not torch.compiler.is_compiling():
-        # torch 2.11 gives the gradient of an uneven shard the strides of another shape, and gathers
-        # it where it is accumulated.
+        # torch 2.11 gives the gradient of an uneven shard wrong strides, and then gathers it.
         placed.register_hook(
             lambda grad: _from_local(grad.to_local(), grad.device_mesh, grad.placements, grad.shape)
         )
@@ -491,7 +490,7 @@ def _local(
 
 
 def _reduced(tensor: "DTensor") -> "DTensor":
-    """The tensor with its sums made, one by one, because torch warns where it makes several."""
+    """Computes pending sums, one by one: torch warns if it computes several at once."""
     from torch.distributed.tensor import Replicate
 
     placements = list(tensor.placements)
@@ -503,7 +502,7 @@ def _reduced(tensor: "DTensor") -> "DTensor":
 
 
 def _refuse_second_derivative(grad: Tensor) -> None:
-    # Some versions of torch lose it silently on the way between a DTensor and its shards.
+    # Some versions of torch lose it silently between a DTensor and its shards.
     if torch.is_grad_enabled():
         raise NotImplementedError(
             "create_graph: got True for a loss of DTensors; expected False, since only its first "

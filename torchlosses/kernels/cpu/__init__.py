@@ -110,7 +110,7 @@ class Launch:
             loss.data_ptr(), by_input, by_target,
         )  # fmt: skip
         if bad >= 0 and complains:
-            raise checks.bad_class(target, bad, input.shape[call.dim], call.ignore_index)
+            raise checks.invalid_class(target, bad, input.shape[call.dim], call.ignore_index)
         return loss, grad_input, grad_target
 
     def rescale(
