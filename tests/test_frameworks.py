@@ -1,10 +1,12 @@
 """Every recipe of `examples/frameworks.md` gives the loss of all samples at once.
 
-The tests run the code of the document, and hold its figures to what they see. A framework that is
-not installed is skipped by name; the extra `frameworks` has them all.
+The tests run the code of the document, and hold its figures to what they see. The identities of
+`examples/migration.md` are doctests. A framework that is not installed is skipped by name; the
+extra `frameworks` has them all.
 """
 
 import copy
+import doctest
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,14 +21,25 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchlosses import CrossEntropyError, SumSquaredError
+from torchlosses.checks import Reduction
 from torchlosses.functional import cross_entropy_error, sum_squared_error
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Frameworks warn of each other.
 
-DOCUMENT = Path(__file__).parents[1] / "examples" / "frameworks.md"
-_titles_and_texts = re.split(r"^##+ (.+)\n", DOCUMENT.read_text("utf-8"), flags=re.MULTILINE)
-SECTIONS = dict(zip(_titles_and_texts[1::2], _titles_and_texts[2::2], strict=True))
-START = "The names below"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def sections(name: str) -> dict[str, str]:
+    """The text under each heading."""
+    text = (EXAMPLES / name).read_text("utf-8")
+    _, *parts = re.split(r"^##+ (.+)\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+SECTIONS = sections("frameworks.md")
+MIGRATION = sections("migration.md")
+START = "The names below"  # In the one document,
+HALF = "Who has the factor ½"  # and in the other.
 
 
 def run(*titles: str, replace: tuple[str, str] = ("", ""), **names: Any) -> SimpleNamespace:
@@ -37,7 +50,7 @@ def run(*titles: str, replace: tuple[str, str] = ("", ""), **names: Any) -> Simp
         for block in re.findall(
             r"^```python\n(.*?)^```", SECTIONS[title], re.DOTALL | re.MULTILINE
         ):
-            exec(compile(block.replace(*replace), f"{DOCUMENT.name}: {title}", "exec"), scope)  # noqa: S102
+            exec(compile(block.replace(*replace), f"frameworks.md: {title}", "exec"), scope)  # noqa: S102
         if title == START:
             scope |= names
     return SimpleNamespace(**scope)
@@ -49,11 +62,11 @@ def says(title: str, *figures: str) -> None:
     assert [figure for figure in figures if figure not in text] == []
 
 
-def mean(network: Callable[..., Tensor], x: Tensor, t: Tensor, **options: Any) -> Tensor:
+def mean(
+    network: Callable[..., Tensor], x: Tensor, t: Tensor, reduction: Reduction = "mean"
+) -> Tensor:
     """The loss of all samples at once."""
-    return cross_entropy_error(
-        network(x), t, from_logits=True, delta=0, reduction="mean", **options
-    )
+    return cross_entropy_error(network(x), t, from_logits=True, delta=0, reduction=reduction)
 
 
 def ignoring(names: SimpleNamespace) -> dict[str, Any]:
@@ -579,7 +592,9 @@ def test_pipelining() -> None:
 def test_precision_policies() -> None:
     target = torch.full((74, 1), 1000.3)
     names = run("Precision policies of FSDP2", dist=dist, target=target)
-    close(names.loss, SumSquaredError(reduction="mean")(names.output, target))
+    rounded = [p.to_local().bfloat16() for p in names.model.parameters()]
+    output = F.linear(names.x.bfloat16(), *rounded).float()
+    close(names.loss, SumSquaredError(reduction="mean")(output, target))
 
     class Inside(nn.Module):
         def forward(self, x: Tensor, target: Tensor) -> Tensor:
@@ -613,8 +628,12 @@ def test_constants_of_aot_inductor(tmp_path: Path) -> None:
 def test_mixup() -> None:
     pytest.importorskip("torchvision")
     names = run("MixUp and CutMix of torchvision")
-    logits = names.mixed.mean((2, 3))
-    close(names.loss, -(names.soft * logits.log_softmax(1)).sum(1).mean())
+    images, other = names.images, names.images.roll(1, 0)
+    share = ((names.mixed - other) / (images - other)).median()
+    label = names.labels.long()
+    of_one = mean(lambda mixed: mixed.mean((2, 3)), names.mixed, label, reduction="none")
+    of_other = mean(lambda mixed: mixed.mean((2, 3)), names.mixed, label.roll(1), reduction="none")
+    close(names.loss, (share * of_one + (1 - share) * of_other).mean())
     for labels in (names.labels, names.labels.long().where(names.labels != 1, -100)):
         with pytest.raises(RuntimeError):
             names.v2.MixUp(num_classes=3)(names.images, labels)
@@ -648,3 +667,28 @@ def test_errors_say_what_to_do() -> None:
     with pytest.raises(TypeError) as caught:
         CrossEntropyError()(torch.arange(3), torch.rand(3, 3))
     says(title, f"TypeError: {caught.value}")
+
+
+MODULES = {
+    "torch": "torch",
+    "Keras": "keras",
+    "optax": "optax",
+    "scikit-learn": "sklearn",
+    "skorch": "skorch",
+    "segmentation-models-pytorch": "segmentation_models_pytorch",
+    "MONAI": "monai.losses",
+}
+
+
+def test_all_of_the_migration_is_tested() -> None:
+    assert {title for title, text in MIGRATION.items() if ">>>" in text} == {HALF, *MODULES}
+
+
+@pytest.mark.parametrize("title", MODULES)
+def test_migration(title: str) -> None:
+    pytest.importorskip(MODULES[title])
+    text = MIGRATION[HALF] + MIGRATION[title]
+    test = doctest.DocTestParser().get_doctest(text, {}, title, "migration.md", 0)
+    report: list[str] = []
+    doctest.DocTestRunner(verbose=False).run(test, out=report.append)
+    assert "".join(report) == ""
