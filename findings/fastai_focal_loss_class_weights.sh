@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# fastai 2.8.12: FocalLoss(weight=w) should be w (1 - p)^gamma (-log p): weights of 10 make it 10 times
-# as large. It takes p from the weighted loss, p^w: 15 times here, and 424 times where p = 0.9.
+# fastai 2.8.12: FocalLoss(weight=w) should be w (1 - p)^gamma (-log p), 10 times as large with
+# weights of 10. It takes p from the weighted loss, p^w: 15 times here, and 424 times where p = 0.9.
 # Hurts class weights: they undo the focus on hard samples, which gamma asks for.
 set -euo pipefail
 tmp=$(mktemp -d)
