@@ -88,6 +88,13 @@ def test_input_that_is_not_floating(loss: Any, dtype: torch.dtype, device: str) 
 
 
 @pytest.mark.parametrize("loss", BOTH)
+def test_swapped_arguments(loss: Any, device: str) -> None:
+    label, input = torch.zeros(4, dtype=torch.int64, device=device), y(4, 5, device=device)
+    with pytest.raises(TypeError, match=words("input", torch.int64, "swapped?")):
+        loss(label, input)
+
+
+@pytest.mark.parametrize("loss", BOTH)
 def test_complex_target(loss: Any, device: str) -> None:
     for shape in ((4, 5), (4,)):
         with pytest.raises(TypeError, match=words("target", torch.complex64, "expected")):

@@ -1,6 +1,7 @@
 """The modules are modules: they show, save, copy and move what they hold."""
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -97,6 +98,25 @@ def test_survives_copies(index: int) -> None:
     ):
         assert repr(twin) == repr(criterion)
         assert twin(*arguments()) == expected
+
+
+@pytest.mark.parametrize(
+    "module",
+    [SumSquaredError, CrossEntropyError, functools.partial(LinearCrossEntropyError, 5, 5)],
+)
+def test_the_reduction_is_set_and_set_back(module: Any, device: str) -> None:
+    """As fastai, Opacus and captum do around a call."""
+    criterion, (y, t) = module(reduction="mean").to(device), arguments(device)
+    mean = criterion(y, t)
+    criterion.reduction = "none"
+    losses = criterion(y, t)
+    assert losses.shape[0] == len(y)
+    torch.testing.assert_close(losses.mean(), mean)
+    criterion.reduction = "sum"
+    torch.testing.assert_close(criterion(y, t), losses.sum())
+    criterion.reduction = "mean"
+    assert criterion(y, t) == mean
+    assert "reduction='mean'" in repr(criterion)
 
 
 def test_class_weights_are_a_buffer(device: str) -> None:

@@ -152,7 +152,9 @@ def check_dim(input: Tensor, dim: int | None) -> int:
     """The class dimension, counted from the front."""
     _check_real("input", input, None)
     if not input.is_floating_point():
-        raise TypeError(f"input: got dtype {input.dtype}; expected a floating dtype")
+        raise TypeError(
+            f"input: got dtype {input.dtype}; expected a floating dtype (input and target swapped?)"
+        )
     if dim is None:
         return 1 if input.dim() > 1 else 0
     rank = max(input.dim(), 1)
