@@ -109,9 +109,14 @@ WORKLOADS: dict[str, tuple[Loss, Loss, Loss]] = {
         lambda y, c: -(y.gather(1, c.unsqueeze(1)).float() + DELTA).log().sum(),
     ),
     "logits, index": (
-        lambda x, c: cross_entropy_error(x, c, from_logits=True),
+        lambda x, c: cross_entropy_error(x, c, from_logits=True, delta=0),
         lambda x, c: F.cross_entropy(x, c, reduction="sum"),
-        lambda x, c: -(x.float().softmax(1).gather(1, c.unsqueeze(1)) + DELTA).log().sum(),
+        lambda x, c: -x.float().log_softmax(1).gather(1, c.unsqueeze(1)).sum(),
+    ),
+    "logits, index, guarded mean": (
+        lambda x, c: cross_entropy_error(x, c, from_logits=True, reduction="mean"),
+        lambda x, c: F.cross_entropy(x, c),
+        lambda x, c: -(x.float().softmax(1).gather(1, c.unsqueeze(1)) + DELTA).log().mean(),
     ),
     "logits, dense": (
         lambda x, t: cross_entropy_error(x, t, from_logits=True),

@@ -167,9 +167,7 @@ MAX_PREPARED = 1024
 def layout_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
     """All properties of tensors that kernels depend on; None if they cannot read a tensor."""
     layout: list[Any] = []
-    rest = len(tensors)
     for tensor in tensors:
-        rest -= 1
         if tensor is None:
             layout.append(None)
             continue
@@ -184,11 +182,11 @@ def layout_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
         strides = None
         if not tensor.is_contiguous():
             strides = tensor.stride()
-            if rest > 1 and 0 in strides:
+            if 0 in strides and len(layout) < len(tensors) - 2:
                 return None  # A contiguous copy would take more memory than it does.
-        layout += (
-            tensor.dtype, shape, strides, tensor.device, address & 15, tensor.requires_grad
-        )  # fmt: skip
+        layout.append(
+            (tensor.dtype, shape, strides, tensor.device, address & 15, tensor.requires_grad)
+        )
     return tuple(layout)
 
 
@@ -274,8 +272,9 @@ def run(prepared: Prepared, tensors: Sequence[Tensor | None]) -> Tensor | None:
     _, kernels, launch, device, needs, is_late, _ = prepared
     learns = True in needs
     is_hooked = learns and bool(checks.find_saving_hooks(True))
-    now = (False,) * len(needs) if is_late or is_hooked else needs
-    made = try_kernels(kernels, device, launch.compute, *tensors, now)
+    if is_late or is_hooked:
+        needs = (False,) * len(needs)
+    made = try_kernels(kernels, device, launch.compute, *tensors, needs)
     loss: Tensor | None = made and made[0]
     if made and learns:
         loss = OnePass.apply(prepared, is_hooked, made, *tensors)
@@ -331,8 +330,10 @@ class OnePass(Function):
         tensors = saved[: len(needs) + 2]
         gradients = None
         if not (
-            torch.is_grad_enabled()  # create_graph=True.
-            or checks.is_traced()
+            is_grad_enabled()  # create_graph=True.
+            or is_compiling()
+            or is_before_dispatch()
+            or (count_modes() and checks.is_traced())
             or not _has_memory(grad_loss)
         ):
             made = saved[len(tensors) :]

@@ -53,7 +53,9 @@ class Launch:
         self.call, shape, dim = call, input.shape, call.dim
         self.are_contiguous = input.is_contiguous() and target.is_contiguous()
         samples = shape[:dim] + shape[dim + 1 :]
-        self.loss_shape = shape if call.is_per_element else samples
+        self.loss_shape = None
+        if call.reduction == "none":
+            self.loss_shape = shape if call.is_per_element else samples
         self.scalar = SCALARS[call.dtype]
         # Per sample, or per element?
         self.weights_shape, self.weights_dim, weighs_elements = samples, -1, False
@@ -80,13 +82,12 @@ class Launch:
         over_input: bool = False,
         complains: bool = True,
     ) -> Result:
-        call = self.call
         if not self.are_contiguous:
             input, target = input.contiguous(), target.contiguous()
-        if call.reduction == "none":
-            loss = self.scalar.new_empty(self.loss_shape)
-        else:
+        if self.loss_shape is None:
             loss = torch.empty_like(self.scalar)
+        else:
+            loss = self.scalar.new_empty(self.loss_shape)
         grad_input = grad_target = None
         by_input = by_target = weights = sample_weights = upstreams = 0
         if needs[0]:
@@ -97,19 +98,20 @@ class Launch:
             by_target = grad_target.data_ptr()
         # Names hold what is at the addresses.
         if weight is not None:
-            weight, weights = _contiguous(weight, call.dtype)
+            weight, weights = _contiguous(weight, self.call.dtype)
         if sample_weight is not None:
             if self.weights_dim >= 0:
                 sample_weight = sample_weight.squeeze(self.weights_dim)
             sample_weight = sample_weight.expand(self.weights_shape)
-            sample_weight, sample_weights = _contiguous(sample_weight, call.dtype)
+            sample_weight, sample_weights = _contiguous(sample_weight, self.call.dtype)
         if upstream is not None:
-            upstream, upstreams = _contiguous(upstream, call.dtype)
+            upstream, upstreams = _contiguous(upstream, self.call.dtype)
         bad = _cpu.run(
             self.prepared, input.data_ptr(), target.data_ptr(), weights, sample_weights, upstreams,
             loss.data_ptr(), by_input, by_target,
         )  # fmt: skip
         if bad >= 0 and complains:
+            call = self.call
             raise checks.invalid_class(target, bad, input.shape[call.dim], call.ignore_index)
         return loss, grad_input, grad_target
 
