@@ -3,7 +3,8 @@
 namespace NAMESPACE {
 namespace {
 
-template <class F, bool SIDE, bool INDEX> void squares(const Job &job, Tile<F, SIDE> &tile) {
+template <class F, bool SIDE, class T, bool INDEX>
+void squares(const Job &job, Tile<F, SIDE, T> &tile) {
     using S = Vectors<F>;
     using V = typename S::V;
     const Room<F> &room = tile.room;
@@ -12,15 +13,16 @@ template <class F, bool SIDE, bool INDEX> void squares(const Job &job, Tile<F, S
     void *each_loss = has_losses ? job.losses : nullptr;
     const auto scale = tile.of_sample(group.scale), factor = tile.of_sample(group.factor);
     const V one = S::splat(1), zero = {}, lift = S::splat(F(job.lift));
-    V losses[Tile<F, SIDE>::VECTORS] = {};
+    V losses[Tile<F, SIDE, T>::VECTORS] = {};
     while (tile.next()) {
-        const auto y = tile.load(job.input, job.input_storage, room.input);
-        Block<F> t{}, w{}, u{};
-        if (!INDEX) t = tile.load(job.target, job.target_storage, room.target);
-        if (job.weighs_elements) w = tile.direct(job.sample_weight);
+        const auto y = tile.load_input();
+        Block<F, T> t{};
+        Block<F> w{}, u{};
+        if (!INDEX) t = tile.load_target();
+        if (job.weighs_elements) w = tile.template direct<F>(job.sample_weight);
         if (has_losses && job.has_upstreams) u = tile.load(job.upstream, OWN<F>, room.gated);
-        const auto slope = tile.place(job.grad_input, job.input_storage, room.grad_input);
-        const auto slope_t = tile.place(job.grad_target, job.target_storage, room.grad_target);
+        const auto slope = tile.place_grad_input();
+        const auto slope_t = tile.place_grad_target();
         const auto loss = tile.place(each_loss, OWN<F>, room.exponentials);
         const auto difference = [&](auto at) INLINED {
             return y.get(at) - (INDEX ? tile.one_hot(at, one, zero) : t.get(at));
@@ -51,8 +53,8 @@ template <class F, bool SIDE, bool INDEX> void squares(const Job &job, Tile<F, S
                 total += at.unseen(half_square(difference(at)));
             });
         }
-        tile.store(job.grad_input, job.input_storage, room.grad_input);
-        tile.store(job.grad_target, job.target_storage, room.grad_target);
+        tile.store_grad_input();
+        tile.store_grad_target();
         tile.store(each_loss, OWN<F>, room.exponentials);
     }
     tile.each_sample([&](int64_t v, auto at) INLINED {
@@ -61,21 +63,21 @@ template <class F, bool SIDE, bool INDEX> void squares(const Job &job, Tile<F, S
 }
 
 // Targets as the cross-entropy takes them: smoothed, and made on the spot from class indices.
-template <class F, bool SIDE, bool INDEX> struct Soft {
+template <class F, bool SIDE, class T, bool INDEX> struct Soft {
     using S = Vectors<F>;
     using V = typename S::V;
-    const Tile<F, SIDE> &tile;
+    const Tile<F, SIDE, T> &tile;
     const F *weight;
-    const typename Tile<F, SIDE>::OfSample factor;
+    const typename Tile<F, SIDE, T>::OfSample factor;
     V rest, uniform, on;
     bool is_smooth;
-    Block<F> target{};
+    Block<F, T> target{};
 
-    Soft(const Job &job, const Tile<F, SIDE> &tile)
+    Soft(const Job &job, const Tile<F, SIDE, T> &tile)
         : tile(tile), weight((const F *)job.weight), factor(tile.of_sample(tile.group.factor)),
           rest(S::splat(F(1 - job.smoothing))), uniform(S::splat(F(job.uniform))),
           on(rest + uniform), is_smooth(job.is_smooth) {
-        if (!INDEX) target = tile.load(job.target, job.target_storage, tile.room.target);
+        if (!INDEX) target = tile.load_target();
     }
     template <class At> INLINE V value(At at) const {
         if constexpr (INDEX) return tile.one_hot(at, on, uniform);
@@ -91,17 +93,18 @@ template <class F, bool SIDE, bool INDEX> struct Soft {
     }
 };
 
-template <class F, bool SIDE, bool INDEX> void probabilities(const Job &job, Tile<F, SIDE> &tile) {
+template <class F, bool SIDE, class T, bool INDEX>
+void probabilities(const Job &job, Tile<F, SIDE, T> &tile) {
     using V = typename Vectors<F>::V;
     const Room<F> &room = tile.room;
     const V delta = V{} + F(job.delta), one = V{} + F(1);
     const bool is_guarded = job.is_guarded;
-    V losses[Tile<F, SIDE>::VECTORS] = {};
+    V losses[Tile<F, SIDE, T>::VECTORS] = {};
     while (tile.next()) {
-        const auto y = tile.load(job.input, job.input_storage, room.input);
-        const Soft<F, SIDE, INDEX> soft(job, tile);
-        const auto slope = tile.place(job.grad_input, job.input_storage, room.grad_input);
-        const auto slope_t = tile.place(job.grad_target, job.target_storage, room.grad_target);
+        const auto y = tile.load_input();
+        const Soft<F, SIDE, T, INDEX> soft(job, tile);
+        const auto slope = tile.place_grad_input();
+        const auto slope_t = tile.place_grad_target();
         tile.add(losses, [&](V &total, auto at) INLINED {
             V guarded = y.get(at) + delta, t = soft.value(at), wt = soft.weighted(t, at);
             // Without a guard 0·log 0 is 0, but a class weight of 0 leaves it NaN.
@@ -111,30 +114,50 @@ template <class F, bool SIDE, bool INDEX> void probabilities(const Job &job, Til
             if (slope) slope.set(at, tile.kept(-wt * soft.factor(at) / guarded, at));
             if (slope_t) slope_t.set(at, soft.slope(log, at));
         });
-        tile.store(job.grad_input, job.input_storage, room.grad_input);
-        tile.store(job.grad_target, job.target_storage, room.grad_target);
+        tile.store_grad_input();
+        tile.store_grad_target();
     }
     tile.each_sample([&](int64_t v, auto at) INLINED {
         tile.set_loss(tile.over_lanes(losses[v]), at);
     });
 }
 
-// The exponentials of a tile's logits, less the greatest, and their sums.
-template <class F, bool SIDE> struct Softmax {
+// The exponentials of a tile's logits, less the greatest.
+template <class F, bool SIDE, class T> struct Softmax {
     using S = Vectors<F>;
     using V = typename S::V;
-    Tile<F, SIDE> &tile;
-    const Job &job;
-    const bool keeps;  // The exponentials, for later passes.
-    V most[Tile<F, SIDE>::VECTORS], sum[Tile<F, SIDE>::VECTORS];
+    Tile<F, SIDE, T> &tile;
+    const bool keeps;   // The exponentials, for later passes;
+    const bool copies;  // and the logits in their place, if they have to be brought together or
+                        // converted.
+    V most[Tile<F, SIDE, T>::VECTORS];
 
-    Softmax(const Job &job, Tile<F, SIDE> &tile, bool is_needed)
-        : tile(tile), job(job), keeps(is_needed && tile.classes * tile.width <= ROW) {
-        // What has to be brought together, or converted, is kept from the first pass on.
-        const bool copies = keeps && (SIDE || !tile.is_direct(job.input_storage));
-        for (int v = 0; v < tile.vectors; v++) most[v] = S::splat(-F(INFINITY)), sum[v] = V{};
+    // Of a block.
+    struct Source {
+        const Softmax &softmax;
+        Block<F> kept;
+        Block<F, T> logits;
+
+        template <class At> INLINE V difference(At at) const {
+            return (softmax.copies ? kept.get(at) : logits.get(at)) - softmax.most[at.v];
+        }
+        template <class At> INLINE V exponent(At at) const {
+            return softmax.keeps ? kept.get(at) : exponential<F>(difference(at));
+        }
+        template <class At> INLINE V make_exponent(V difference, At at) const {
+            const V value = exponential<F>(difference);
+            if (softmax.keeps) kept.set(at, value);
+            return value;
+        }
+    };
+
+    Softmax(const Job &job, Tile<F, SIDE, T> &tile, bool is_needed)
+        : tile(tile), keeps(is_needed && tile.classes * tile.width <= ROW),
+          copies(keeps && (SIDE || !tile.template is_direct<T>(job.input_storage))) {
+        for (int v = 0; v < tile.vectors; v++) most[v] = S::splat(-F(INFINITY));
         while (tile.next()) {
-            const auto x = logits(), copy = kept();
+            const auto x = tile.load_input();
+            const auto copy = kept();
             tile.fold(most, [&](V &m, auto at) INLINED {
                 V z = x.get(at);
                 m = S::larger(z, m);
@@ -142,79 +165,95 @@ template <class F, bool SIDE> struct Softmax {
             });
         }
         if (!SIDE) most[0] = S::splat(S::largest(most[0]));
-        while (tile.next()) {
-            const auto e = kept(), x = copies ? e : logits();
-            tile.add(sum, [&](V &total, auto at) INLINED {
-                V value = exponential<F>(x.get(at) - most[at.v]);
-                if (keeps) e.set(at, value);
-                total += at.unseen(value);
-            });
-        }
-        for (int v = 0; v < tile.vectors; v++) sum[v] = tile.over_lanes(sum[v]);
     }
-    Block<F> logits() const { return tile.load(job.input, job.input_storage, tile.room.input); }
     Block<F> kept() const { return tile.whole(tile.room.exponentials); }
-    // Of the block at hand, from what is kept or else from logits.
-    INLINE Block<F> source() const { return keeps ? kept() : logits(); }
-    template <class At> INLINE V exponent(const Block<F> &source, At at) const {
-        V value = source.get(at);
-        return keeps ? value : exponential<F>(value - most[at.v]);
+    // Of the block at hand: with what has been kept, or else with logits.
+    Source source(bool has_kept = true) const {
+        return {*this, kept(), (has_kept ? keeps : copies) ? Block<F, T>{} : tile.load_input()};
     }
 };
 
-template <class F, bool SIDE, bool INDEX> void logits(const Job &job, Tile<F, SIDE> &tile) {
+template <class F, bool SIDE, class T, bool INDEX>
+void logits(const Job &job, Tile<F, SIDE, T> &tile) {
     using S = Vectors<F>;
     using V = typename S::V;
     struct Sums {
-        V loss, gated;
-        INLINE void operator+=(const Sums &part) { loss += part.loss, gated += part.gated; }
+        V exponents, loss, gated;
+        INLINE void operator+=(const Sums &part) {
+            exponents += part.exponents, loss += part.loss, gated += part.gated;
+        }
     };
     const Room<F> &room = tile.room;
     const V delta = V{} + F(job.delta), least = V{} - F(INFINITY);
     const bool is_guarded = job.is_guarded, is_learning = job.grad_input != nullptr;
     const auto factor = tile.of_sample(tile.group.factor);
-    const Softmax<F, SIDE> softmax(job, tile, true);
-    const bool keeps = softmax.keeps && is_learning;
-    V inverse[Tile<F, SIDE>::VECTORS], log_sum[Tile<F, SIDE>::VECTORS];
-    Sums sums[Tile<F, SIDE>::VECTORS];
-    tile.each_sample([&](int64_t v, auto) INLINED {
-        inverse[v] = F(1) / softmax.sum[v];
-        log_sum[v] = logarithm<F>(softmax.sum[v]);
-        sums[v] = Sums{V{}, V{}};
-    });
+    const Softmax<F, SIDE, T> softmax(job, tile, true);
+    const bool is_at_hand = INDEX || (!SIDE && tile.template is_direct<T>(job.target_storage));
+    const bool keeps = softmax.keeps && is_learning && (is_guarded || !is_at_hand);
+    V inverse[Tile<F, SIDE, T>::VECTORS], log_sum[Tile<F, SIDE, T>::VECTORS];
+    Sums sums[Tile<F, SIDE, T>::VECTORS];
+    for (int v = 0; v < tile.vectors; v++) sums[v] = Sums{};
     while (tile.next()) {
-        const auto x = is_guarded ? softmax.source() : softmax.logits();
-        const Soft<F, SIDE, INDEX> soft(job, tile);
+        const auto x = softmax.source(false);
+        if (is_guarded) {
+            tile.add(sums, [&](Sums &total, auto at) INLINED {
+                total.exponents += at.unseen(x.make_exponent(x.difference(at), at));
+            });
+            continue;
+        }
+        const Soft<F, SIDE, T, INDEX> soft(job, tile);
         const auto gated = tile.whole(room.gated);
-        const auto slope_t = tile.place(job.grad_target, job.target_storage, room.grad_target);
         tile.add(sums, [&](Sums &total, auto at) INLINED {
-            V t = soft.value(at), wt = soft.weighted(t, at), log, g = wt;
-            if (is_guarded) {
-                V p = softmax.exponent(x, at) * inverse[at.v], guarded = p + delta;
-                log = logarithm_of_normal<F>(guarded, V{});
-                if (is_learning) g = wt * (p / guarded);
-            } else {
-                log = x.get(at) - softmax.most[at.v] - log_sum[at.v];
-                log = ((t == F(0)) & (log == least)) ? V{} : log;
-            }
+            const V t = soft.value(at), wt = soft.weighted(t, at), z = x.difference(at);
+            total.exponents += at.unseen(x.make_exponent(z, at));
+            total.loss -= at.unseen(wt * (((t == F(0)) & (z == least)) ? V{} : z));
+            total.gated += at.unseen(wt);
+            if (keeps) gated.set(at, wt);
+        });
+    }
+    tile.each_sample([&](int64_t v, auto) INLINED {
+        const V sum = tile.over_lanes(sums[v].exponents);
+        inverse[v] = F(1) / sum;
+        log_sum[v] = logarithm<F>(sum);
+    });
+    while (is_guarded && tile.next()) {
+        const auto x = softmax.source();
+        const Soft<F, SIDE, T, INDEX> soft(job, tile);
+        const auto gated = tile.whole(room.gated);
+        const auto slope_t = tile.place_grad_target();
+        tile.add(sums, [&](Sums &total, auto at) INLINED {
+            const V wt = soft.weighted(soft.value(at), at), p = x.exponent(at) * inverse[at.v];
+            const V guarded = p + delta, log = logarithm_of_normal<F>(guarded, V{});
+            const V g = is_learning ? wt * (p / guarded) : V{};
             total.loss -= at.unseen(wt * log);
             total.gated += at.unseen(g);
             if (keeps) gated.set(at, g);
             if (slope_t) slope_t.set(at, soft.slope(log, at));
         });
-        tile.store(job.grad_target, job.target_storage, room.grad_target);
+        tile.store_grad_target();
+    }
+    while (!is_guarded && job.grad_target && tile.next()) {
+        const auto x = tile.load_input();
+        const Soft<F, SIDE, T, INDEX> soft(job, tile);
+        const auto slope_t = tile.place_grad_target();
+        tile.each([&](auto at) INLINED {
+            const V t = soft.value(at), log = x.get(at) - softmax.most[at.v] - log_sum[at.v];
+            slope_t.set(at, soft.slope(((t == F(0)) & (log == least)) ? V{} : log, at));
+        });
+        tile.store_grad_target();
     }
     tile.each_sample([&](int64_t v, auto at) INLINED {
-        tile.set_loss(tile.over_lanes(sums[v].loss), at);
         sums[v].gated = tile.over_lanes(sums[v].gated);
+        const V loss = tile.over_lanes(sums[v].loss);
+        tile.set_loss(is_guarded ? loss : loss + log_sum[v] * sums[v].gated, at);
     });
     if (!is_learning) return;
     while (tile.next()) {
         const auto x = softmax.source();
-        const auto slope = tile.place(job.grad_input, job.input_storage, room.grad_input);
+        const auto slope = tile.place_grad_input();
         const auto write = [&](auto gated) INLINED {
             tile.each([&](auto at) INLINED {
-                V p = softmax.exponent(x, at) * inverse[at.v];
+                V p = x.exponent(at) * inverse[at.v];
                 V g = (p * sums[at.v].gated - gated(p, at)) * factor(at);
                 slope.set(at, tile.kept(g, at));
             });
@@ -223,25 +262,33 @@ template <class F, bool SIDE, bool INDEX> void logits(const Job &job, Tile<F, SI
             const auto gated = tile.whole(room.gated);
             write([&](V, auto at) INLINED { return gated.get(at); });
         } else {
-            const Soft<F, SIDE, INDEX> soft(job, tile);
+            const Soft<F, SIDE, T, INDEX> soft(job, tile);
             write([&](V p, auto at) INLINED {
                 V wt = soft.weighted(soft.value(at), at);
                 return is_guarded ? wt * (p / (p + delta)) : wt;
             });
         }
-        tile.store(job.grad_input, job.input_storage, room.grad_input);
+        tile.store_grad_input();
     }
 }
 
 // −log(p_c + δ) of one class per sample.
-template <class F, bool SIDE> void logits_of_class(const Job &job, Tile<F, SIDE> &tile) {
+template <class F, bool SIDE, class T> void logits_of_class(const Job &job, Tile<F, SIDE, T> &tile) {
     using S = Vectors<F>;
     using V = typename S::V;
     const Room<F> &room = tile.room;
     const Group<F> &group = tile.group;
-    const Softmax<F, SIDE> softmax(job, tile, SIDE || job.grad_input);
+    const Softmax<F, SIDE, T> softmax(job, tile, SIDE || job.grad_input);
+    V sum[Tile<F, SIDE, T>::VECTORS] = {};
+    while (tile.next()) {
+        const auto x = softmax.source(false);
+        tile.add(sum, [&](V &total, auto at) INLINED {
+            total += at.unseen(x.make_exponent(x.difference(at), at));
+        });
+    }
     const bool is_kept = softmax.keeps && job.is_guarded;
-    V gates[Tile<F, SIDE>::VECTORS], factors[Tile<F, SIDE>::VECTORS];
+    V gates[Tile<F, SIDE, T>::VECTORS], factors[Tile<F, SIDE, T>::VECTORS];
+    V own{};  // The slope of the one sample's class.
     tile.each_sample([&](int64_t v, auto at) INLINED {
         F z[S::W] = {};  // Of the class, or its exponential.
         for (int k = 0; k < (SIDE ? S::W : 1); k++) {
@@ -251,29 +298,34 @@ template <class F, bool SIDE> void logits_of_class(const Job &job, Tile<F, SIDE>
             if (is_kept) z[k] = room.exponentials[c * tile.width + (SIDE ? j : 0)];
             else LOADS<F>[job.input_storage](job.input, job.place(group.first + j, c), 1, z + k, 1);
         }
+        const V total = tile.over_lanes(sum[v]);
         V value = SIDE ? S::load(z) : S::splat(z[0]), gate = S::splat(1), log;
         if (!is_kept) value -= softmax.most[v];
+        const V exponent = is_kept ? value : exponential<F>(value);
         if (job.is_guarded) {
-            V p = (is_kept ? value : exponential<F>(value)) / softmax.sum[v];
-            V guarded = p + F(job.delta);
+            V p = exponent / total, guarded = p + F(job.delta);
             log = logarithm<F>(guarded);
             gate = p / guarded;
         } else {
-            log = value - logarithm<F>(softmax.sum[v]);
+            log = value - logarithm<F>(total);
         }
         tile.set_loss(-log, at);
         gates[v] = gate * tile.of_sample(group.factor)(at);
-        factors[v] = gates[v] / softmax.sum[v];
+        factors[v] = gates[v] / total;
+        own = exponent * factors[v] - gates[v];
     });
     if (!job.grad_input) return;
     while (tile.next()) {
         const auto x = softmax.source();
-        const auto slope = tile.place(job.grad_input, job.input_storage, room.grad_input);
+        const auto slope = tile.place_grad_input();
         tile.each([&](auto at) INLINED {
-            V g = softmax.exponent(x, at) * factors[at.v] - tile.one_hot(at, gates[at.v], V{});
+            V g = x.exponent(at) * factors[at.v];
+            if (SIDE) g -= tile.one_hot(at, gates[at.v], V{});
             slope.set(at, tile.kept(g, at));
         });
-        tile.store(job.grad_input, job.input_storage, room.grad_input);
+        if (const int64_t c = group.label[tile.index] - tile.begin; !SIDE && c >= 0 && c < tile.count)
+            narrow(own[0], slope.start[c]);
+        tile.store_grad_input();
     }
 }
 

@@ -29,40 +29,41 @@ template <class F> void prepare(Job &job, Group<F> &group) {
     } else {
         std::memset(group.label, 0, group.count * sizeof(int64_t));
     }
-    for (int j = 0; j < group.count; j++) {
-        F scale = sample_weight ? sample_weight[group.first + j] * lift : lift;
-        if (weight && group.label[j] >= 0) scale *= weight[group.label[j]];
-        group.scale[j] = scale;
-        group.factor[j] = scale * factor * (upstream ? upstream[group.first + j] : F(1));
-    }
+    const int n = group.count;
+    for (int j = 0; j < n; j++) group.scale[j] = lift;
+    for (int j = 0; j < n && sample_weight; j++) group.scale[j] *= sample_weight[group.first + j];
+    for (int j = 0; j < n && weight; j++)
+        if (group.label[j] >= 0) group.scale[j] *= weight[group.label[j]];
+    for (int j = 0; j < n; j++) group.factor[j] = group.scale[j] * factor;
+    for (int j = 0; j < n && upstream; j++) group.factor[j] *= upstream[group.first + j];
     for (int j = group.count; j < end; j++) {
         group.scale[j] = group.factor[j] = 0;
         group.label[j] = -1;
     }
 }
 
-template <class F, bool SIDE> void run_tile(Tile<F, SIDE> tile) {
-    const Job &job = tile.job;
-    const Room<F> &room = tile.room;
-    if (!SIDE && job.is_index && tile.group.label[tile.index] < 0) {
+template <class F, bool SIDE, class T>
+void run_tile(const Job &job, Group<F> &group, const Room<F> &room, int index) {
+    Tile<F, SIDE, T> tile(job, group, room, index);
+    if (!SIDE && job.is_index && group.label[index] < 0) {
         void *losses = job.kind == SQUARES && job.reduction == NONE ? job.losses : nullptr;
-        tile.group.loss[tile.index] = 0;
+        group.loss[index] = 0;
         while (tile.next()) {
-            const auto slope = tile.place(job.grad_input, job.input_storage, room.grad_input);
+            const auto slope = tile.place_grad_input();
             const auto loss = tile.place(losses, OWN<F>, room.exponentials);
-            if (slope) std::memset(slope.start, 0, tile.count * sizeof(F));
+            if (slope) std::memset(slope.start, 0, tile.count * sizeof(T));
             if (loss) std::memset(loss.start, 0, tile.count * sizeof(F));
-            tile.store(job.grad_input, job.input_storage, room.grad_input);
+            tile.store_grad_input();
         }
     } else if (job.kind == SQUARES) {
-        job.is_index ? squares<F, SIDE, true>(job, tile) : squares<F, SIDE, false>(job, tile);
+        job.is_index ? squares<F, SIDE, T, true>(job, tile) : squares<F, SIDE, T, false>(job, tile);
     } else if (job.kind == PROBABILITIES) {
-        job.is_index ? probabilities<F, SIDE, true>(job, tile)
-                     : probabilities<F, SIDE, false>(job, tile);
+        job.is_index ? probabilities<F, SIDE, T, true>(job, tile)
+                     : probabilities<F, SIDE, T, false>(job, tile);
     } else if (job.is_of_class) {
-        logits_of_class<F, SIDE>(job, tile);
+        logits_of_class<F, SIDE, T>(job, tile);
     } else {
-        job.is_index ? logits<F, SIDE, true>(job, tile) : logits<F, SIDE, false>(job, tile);
+        job.is_index ? logits<F, SIDE, T, true>(job, tile) : logits<F, SIDE, T, false>(job, tile);
     }
 }
 
@@ -89,8 +90,21 @@ template <class F> void spoil(const Job &job, Group<F> &group) {
     }
 }
 
+// In several sums, none of which waits for another.
+template <class F> double sum_losses(const Group<F> &group) {
+    constexpr int SUMS = 8;
+    double sums[SUMS] = {};
+    int j = 0;
+    for (; j + SUMS <= group.count; j += SUMS)
+        for (int k = 0; k < SUMS; k++) sums[k] += group.loss[j + k];
+    for (int k = 0; j + k < group.count; k++) sums[k] += group.loss[j + k];
+    for (int half = SUMS / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) sums[k] += sums[k + half];
+    return sums[0];
+}
+
 // Stretches `begin` to `end` of a job.
-template <class F> void run_stretches(int64_t begin, int64_t end, void *context) {
+template <class F, class T> void run_stretches(int64_t begin, int64_t end, void *context) {
     constexpr int W = Vectors<F>::W;
     Job &job = *(Job *)context;
     const int64_t most = job.samples < job.group ? job.samples : job.group;
@@ -126,10 +140,10 @@ template <class F> void run_stretches(int64_t begin, int64_t end, void *context)
             group.count = int(n);
             prepare(job, group);
             if (job.is_of_class && job.kind == PROBABILITIES) probabilities_of_class(job, group);
-            else if (job.is_side_by_side && !is_few) run_tile(Tile<F, true>(job, group, room, 0));
-            else for (int j = 0; j < n; j++) run_tile(Tile<F, false>(job, group, room, j));
+            else if (job.is_side_by_side && !is_few) run_tile<F, true, T>(job, group, room, 0);
+            else for (int j = 0; j < n; j++) run_tile<F, false, T>(job, group, room, j);
             if (group.has_bad) spoil(job, group);
-            for (int j = 0; j < n; j++) total += group.loss[j];
+            total += sum_losses(group);
             if (job.reduction == NONE && job.kind != SQUARES)
                 std::memcpy((F *)job.losses + sample, group.loss, n * sizeof(F));
         }
@@ -161,7 +175,11 @@ void plan(Job &job) {
             job.group = job.group / job.inner * job.inner;
         }
     }
-    job.run = job.is_double ? run_stretches<double> : run_stretches<float>;
+    const bool is_half = job.input_storage == BFLOAT16 && !job.is_double &&
+                         (job.is_index || job.target_storage == BFLOAT16);
+    job.run = job.is_double ? run_stretches<double, double>
+              : is_half     ? run_stretches<float, Bfloat16>
+                            : run_stretches<float, float>;
 }
 
 // For the tests: exp or log of n numbers.

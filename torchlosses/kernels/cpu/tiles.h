@@ -35,22 +35,23 @@ template <class F, bool OVERLAPS> struct At {
         return Vectors<F>::lanes() >= Lane(seen) ? value : typename Vectors<F>::V{};
     }
     // What is written over what was read must not be taken for it once more.
-    INLINE typename Vectors<F>::V unseen(typename Vectors<F>::V value, const F *seen_before) const {
+    template <class T>
+    INLINE typename Vectors<F>::V unseen(typename Vectors<F>::V value, const T *seen_before) const {
         if constexpr (!OVERLAPS) return value;
         using Lane = typename Bits<F>::Signed;
         return Vectors<F>::lanes() >= Lane(seen) ? value : Vectors<F>::load(seen_before);
     }
 };
 
-// A block of a tensor as F: in its own memory or in a buffer, with so many elements from class to
-// class.
-template <class F> struct Block {
-    F *start;
+// A block of a tensor as T: in its own memory or in a buffer, with so many elements from class to
+// class. Its vectors are those of F.
+template <class F, class T = F> struct Block {
+    T *start;
     int64_t stride;
     bool streams;  // What is set goes past the cache.
 
     INLINE explicit operator bool() const { return start; }
-    template <class At> INLINE F *place(At at) const {
+    template <class At> INLINE T *place(At at) const {
         return start + at.k * stride + at.v * Vectors<F>::W;
     }
     template <class At> INLINE typename Vectors<F>::V get(At at) const {
@@ -63,8 +64,9 @@ template <class F> struct Block {
 };
 
 // The samples that are worked on together, and the block of their classes that is at hand: one
-// sample with its classes in the lanes of a vector, or many samples side by side.
-template <class F, bool SIDE> struct Tile {
+// sample with its classes in the lanes of a vector, or many samples side by side. T is F, or what
+// input and target are stored as where vectors are made of that right away.
+template <class F, bool SIDE, class T> struct Tile {
     using S = Vectors<F>;
     using V = typename S::V;
     using I = typename S::I;
@@ -109,54 +111,86 @@ template <class F, bool SIDE> struct Tile {
         return true;
     }
 
-    // The block of a tensor where it is in memory, if that can be: in F and full vectors.
-    bool is_direct(Storage storage) const {
-        if (storage != OWN<F>) return false;
+    // Whether the block of a tensor is used where it is in memory: as E and in full vectors.
+    template <class E> bool is_direct(Storage storage) const {
+        if (storage != OWN<E>) return false;
         return SIDE ? job.inner >= SIDE_BY_SIDE && group.count == width : job.inner == 1;
     }
-    Block<F> direct(const void *tensor) const {
-        return {(F *)tensor + job.place(first, begin), SIDE ? job.inner : 1, false};
+    template <class E> Block<F, E> direct(const void *tensor) const {
+        return {(E *)tensor + job.place(first, begin), SIDE ? job.inner : 1, false};
     }
     // In a buffer for whole rows.
     Block<F> whole(F *buffer) const { return {buffer + begin * width, width, false}; }
 
-    Block<F> load(const void *tensor, Storage storage, F *buffer) const {
-        if (is_direct(storage)) return direct(tensor);
+    template <class E> Block<F, E> load(const void *tensor, Storage storage, E *buffer) const {
+        if (is_direct<E>(storage)) return direct<E>(tensor);
         each_part([&](int64_t start, int64_t place, int64_t items, int64_t n) INLINED {
+            const E *values = (const E *)tensor + start;
             if (is_contiguous()) {
-                LOADS<F>[storage](tensor, start, n, buffer + place, stride());
+                if constexpr (sizeof(E) == sizeof(F))
+                    LOADS<F>[storage](tensor, start, n, buffer + place, stride());
+                else
+                    for (int64_t i = 0; i < n; i++) buffer[place + i] = values[i * stride()];
                 return;
             }
-            const F *values = (const F *)tensor + start;
-            if (storage != OWN<F>) LOADS<F>[storage](tensor, start, n, room.storage, 1);
-            if (storage != OWN<F>) values = room.storage;
+            if constexpr (sizeof(E) == sizeof(F))
+                if (storage != OWN<F>) {
+                    LOADS<F>[storage](tensor, start, n, room.storage, 1);
+                    values = room.storage;
+                }
             permute(items, [&](int64_t i, int64_t j) INLINED { buffer[place + j] = values[i]; });
         });
         if (group.count < width && SIDE)
             for (int64_t k = 0; k < count; k++)
-                for (int j = group.count; j < width; j++) buffer[k * width + j] = 0;
+                for (int j = group.count; j < width; j++) buffer[k * width + j] = E{};
         return {buffer, width, false};
     }
     // Where the block of a result is to be written, before `store` takes it to its place.
-    Block<F> place(void *tensor, Storage storage, F *buffer) const {
+    template <class E> Block<F, E> place(void *tensor, Storage storage, E *buffer) const {
         if (!tensor) return {nullptr, 0, false};
-        if (!is_direct(storage)) return {buffer, width, false};
-        Block<F> block = direct(tensor);
+        if (!is_direct<E>(storage)) return {buffer, width, false};
+        Block<F, E> block = direct<E>(tensor);
         const int64_t size = SIDE ? block.stride : count;
-        block.streams = job.streams && size % W == 0 && (uintptr_t)block.start % BYTES == 0;
+        block.streams =
+            job.streams && size % W == 0 && (uintptr_t)block.start % (W * sizeof(E)) == 0;
         return block;
     }
-    void store(void *tensor, Storage storage, const F *buffer) const {
-        if (!tensor || is_direct(storage)) return;
+    template <class E> void store(void *tensor, Storage storage, const E *buffer) const {
+        if (!tensor || is_direct<E>(storage)) return;
         each_part([&](int64_t start, int64_t place, int64_t items, int64_t n) INLINED {
+            E *values = (E *)tensor + start;
             if (is_contiguous()) {
-                STORES<F>[storage](buffer + place, n, tensor, start, stride());
+                if constexpr (sizeof(E) == sizeof(F))
+                    STORES<F>[storage](buffer + place, n, tensor, start, stride());
+                else
+                    for (int64_t i = 0; i < n; i++) values[i * stride()] = buffer[place + i];
                 return;
             }
-            F *values = storage == OWN<F> ? (F *)tensor + start : room.storage;
+            if constexpr (sizeof(E) == sizeof(F))
+                if (storage != OWN<F>) values = room.storage;
             permute(items, [&](int64_t i, int64_t j) INLINED { values[i] = buffer[place + j]; });
-            if (storage != OWN<F>) STORES<F>[storage](values, n, tensor, start, 1);
+            if constexpr (sizeof(E) == sizeof(F))
+                if (storage != OWN<F>) STORES<F>[storage](values, n, tensor, start, 1);
         });
+    }
+    // The blocks of a call's tensors.
+    Block<F, T> load_input() const {
+        return load(job.input, job.input_storage, (T *)room.input);
+    }
+    Block<F, T> load_target() const {
+        return load(job.target, job.target_storage, (T *)room.target);
+    }
+    Block<F, T> place_grad_input() const {
+        return place(job.grad_input, job.input_storage, (T *)room.grad_input);
+    }
+    Block<F, T> place_grad_target() const {
+        return place(job.grad_target, job.target_storage, (T *)room.grad_target);
+    }
+    void store_grad_input() const {
+        store(job.grad_input, job.input_storage, (const T *)room.grad_input);
+    }
+    void store_grad_target() const {
+        store(job.grad_target, job.target_storage, (const T *)room.grad_target);
     }
 
     // Whether a part has the same order in the buffer as in memory.

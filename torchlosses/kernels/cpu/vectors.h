@@ -13,6 +13,16 @@ template <> struct Bits<double> {
     using Unsigned = uint64_t;
 };
 
+struct Bfloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+struct Bool {
+    uint8_t byte;  // Any but 0 is true.
+};
+
 template <class F> struct Vectors {
     static constexpr int W = BYTES / sizeof(F);
     typedef F V __attribute__((vector_size(BYTES)));
@@ -22,10 +32,34 @@ template <class F> struct Vectors {
     // In memory, at any element; not copied as bytes, which a compiler takes to change anything.
     typedef V Stored __attribute__((aligned(sizeof(F))));
     typedef I StoredI __attribute__((aligned(sizeof(F))));
+    typedef uint16_t H __attribute__((vector_size(2 * W)));
+    typedef H StoredH __attribute__((aligned(2)));
 
     static INLINE V load(const F *from) { return *(const Stored *)from; }
+    static INLINE V load(const Bfloat16 *from) { return (V)(widened(*(const StoredH *)from) << 16); }
+    // Of 64 bytes GCC makes halves if it is not told.
+    static INLINE U widened(H value) {
+#if defined(__x86_64__) && BYTES == 64
+        return (U)_mm512_cvtepu16_epi32((__m256i)value);
+#else
+        return __builtin_convertvector(value, U);
+#endif
+    }
     static INLINE I load(const typename Bits<F>::Signed *from) { return *(const StoredI *)from; }
     static INLINE void store(F *to, V value) { *(Stored *)to = value; }
+    static INLINE void store(Bfloat16 *to, V value) { *(StoredH *)to = narrowed(value); }
+    // To bfloat16: to the nearest, ties to even.
+    static INLINE H narrowed(V value) {
+        U bits = (U)value;
+        bits = value == value ? bits + (((bits >> 16) & 1) + 0x7fff) : bits | 0x400000;
+#if defined(__x86_64__) && BYTES == 64
+        typedef short Halves __attribute__((vector_size(64)));
+        constexpr Halves upper = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+        return (H)_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)upper, (__m512i)bits));
+#else
+        return __builtin_convertvector(bits >> 16, H);
+#endif
+    }
     // To an aligned place, past the cache; `end_streams` orders what follows after it.
     static INLINE void stream(F *to, V value) {
 #if defined(__clang__)
@@ -40,6 +74,17 @@ template <class F> struct Vectors {
         store(to, value);
 #endif
     }
+    static INLINE void stream(Bfloat16 *to, V value) {
+#if defined(__clang__)
+        __builtin_nontemporal_store(narrowed(value), (H *)to);
+#elif defined(__x86_64__) && BYTES == 64
+        _mm256_stream_si256((__m256i *)to, (__m256i)narrowed(value));
+#elif defined(__x86_64__) && BYTES == 32
+        _mm_stream_si128((__m128i *)to, (__m128i)narrowed(value));
+#else
+        store(to, value);
+#endif
+    }
     static void end_streams() { std::atomic_thread_fence(std::memory_order_seq_cst); }
     static INLINE V splat(F value) { return V{} + value; }
     static INLINE I lanes() {
@@ -48,15 +93,24 @@ template <class F> struct Vectors {
         return value;
     }
     static INLINE V larger(V a, V b) { return a > b ? a : b; }  // Of a NaN and b it is b.
+    static INLINE V shuffled(V value, I from) {
+#ifdef __clang__
+        V result;
+        for (int k = 0; k < W; k++) result[k] = value[from[k] & (W - 1)];
+        return result;
+#else
+        return __builtin_shuffle(value, from);
+#endif
+    }
     static INLINE F sum(V value) {
-        for (int half = W / 2; half; half /= 2)
-            for (int k = 0; k < half; k++) value[k] += value[k + half];
+#pragma GCC unroll 4
+        for (int half = W / 2; half; half /= 2) value += shuffled(value, lanes() + half);
         return value[0];
     }
     static INLINE F largest(V value) {
+#pragma GCC unroll 4
         for (int half = W / 2; half; half /= 2)
-            for (int k = 0; k < half; k++)
-                value[k] = value[k] > value[k + half] ? value[k] : value[k + half];
+            value = larger(value, shuffled(value, lanes() + half));
         return value[0];
     }
 };
@@ -163,17 +217,57 @@ template <class F, class V = typename Vectors<F>::V> INLINE V logarithm(V x) {
     return x <= F(0) ? (x < F(0) ? nan : -infinity) : y;
 }
 
-// ---- Storage
+#if defined(__x86_64__) && BYTES == 64
+// A vector holds a table of 16, which leaves less to a polynomial.
 
-struct Bfloat16 {
-    uint16_t bits;
-};
-struct Float16 {
-    uint16_t bits;
-};
-struct Bool {
-    uint8_t byte;  // Any but 0 is true.
-};
+// exp x = 2ⁿ exp r, where n is a multiple of 1/16: by its fraction 2ⁿ is in the table.
+constexpr float POWERS[] = {1.0f,       1.0442737f, 1.0905077f, 1.1387886f, 1.1892071f, 1.2418578f,
+                            1.2968396f, 1.3542556f, 1.4142135f, 1.4768262f, 1.5422108f, 1.6104903f,
+                            1.6817929f, 1.7562522f, 1.8340081f, 1.9152066f};
+constexpr float EXP_OF_REST[] = {0.16666867f, 0.50000995f}; // (exp r − 1 − r) / r² for |r| ≤ log 2 / 32.
+
+template <> INLINE Vectors<float>::V exponential<float>(Vectors<float>::V x) {
+    using V = Vectors<float>::V;
+    using K = Constants<float>;
+    constexpr float shift = K::INTEGER / 16;
+    x = (V)_mm512_max_ps(_mm512_set1_ps(K::LEAST), (__m512)x);
+    const V shifted = x * 1.44269504f + shift, n = shifted - shift;
+    const V r = x - n * K::LOG2_HIGH - n * K::LOG2_LOW;
+    const V power = (V)_mm512_permutexvar_ps((__m512i)shifted, _mm512_loadu_ps(POWERS));
+    const V rest = polynomial(r, EXP_OF_REST) * (r * r) + r;
+    return (V)_mm512_scalef_ps((__m512)(power * rest + power), (__m512)n);
+}
+
+// log x = e log 2 + log c + log(1 + r) for x = 2ᵉ m, 1 ≤ m < 2 and r = m / c − 1: the first bits of
+// m choose c. Each 1 / c is one whose log c is a float to within 1e-10. Around 1 nothing cancels:
+// there c is 1 or 2, and log 2 the same float in both terms.
+constexpr float INVERSES[] = {1.0f,        0.9144761f,  0.8645959f,  0.82066107f,
+                              0.78044915f, 0.7444245f,  0.7110863f,  0.6810205f,
+                              0.65325683f, 0.62713385f, 0.60379475f, 0.5820979f,
+                              0.56145704f, 0.5422814f,  0.52460736f, 0.5f};
+constexpr float LOGS[] = {0.0f,        0.08940395f, 0.14549306f, 0.19764508f,
+                          0.24788569f, 0.2951438f,  0.34096152f, 0.38416287f,
+                          0.42578492f, 0.4665953f,  0.50452095f, 0.54111665f,
+                          0.57722f,    0.61197025f, 0.6451052f,  0.6931472f};
+// (log(1 + r) − r) / r² for −1/32 ≤ r ≤ 1/16.
+constexpr float LOG_OF_REST[] = {0.19024445f, -0.2501254f, 0.33334178f, -0.49999997f};
+
+template <> INLINE Vectors<float>::V logarithm<float>(Vectors<float>::V x) {
+    using V = Vectors<float>::V;
+    const V e = (V)_mm512_getexp_ps((__m512)x);
+    const V m = (V)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_nan);
+    const __m512i first = _mm512_srli_epi32((__m512i)m, 19);
+    const V r = m * (V)_mm512_permutexvar_ps(first, _mm512_loadu_ps(INVERSES)) - 1.0f;
+    const V rest = polynomial(r, LOG_OF_REST) * (r * r) + r;
+    return e * LOGS[15] + (V)_mm512_permutexvar_ps(first, _mm512_loadu_ps(LOGS)) + rest;
+}
+template <>
+INLINE Vectors<float>::V logarithm_of_normal<float>(Vectors<float>::V x, Vectors<float>::V) {
+    return logarithm<float>(x);
+}
+#endif
+
+// ---- Storage
 
 INLINE float as_float(uint32_t bits) {
     float value;
@@ -243,7 +337,8 @@ template <class F> using Store = void (*)(const F *, int64_t, void *, int64_t, i
 template <class F>
 constexpr Store<F> STORES[] = {store_as<F, float>, store_as<F, double>, store_as<F, Bfloat16>,
                                store_as<F, Float16>};
-template <class F> constexpr Storage OWN = sizeof(F) == 4 ? FLOAT32 : FLOAT64;
+template <class T> constexpr Storage OWN = sizeof(T) == 4 ? FLOAT32 : FLOAT64;
+template <> constexpr Storage OWN<Bfloat16> = BFLOAT16;
 
 }  // namespace
 }  // namespace NAMESPACE
