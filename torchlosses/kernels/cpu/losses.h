@@ -158,6 +158,11 @@ template <class F, bool SIDE, class T> struct Softmax {
         while (tile.next()) {
             const auto x = tile.load_input();
             const auto copy = kept();
+            if constexpr (!SIDE && sizeof(T) < sizeof(F))
+                if (!copies && tile.count >= 2 * S::W) {
+                    most[0] = S::larger(max_of_pairs(x.start, tile.count), most[0]);
+                    continue;
+                }
             tile.fold(most, [&](V &m, auto at) INLINED {
                 V z = x.get(at);
                 m = S::larger(z, m);
@@ -165,6 +170,17 @@ template <class F, bool SIDE, class T> struct Softmax {
             });
         }
         if (!SIDE) most[0] = S::splat(S::largest(most[0]));
+    }
+    // The maximum of elements that lie two in a lane; the last lanes overlap those before.
+    static INLINE V max_of_pairs(const T *from, int64_t count) {
+        V low = S::splat(-F(INFINITY)), high = low;
+        for (int64_t k = 0; k < count; k += 2 * S::W) {
+            const int64_t at = k + 2 * S::W <= count ? k : count - 2 * S::W;
+            const auto bits = (typename S::U)S::load((const F *)(from + at));
+            low = S::larger((V)(bits << 16), low);
+            high = S::larger((V)(bits & 0xffff0000), high);
+        }
+        return S::larger(low, high);
     }
     Block<F> kept() const { return tile.whole(tile.room.exponentials); }
     // Of the block at hand: with what has been kept, or else with logits.
@@ -276,38 +292,39 @@ void logits(const Job &job, Tile<F, SIDE, T> &tile) {
 template <class F, bool SIDE, class T> void logits_of_class(const Job &job, Tile<F, SIDE, T> &tile) {
     using S = Vectors<F>;
     using V = typename S::V;
-    const Room<F> &room = tile.room;
     const Group<F> &group = tile.group;
     const Softmax<F, SIDE, T> softmax(job, tile, SIDE || job.grad_input);
-    V sum[Tile<F, SIDE, T>::VECTORS] = {};
+    struct Sums {
+        V exponents, own;  // The other has one summand: what the sample's class has.
+        INLINE void operator+=(const Sums &part) { exponents += part.exponents, own += part.own; }
+    };
+    Sums sums[Tile<F, SIDE, T>::VECTORS];
+    for (int v = 0; v < tile.vectors; v++) sums[v] = Sums{};
     while (tile.next()) {
         const auto x = softmax.source(false);
-        tile.add(sum, [&](V &total, auto at) INLINED {
-            total += at.unseen(x.make_exponent(x.difference(at), at));
+        tile.add(sums, [&](Sums &total, auto at) INLINED {
+            const V z = x.difference(at);
+            total.exponents += at.unseen(x.make_exponent(z, at));
+            if (SIDE) total.own += tile.one_hot(at, z, V{});
         });
     }
-    const bool is_kept = softmax.keeps && job.is_guarded;
+    if (!SIDE) {
+        F z;
+        const int64_t place = job.place(tile.first, group.label[tile.index]);
+        LOADS<F>[job.input_storage](job.input, place, 1, &z, 1);
+        sums[0].own = S::splat(z) - softmax.most[0];
+    }
     V gates[Tile<F, SIDE, T>::VECTORS], factors[Tile<F, SIDE, T>::VECTORS];
     V own{};  // The slope of the one sample's class.
     tile.each_sample([&](int64_t v, auto at) INLINED {
-        F z[S::W] = {};  // Of the class, or its exponential.
-        for (int k = 0; k < (SIDE ? S::W : 1); k++) {
-            const int j = SIDE ? int(v) * S::W + k : tile.index;
-            const int64_t c = group.label[j];
-            if (c < 0) continue;
-            if (is_kept) z[k] = room.exponentials[c * tile.width + (SIDE ? j : 0)];
-            else LOADS<F>[job.input_storage](job.input, job.place(group.first + j, c), 1, z + k, 1);
-        }
-        const V total = tile.over_lanes(sum[v]);
-        V value = SIDE ? S::load(z) : S::splat(z[0]), gate = S::splat(1), log;
-        if (!is_kept) value -= softmax.most[v];
-        const V exponent = is_kept ? value : exponential<F>(value);
+        const V total = tile.over_lanes(sums[v].exponents), exponent = exponential<F>(sums[v].own);
+        V gate = S::splat(1), log;
         if (job.is_guarded) {
             V p = exponent / total, guarded = p + F(job.delta);
             log = logarithm<F>(guarded);
             gate = p / guarded;
         } else {
-            log = value - logarithm<F>(total);
+            log = sums[v].own - logarithm<F>(total);
         }
         tile.set_loss(-log, at);
         gates[v] = gate * tile.of_sample(group.factor)(at);
@@ -338,17 +355,52 @@ template <class F> void clear(char *start, int64_t size, bool streams) {
     std::memset(start + i, 0, size - i);
 }
 
-// −log(y_c + δ) of one class per sample; no other element is read.
-template <class F> void probabilities_of_class(const Job &job, Group<F> &group) {
+// Sets the slopes of samples side by side: each by its class, and 0 by all others.
+template <class F, class T>
+void spread(const F *slope, const int64_t *label, int n, T *to, int64_t classes, int64_t stride,
+            bool streams) {
     using S = Vectors<F>;
     using V = typename S::V;
-    F y[GROUP];
-    for (int j = 0; j < (group.count + S::W - 1) / S::W * S::W; j++) {
-        const int64_t c = group.label[j];
-        y[j] = 1;
-        if (c < 0) continue;
-        LOADS<F>[job.input_storage](job.input, job.place(group.first + j, c), 1, y + j, 1);
+    using Lane = typename Bits<F>::Signed;
+    Lane own[GROUP];
+    for (int j = 0; j < n; j++) own[j] = Lane(label[j]);
+    streams &= stride % S::W == 0 && (uintptr_t)to % (S::W * sizeof(T)) == 0;
+    for (int64_t c = 0; c < classes; c++, to += stride) {
+        int j = 0;
+        for (; j + S::W <= n; j += S::W) {
+            const V value = S::load(own + j) == typename S::I{} + Lane(c) ? S::load(slope + j) : V{};
+            streams ? S::stream(to + j, value) : S::store(to + j, value);
+        }
+        for (; j < n; j++) narrow(own[j] == c ? slope[j] : F(0), to[j]);
     }
+}
+
+// −log(y_c + δ) of one class per sample; no other element is read.
+template <class F, class T> void probabilities_of_class(const Job &job, Group<F> &group) {
+    using S = Vectors<F>;
+    using V = typename S::V;
+    const bool is_native = job.input_storage == OWN<T>;
+    const int64_t size = SIZES[job.input_storage];
+    char *grad = (char *)job.grad_input;
+    // Calls a body for the samples that lie side by side: the first, how many, and their place.
+    const auto each_part = [&](auto body) INLINED {
+        for (int j = 0, n; j < group.count; j += n) {
+            const int64_t sample = group.first + j, left = group.count - j;
+            const int64_t most = job.inner == 1 ? 1 : job.inner - sample % job.inner;
+            n = int(most < left ? most : left);
+            body(j, n, job.place(sample, 0));
+        }
+    };
+    F y[GROUP];
+    for (int j = 0; j < GROUP; j += S::W) S::store(y + j, S::splat(1));
+    each_part([&](int first, int n, int64_t start) INLINED {
+        for (int j = first; j < first + n; j++, start++) {
+            const int64_t c = group.label[j], at = start + c * job.inner;
+            if (c < 0) continue;
+            if (is_native) y[j] = widened<F>(((const T *)job.input)[at]);
+            else LOADS<F>[job.input_storage](job.input, at, 1, y + j, 1);
+        }
+    });
     for (int j = 0; j < group.count; j += S::W) {
         V guarded = S::load(y + j) + F(job.delta);
         S::store(group.loss + j, -logarithm<F>(guarded) * S::load(group.scale + j));
@@ -356,24 +408,21 @@ template <class F> void probabilities_of_class(const Job &job, Group<F> &group) 
     }
     for (int j = 0; j < group.count; j++)
         if (group.label[j] < 0) group.loss[j] = 0;
-    if (!job.grad_input) return;
-    const int64_t size = SIZES[job.input_storage];
-    char *grad = (char *)job.grad_input;
+    if (!grad) return;
     if (job.inner == 1)
         clear<F>(grad + job.place(group.first, 0) * size, group.count * job.classes * size,
                  job.streams);
-    for (int j = 0; job.inner > 1 && j < group.count;) {
-        const int64_t sample = group.first + j, left = job.inner - sample % job.inner;
-        const int64_t n = left < group.count - j ? left : group.count - j;
-        for (int64_t c = 0; c < job.classes; c++)
-            std::memset(grad + job.place(sample, c) * size, 0, n * size);
-        j += int(n);
-    }
-    for (int j = 0; j < group.count; j++) {
-        const int64_t c = group.label[j];
-        if (c < 0) continue;
-        STORES<F>[job.input_storage](y + j, 1, grad, job.place(group.first + j, c), 1);
-    }
+    each_part([&](int first, int n, int64_t start) INLINED {
+        if (is_native && job.inner >= SIDE_BY_SIDE && job.classes <= ROOM)
+            return spread(y + first, group.label + first, n, (T *)grad + start, job.classes,
+                          job.inner, job.streams);
+        for (int64_t c = 0; c < job.classes && job.inner > 1; c++)
+            std::memset(grad + (start + c * job.inner) * size, 0, n * size);
+        for (int j = first; j < first + n; j++, start++) {
+            const int64_t c = group.label[j];
+            if (c >= 0) STORES<F>[job.input_storage](y + j, 1, grad, start + c * job.inner, 1);
+        }
+    });
 }
 
 }  // namespace

@@ -37,7 +37,7 @@ template <class F> void prepare(Job &job, Group<F> &group) {
     for (int j = 0; j < n; j++) group.factor[j] = group.scale[j] * factor;
     for (int j = 0; j < n && upstream; j++) group.factor[j] *= upstream[group.first + j];
     for (int j = group.count; j < end; j++) {
-        group.scale[j] = group.factor[j] = 0;
+        group.scale[j] = group.factor[j] = group.loss[j] = 0;
         group.label[j] = -1;
     }
 }
@@ -90,17 +90,13 @@ template <class F> void spoil(const Job &job, Group<F> &group) {
     }
 }
 
-// In several sums, none of which waits for another.
 template <class F> double sum_losses(const Group<F> &group) {
-    constexpr int SUMS = 8;
-    double sums[SUMS] = {};
-    int j = 0;
-    for (; j + SUMS <= group.count; j += SUMS)
-        for (int k = 0; k < SUMS; k++) sums[k] += group.loss[j + k];
-    for (int k = 0; j + k < group.count; k++) sums[k] += group.loss[j + k];
-    for (int half = SUMS / 2; half; half /= 2)
-        for (int k = 0; k < half; k++) sums[k] += sums[k + half];
-    return sums[0];
+    using D = Vectors<double>;
+    typedef F Part __attribute__((vector_size(D::W * sizeof(F)), aligned(sizeof(F))));
+    typename D::V total{};
+    for (int j = 0; j < group.count; j += D::W)
+        total += __builtin_convertvector(*(const Part *)(group.loss + j), typename D::V);
+    return D::sum(total);
 }
 
 // Stretches `begin` to `end` of a job.
@@ -139,7 +135,7 @@ template <class F, class T> void run_stretches(int64_t begin, int64_t end, void 
             group.first = sample;
             group.count = int(n);
             prepare(job, group);
-            if (job.is_of_class && job.kind == PROBABILITIES) probabilities_of_class(job, group);
+            if (job.is_of_class && job.kind == PROBABILITIES) probabilities_of_class<F, T>(job, group);
             else if (job.is_side_by_side && !is_few) run_tile<F, true, T>(job, group, room, 0);
             else for (int j = 0; j < n; j++) run_tile<F, false, T>(job, group, room, j);
             if (group.has_bad) spoil(job, group);

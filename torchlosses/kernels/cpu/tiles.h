@@ -138,6 +138,7 @@ template <class F, bool SIDE, class T> struct Tile {
                     LOADS<F>[storage](tensor, start, n, room.storage, 1);
                     values = room.storage;
                 }
+            if (are_rows(items)) return to_columns(values, buffer);
             permute(items, [&](int64_t i, int64_t j) INLINED { buffer[place + j] = values[i]; });
         });
         if (group.count < width && SIDE)
@@ -168,7 +169,8 @@ template <class F, bool SIDE, class T> struct Tile {
             }
             if constexpr (sizeof(E) == sizeof(F))
                 if (storage != OWN<F>) values = room.storage;
-            permute(items, [&](int64_t i, int64_t j) INLINED { values[i] = buffer[place + j]; });
+            if (are_rows(items)) to_rows(buffer, values);
+            else permute(items, [&](int64_t i, int64_t j) INLINED { values[i] = buffer[place + j]; });
             if constexpr (sizeof(E) == sizeof(F))
                 if (storage != OWN<F>) STORES<F>[storage](values, n, tensor, start, 1);
         });
@@ -225,6 +227,53 @@ template <class F, bool SIDE, class T> struct Tile {
         for (int64_t o = 0; o < items; o++)
             for (int64_t k = 0; k < count; k++)
                 for (int64_t j = 0; j < inner; j++) body(i++, k * width + o * inner + j);
+    }
+
+    // Whether a part is all rows of the group, and those are not too short to be transposed.
+    bool are_rows(int64_t items) const {
+        return job.inner == 1 && items == group.count && 4 * count > W;
+    }
+    // The same of whole rows, in registers. What is read or written beyond a row's end belongs to
+    // rows after it, and those are written later.
+    template <class E> void to_columns(const E *rows, E *columns) const {
+        const int64_t end = group.count * count;
+        for (int o = 0; o < width; o += W)
+            for (int64_t k = 0; k < count; k += W) {
+                typename S::U block[W];
+                for (int r = 0; r < W; r++) {
+                    const int64_t first = (o + r) * count + k;
+                    if (first + W <= end) {
+                        block[r] = S::load_bits(rows + first);
+                    } else {
+                        E last[W] = {};
+                        if (first < end) std::memcpy(last, rows + first, (end - first) * sizeof(E));
+                        block[r] = S::load_bits(last);
+                    }
+                }
+                S::transpose(block);
+                for (int c = 0; c < W && k + c < count; c++)
+                    S::store_bits(columns + (k + c) * width + o, block[c]);
+            }
+    }
+    template <class E> void to_rows(const E *columns, E *rows) const {
+        const int64_t end = group.count * count;
+        for (int o = 0; o < width; o += W)
+            for (int64_t k = (count - 1) / W * W; k >= 0; k -= W) {
+                typename S::U block[W];
+                for (int c = 0; c < W; c++)
+                    block[c] = S::load_bits(columns + (k + c < count ? k + c : k) * width + o);
+                S::transpose(block);
+                for (int r = 0; r < W && o + r < group.count; r++) {
+                    const int64_t first = (o + r) * count + k;
+                    if (first + W <= end) {
+                        S::store_bits(rows + first, block[r]);
+                    } else {
+                        E last[W];
+                        S::store_bits(last, block[r]);
+                        std::memcpy(rows + first, last, (end - first) * sizeof(E));
+                    }
+                }
+            }
     }
 
     // Calls a body for each vector, with the accumulator of its samples.

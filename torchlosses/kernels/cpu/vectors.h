@@ -36,27 +36,68 @@ template <class F> struct Vectors {
     typedef H StoredH __attribute__((aligned(2)));
 
     static INLINE V load(const F *from) { return *(const Stored *)from; }
-    static INLINE V load(const Bfloat16 *from) { return (V)(widened(*(const StoredH *)from) << 16); }
-    // Of 64 bytes GCC makes halves if it is not told.
-    static INLINE U widened(H value) {
+    static INLINE V load(const Bfloat16 *from) { return (V)(load_bits(from) << 16); }
+    // Elements as they are, in the lanes of a vector; of 64 bytes GCC makes halves if it is not told.
+    static INLINE U load_bits(const F *from) { return (U)load(from); }
+    static INLINE U load_bits(const Bfloat16 *from) {
 #if defined(__x86_64__) && BYTES == 64
-        return (U)_mm512_cvtepu16_epi32((__m256i)value);
+        return (U)_mm512_cvtepu16_epi32(*(const __m256i_u *)from);
 #else
-        return __builtin_convertvector(value, U);
+        return __builtin_convertvector(*(const StoredH *)from, U);
 #endif
+    }
+    static INLINE void store_bits(F *to, U bits) { store(to, (V)bits); }
+    static INLINE void store_bits(Bfloat16 *to, U bits) {
+#if defined(__x86_64__) && BYTES == 64
+        *(__m256i_u *)to = _mm512_cvtepi32_epi16((__m512i)bits);
+#else
+        *(StoredH *)to = __builtin_convertvector(bits, H);
+#endif
+    }
+    // Turns rows into columns: each step rotates the bits of a lane's row and column by one.
+    static INLINE void transpose(U (&rows)[W]) {
+#ifndef __clang__
+        U low, high;
+        for (int k = 0; k < W; k++) low[k] = k / 2 + k % 2 * W, high[k] = low[k] + W / 2;
+#endif
+#pragma GCC unroll 4
+        for (int step = 1; step < W; step *= 2) {
+            U next[W];
+#pragma GCC unroll 8
+            for (int r = 0; r < W / 2; r++) {
+                const U a = rows[r], b = rows[r + W / 2];
+#ifdef __clang__
+                for (int k = 0; k < W; k++) {
+                    next[2 * r][k] = k % 2 ? b[k / 2] : a[k / 2];
+                    next[2 * r + 1][k] = k % 2 ? b[(k + W) / 2] : a[(k + W) / 2];
+                }
+#else
+                next[2 * r] = __builtin_shuffle(a, b, low);
+                next[2 * r + 1] = __builtin_shuffle(a, b, high);
+#endif
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < W; r++) rows[r] = next[r];
+        }
     }
     static INLINE I load(const typename Bits<F>::Signed *from) { return *(const StoredI *)from; }
     static INLINE void store(F *to, V value) { *(Stored *)to = value; }
     static INLINE void store(Bfloat16 *to, V value) { *(StoredH *)to = narrowed(value); }
     // To bfloat16: to the nearest, ties to even.
     static INLINE H narrowed(V value) {
-        U bits = (U)value;
-        bits = value == value ? bits + (((bits >> 16) & 1) + 0x7fff) : bits | 0x400000;
 #if defined(__x86_64__) && BYTES == 64
+        const __m512i bits = (__m512i)value, half = _mm512_set1_epi32(0x7fff);
+        const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+        const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_UNORD_Q);
+        __m512i rounded = _mm512_add_epi32(bits, half);
+        rounded = _mm512_mask_add_epi32(rounded, is_odd, rounded, _mm512_set1_epi32(1));
+        rounded = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
         typedef short Halves __attribute__((vector_size(64)));
         constexpr Halves upper = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
-        return (H)_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)upper, (__m512i)bits));
+        return (H)_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)upper, rounded));
 #else
+        U bits = (U)value;
+        bits = value == value ? bits + (((bits >> 16) & 1) + 0x7fff) : bits | 0x400000;
         return __builtin_convertvector(bits >> 16, H);
 #endif
     }
