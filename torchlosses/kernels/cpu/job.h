@@ -17,14 +17,26 @@
 
 namespace {
 
-enum Kind { SQUARES, PROBABILITIES, LOGITS };
+// The losses: name, whether there is a loss for each element, and whether the slope of an element
+// depends on its whole row. If not, its `Term` is in losses.h.
+#define LOSSES(X)                                   \
+    X(SQUARES, "squares", true, false)              \
+    X(PROBABILITIES, "probabilities", false, false) \
+    X(LOGITS, "logits", false, true)
+#define KIND_OF(kind, name, per_element, couples_classes) kind,
+#define NAME_OF(kind, name, per_element, couples_classes) name,
+#define PER_ELEMENT_OF(kind, name, per_element, couples_classes) per_element,
+#define COUPLES_CLASSES_OF(kind, name, per_element, couples_classes) couples_classes,
+enum Kind { LOSSES(KIND_OF) };
+constexpr const char *KINDS[] = {LOSSES(NAME_OF)};
+constexpr bool PER_ELEMENT[] = {LOSSES(PER_ELEMENT_OF)};
+constexpr bool COUPLES_CLASSES[] = {LOSSES(COUPLES_CLASSES_OF)};
 enum Reduction { SUM, MEAN, BATCHMEAN, NONE };
 enum Storage {
     FLOAT32, FLOAT64, BFLOAT16, FLOAT16,
     UINT8, INT8, INT16, INT32, INT64, UINT16, UINT32, UINT64, BOOL,
 };
 constexpr int64_t SIZES[] = {4, 8, 2, 2, 1, 1, 2, 4, 8, 2, 4, 8, 1};
-constexpr const char *KINDS[] = {"squares", "probabilities", "logits"};
 constexpr const char *REDUCTIONS[] = {"sum", "mean", "batchmean", "none"};
 
 // The stretches of a job are the same for any number of threads, and so is each one's sum.
@@ -60,8 +72,12 @@ struct Job {
     int64_t group, stretch;  // Samples in each.
     void (*run)(int64_t, int64_t, void *);
     double sums[STRETCHES];
+    bool has_weight[STRETCHES];  // Whether any that was summed is not 0.
     std::atomic<int64_t> bad{INT64_MAX};  // The first sample whose class is none.
 
+    bool per_element() const { return PER_ELEMENT[kind]; }
+    // Whether only the entry of a sample's class is read, and all others have a slope of 0.
+    bool reads_one() const { return is_of_class && !COUPLES_CLASSES[kind]; }
     // The element of a class of a sample.
     int64_t place(int64_t sample, int64_t c) const {
         return inner == 1 ? sample * classes + c

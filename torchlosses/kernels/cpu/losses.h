@@ -3,80 +3,19 @@
 namespace NAMESPACE {
 namespace {
 
-template <class F, bool SIDE, class T, bool INDEX>
-void squares(const Job &job, Tile<F, SIDE, T> &tile) {
-    using S = Vectors<F>;
-    using V = typename S::V;
-    const Room<F> &room = tile.room;
-    Group<F> &group = tile.group;
-    const bool has_losses = job.reduction == NONE;
-    void *each_loss = has_losses ? job.losses : nullptr;
-    const auto scale = tile.of_sample(group.scale), factor = tile.of_sample(group.factor);
-    const V one = S::splat(1), zero = {}, lift = S::splat(F(job.lift));
-    V losses[Tile<F, SIDE, T>::VECTORS] = {};
-    while (tile.next()) {
-        const auto y = tile.load_input();
-        Block<F, T> t{};
-        Block<F> w{}, u{};
-        if (!INDEX) t = tile.load_target();
-        if (job.weighs_elements) w = tile.template direct<F>(job.sample_weight);
-        if (has_losses && job.has_upstreams) u = tile.load(job.upstream, OWN<F>, room.gated);
-        const auto slope = tile.place_grad_input();
-        const auto slope_t = tile.place_grad_target();
-        const auto loss = tile.place(each_loss, OWN<F>, room.exponentials);
-        const auto difference = [&](auto at) INLINED {
-            return y.get(at) - (INDEX ? tile.one_hot(at, one, zero) : t.get(at));
-        };
-        const auto half_square = [](V d) INLINED { return d * F(0.5) * d; };
-        // Apart, so that nothing is decided for each vector in the loops that training runs.
-        if (w || u || loss || slope_t) {
-            tile.add(losses, [&](V &total, auto at) INLINED {
-                V d = difference(at), f = factor(at), term = half_square(d);
-                if (w) {
-                    const V weight = w.get(at) * lift;
-                    term = weight * d * (d * F(0.5)), f *= weight;
-                }
-                if (u) f *= u.get(at);
-                if (loss) loss.set(at, tile.kept(scale(at) * term, at));
-                total += at.unseen(term);
-                if (slope) slope.set(at, tile.kept(d * f, at));
-                if (slope_t) slope_t.set(at, -d * f);
-            });
-        } else if (slope) {
-            tile.add(losses, [&](V &total, auto at) INLINED {
-                V d = difference(at);
-                total += at.unseen(half_square(d));
-                slope.set(at, tile.kept(d * factor(at), at));
-            });
-        } else {
-            tile.add(losses, [&](V &total, auto at) INLINED {
-                total += at.unseen(half_square(difference(at)));
-            });
-        }
-        tile.store_grad_input();
-        tile.store_grad_target();
-        tile.store(each_loss, OWN<F>, room.exponentials);
-    }
-    tile.each_sample([&](int64_t v, auto at) INLINED {
-        tile.set_loss(tile.over_lanes(losses[v]), at);
-    });
-}
-
-// Targets as the cross-entropy takes them: smoothed, and made on the spot from class indices.
+// Targets: smoothed, and made on the spot from class indices.
 template <class F, bool SIDE, class T, bool INDEX> struct Soft {
     using S = Vectors<F>;
     using V = typename S::V;
     const Tile<F, SIDE, T> &tile;
     const F *weight;
-    const typename Tile<F, SIDE, T>::OfSample factor;
     V rest, uniform, on;
     bool is_smooth;
     Block<F, T> target{};
 
     Soft(const Job &job, const Tile<F, SIDE, T> &tile)
-        : tile(tile), weight((const F *)job.weight), factor(tile.of_sample(tile.group.factor)),
-          rest(S::splat(F(1 - job.smoothing))), uniform(S::splat(F(job.uniform))),
-          on(rest + uniform), is_smooth(job.is_smooth) {
+        : tile(tile), weight((const F *)job.weight), rest(S::splat(F(1 - job.smoothing))),
+          uniform(S::splat(F(job.uniform))), on(rest + uniform), is_smooth(job.is_smooth) {
         if (!INDEX) target = tile.load_target();
     }
     template <class At> INLINE V value(At at) const {
@@ -87,35 +26,97 @@ template <class F, bool SIDE, class T, bool INDEX> struct Soft {
     template <class At> INLINE V weighted(V t, At at) const {
         return weight ? t * tile.of_class(weight, at) : t;
     }
-    // The gradient by a target.
-    template <class At> INLINE V slope(V log, At at) const {
-        return weighted(log, at) * -rest * factor(at);
-    }
+    // From the derivative by a smoothed target to that by the target.
+    INLINE V slope(V by_soft) const { return by_soft * rest; }
 };
 
-template <class F, bool SIDE, class T, bool INDEX>
-void probabilities(const Job &job, Tile<F, SIDE, T> &tile) {
+// An element's part of a loss that does not couple classes: its value times a weight, and its
+// derivatives by input and target times a factor. To add such a loss, add its term here and its line
+// to `LOSSES`.
+template <class F, Kind> struct Term;
+
+// The parameters of losses, where no store can change them.
+template <class F> struct Parameters {
+    typename Vectors<F>::V delta;
+    bool is_guarded;
+    explicit Parameters(const Job &job)
+        : delta(Vectors<F>::splat(F(job.delta))), is_guarded(job.is_guarded) {}
+};
+
+template <class F> struct Term<F, SQUARES> {
     using V = typename Vectors<F>::V;
+    V difference;
+
+    INLINE Term(const Parameters<F> &, V y, V t) : difference(y - t) {}
+    INLINE V value(V weight) const { return weight * difference * (difference * F(0.5)); }
+    INLINE V by_input(V factor) const { return difference * factor; }
+    INLINE V by_target(V factor) const { return -difference * factor; }
+};
+
+template <class F> struct Term<F, PROBABILITIES> {
+    using V = typename Vectors<F>::V;
+    V t, guarded, log;
+
+    INLINE Term(const Parameters<F> &given, V y, V t) : t(t), guarded(y + given.delta) {
+        // Without a guard 0·log 0 is 0, but a class weight of 0 leaves it NaN.
+        if (!given.is_guarded)
+            guarded = ((t == F(0)) & (guarded == F(0))) ? Vectors<F>::splat(1) : guarded;
+        log = logarithm<F>(guarded);
+    }
+    INLINE V value(V weight) const { return -(weight * t) * log; }
+    INLINE V by_input(V factor) const { return -t * factor / guarded; }
+    INLINE V by_target(V factor) const { return -log * factor; }
+};
+
+template <class F, bool SIDE, class T, bool INDEX, Kind KIND>
+void elementwise(const Job &job, Tile<F, SIDE, T> &tile) {
+    using S = Vectors<F>;
+    using V = typename S::V;
     const Room<F> &room = tile.room;
-    const V delta = V{} + F(job.delta), one = V{} + F(1);
-    const bool is_guarded = job.is_guarded;
+    void *each_loss = job.per_element() && job.reduction == NONE ? job.losses : nullptr;
+    const bool has_upstreams = each_loss && job.has_upstreams;
+    const auto scale = tile.of_sample(tile.group.scale), factor = tile.of_sample(tile.group.factor);
+    const V lift = S::splat(F(job.lift));
+    const Parameters<F> given(job);
     V losses[Tile<F, SIDE, T>::VECTORS] = {};
     while (tile.next()) {
         const auto y = tile.load_input();
         const Soft<F, SIDE, T, INDEX> soft(job, tile);
+        Block<F> w{}, u{};
+        if (job.weighs_elements) w = tile.template direct<F>(job.sample_weight);
+        if (has_upstreams) u = tile.load(job.upstream, OWN<F>, room.gated);
         const auto slope = tile.place_grad_input();
         const auto slope_t = tile.place_grad_target();
-        tile.add(losses, [&](V &total, auto at) INLINED {
-            V guarded = y.get(at) + delta, t = soft.value(at), wt = soft.weighted(t, at);
-            // Without a guard 0·log 0 is 0, but a class weight of 0 leaves it NaN.
-            if (!is_guarded) guarded = ((t == F(0)) & (guarded == F(0))) ? one : guarded;
-            V log = logarithm<F>(guarded);
-            total -= at.unseen(wt * log);
-            if (slope) slope.set(at, tile.kept(-wt * soft.factor(at) / guarded, at));
-            if (slope_t) slope_t.set(at, soft.slope(log, at));
-        });
+        const auto loss = tile.place(each_loss, OWN<F>, room.exponentials);
+        // Apart, so that nothing is decided for each vector in the loops that training runs.
+        if (w || u || loss || slope_t || soft.weight) {
+            tile.add(losses, [&](V &total, auto at) INLINED {
+                const Term<F, KIND> term(given, y.get(at), soft.value(at));
+                V weight = soft.weighted(S::splat(1), at), f = factor(at);
+                if (w) weight *= w.get(at) * lift;
+                f *= weight;
+                if (u) f *= u.get(at);
+                const V value = term.value(weight);
+                if (loss) loss.set(at, tile.kept(scale(at) * value, at));
+                total += at.unseen(value);
+                if (slope) slope.set(at, tile.kept(term.by_input(f), at));
+                if (slope_t) slope_t.set(at, soft.slope(term.by_target(f)));
+            });
+        } else if (slope) {
+            tile.add(losses, [&](V &total, auto at) INLINED {
+                const Term<F, KIND> term(given, y.get(at), soft.value(at));
+                total += at.unseen(term.value(S::splat(1)));
+                slope.set(at, tile.kept(term.by_input(factor(at)), at));
+            });
+        } else {
+            tile.add(losses, [&](V &total, auto at) INLINED {
+                const Term<F, KIND> term(given, y.get(at), soft.value(at));
+                total += at.unseen(term.value(S::splat(1)));
+            });
+        }
         tile.store_grad_input();
         tile.store_grad_target();
+        tile.store(each_loss, OWN<F>, room.exponentials);
     }
     tile.each_sample([&](int64_t v, auto at) INLINED {
         tile.set_loss(tile.over_lanes(losses[v]), at);
@@ -244,7 +245,7 @@ void logits(const Job &job, Tile<F, SIDE, T> &tile) {
             total.loss -= at.unseen(wt * log);
             total.gated += at.unseen(g);
             if (keeps) gated.set(at, g);
-            if (slope_t) slope_t.set(at, soft.slope(log, at));
+            if (slope_t) slope_t.set(at, soft.slope(soft.weighted(-log, at) * factor(at)));
         });
         tile.store_grad_target();
     }
@@ -254,7 +255,8 @@ void logits(const Job &job, Tile<F, SIDE, T> &tile) {
         const auto slope_t = tile.place_grad_target();
         tile.each([&](auto at) INLINED {
             const V t = soft.value(at), log = x.get(at) - softmax.most[at.v] - log_sum[at.v];
-            slope_t.set(at, soft.slope(((t == F(0)) & (log == least)) ? V{} : log, at));
+            const V finite = ((t == F(0)) & (log == least)) ? V{} : log;
+            slope_t.set(at, soft.slope(soft.weighted(-finite, at) * factor(at)));
         });
         tile.store_grad_target();
     }
@@ -289,7 +291,8 @@ void logits(const Job &job, Tile<F, SIDE, T> &tile) {
 }
 
 // −log(p_c + δ) of one class per sample.
-template <class F, bool SIDE, class T> void logits_of_class(const Job &job, Tile<F, SIDE, T> &tile) {
+template <class F, bool SIDE, class T>
+void logits_of_class(const Job &job, Tile<F, SIDE, T> &tile) {
     using S = Vectors<F>;
     using V = typename S::V;
     const Group<F> &group = tile.group;
@@ -340,8 +343,8 @@ template <class F, bool SIDE, class T> void logits_of_class(const Job &job, Tile
             if (SIDE) g -= tile.one_hot(at, gates[at.v], V{});
             slope.set(at, tile.kept(g, at));
         });
-        if (const int64_t c = group.label[tile.index] - tile.begin; !SIDE && c >= 0 && c < tile.count)
-            narrow(own[0], slope.start[c]);
+        const int64_t c = group.label[tile.index] - tile.begin;
+        if (!SIDE && c >= 0 && c < tile.count) narrow(own[0], slope.start[c]);
         tile.store_grad_input();
     }
 }
@@ -368,7 +371,8 @@ void spread(const F *slope, const int64_t *label, int n, T *to, int64_t classes,
     for (int64_t c = 0; c < classes; c++, to += stride) {
         int j = 0;
         for (; j + S::W <= n; j += S::W) {
-            const V value = S::load(own + j) == typename S::I{} + Lane(c) ? S::load(slope + j) : V{};
+            const auto is_own = S::load(own + j) == Lane(c);
+            const V value = is_own ? S::load(slope + j) : V{};
             streams ? S::stream(to + j, value) : S::store(to + j, value);
         }
         for (; j < n; j++) narrow(own[j] == c ? slope[j] : F(0), to[j]);

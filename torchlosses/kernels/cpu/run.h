@@ -86,7 +86,7 @@ int64_t divided_up(int64_t number, int64_t by) { return (number + by - 1) / by; 
 template <class F> void sum_weights(int64_t begin, int64_t end, void *context) {
     Job &job = *(Job *)context;
     const F *sample_weight = (const F *)job.sample_weight;
-    const F *weight = job.kind == SQUARES ? nullptr : (const F *)job.weight;
+    const F *weight = (const F *)job.weight;
     const int64_t count = job.weighs_elements ? job.elements : job.samples;
     constexpr int64_t BLOCK = 1024;
     int64_t labels[BLOCK];
@@ -94,7 +94,7 @@ template <class F> void sum_weights(int64_t begin, int64_t end, void *context) {
         int64_t first = stretch * job.stretch, last = first + job.stretch;
         if (last > count) last = count;
         double total = 0;
-        bool is_nothing = true;
+        bool &has_weight = job.has_weight[stretch] = false;
         for (int64_t block = first; block < last; block += BLOCK) {
             int64_t n = last - block < BLOCK ? last - block : BLOCK;
             if (job.is_index) load_labels(job, block, n, labels);
@@ -109,12 +109,11 @@ template <class F> void sum_weights(int64_t begin, int64_t end, void *context) {
                     }
                     if (weight) w *= weight[c];
                 }
-                is_nothing &= w == 0;
+                has_weight |= w != 0;
                 total += w;
             }
         }
-        // −0 says that there was a weight, though the sum is 0.
-        job.sums[stretch] = total == 0 ? (is_nothing ? 0.0 : -0.0) : total;
+        job.sums[stretch] = total;
     }
 }
 
@@ -122,7 +121,7 @@ void find_divisor(Job &job, int64_t outer) {
     job.divisor = job.lift = 1;
     if (job.reduction == BATCHMEAN) job.divisor = double(outer);
     if (job.reduction != MEAN) return;
-    const double each = job.kind == SQUARES && !job.weighs_elements ? double(job.classes) : 1;
+    const double each = job.per_element() && !job.weighs_elements ? double(job.classes) : 1;
     if (!job.is_index && !job.sample_weight) {
         job.divisor = each * double(job.samples);
         return;
@@ -133,23 +132,26 @@ void find_divisor(Job &job, int64_t outer) {
     const int64_t stretches = divided_up(count, job.stretch);
     run(stretches, 4, job.is_double ? sum_weights<double> : sum_weights<float>, job);
     double total = 0;
-    bool is_nothing = true;
+    bool has_weight = false;
     for (int64_t k = 0; k < stretches; k++) {
-        is_nothing &= job.sums[k] == 0 && !std::signbit(job.sums[k]);
+        has_weight |= job.has_weight[k];
         total += job.sums[k];
     }
-    job.divisor = is_nothing ? 1 : total * each;
+    job.divisor = has_weight ? total * each : 1;
     if (std::abs(job.divisor) < LEAST_DIVISOR) job.lift = LIFT;
     job.divisor *= job.lift;
 }
 
 void compute(Job &job, int64_t outer) {
+    if (job.per_element()) {  // Neither class weights nor smoothing have a meaning for it.
+        job.weight = nullptr;
+        job.smoothing = job.uniform = 0;
+        job.is_smooth = false;
+    }
     find_divisor(job, outer);
     TARGETS[target].plan(job);
     job.streams = job.grad_input && job.elements * SIZES[job.input_storage] >= STREAMED;
-    // Of probabilities only the class's is read, and all of a gradient are written.
-    const bool reads_one = job.is_of_class && job.kind == PROBABILITIES && !job.grad_input;
-    const int64_t work = reads_one ? 16 : job.classes;
+    const int64_t work = job.reads_one() && !job.grad_input ? 16 : job.classes;
     job.stretch = divided_up(STRETCH, work);
     if (job.stretch < divided_up(job.samples, STRETCHES))
         job.stretch = divided_up(job.samples, STRETCHES);

@@ -10,7 +10,7 @@ template <class F> void prepare(Job &job, Group<F> &group) {
     const F *upstream = (const F *)job.upstream;
     const F factor = F((upstream && !job.has_upstreams ? *upstream : F(1)) / job.divisor);
     const F lift = F(job.weighs_elements ? 1 : job.lift);
-    if (!job.has_upstreams || job.kind == SQUARES) upstream = nullptr;
+    if (!job.has_upstreams || job.per_element()) upstream = nullptr;
     const int end = (group.count + 15) / 16 * 16;  // Of the widest vectors.
     group.keeps_all = group.count == end;
     group.has_bad = false;
@@ -42,11 +42,19 @@ template <class F> void prepare(Job &job, Group<F> &group) {
     }
 }
 
+template <class F, bool SIDE, class T, bool INDEX, Kind KIND>
+void run_loss(Tile<F, SIDE, T> &tile) {
+    const Job &job = tile.job;
+    if constexpr (!COUPLES_CLASSES[KIND]) elementwise<F, SIDE, T, INDEX, KIND>(job, tile);
+    else if (INDEX && job.is_of_class) logits_of_class<F, SIDE, T>(job, tile);
+    else logits<F, SIDE, T, INDEX>(job, tile);
+}
+
 template <class F, bool SIDE, class T>
 void run_tile(const Job &job, Group<F> &group, const Room<F> &room, int index) {
     Tile<F, SIDE, T> tile(job, group, room, index);
     if (!SIDE && job.is_index && group.label[index] < 0) {
-        void *losses = job.kind == SQUARES && job.reduction == NONE ? job.losses : nullptr;
+        void *losses = job.per_element() && job.reduction == NONE ? job.losses : nullptr;
         group.loss[index] = 0;
         while (tile.next()) {
             const auto slope = tile.place_grad_input();
@@ -55,15 +63,15 @@ void run_tile(const Job &job, Group<F> &group, const Room<F> &room, int index) {
             if (loss) std::memset(loss.start, 0, tile.count * sizeof(F));
             tile.store_grad_input();
         }
-    } else if (job.kind == SQUARES) {
-        job.is_index ? squares<F, SIDE, T, true>(job, tile) : squares<F, SIDE, T, false>(job, tile);
-    } else if (job.kind == PROBABILITIES) {
-        job.is_index ? probabilities<F, SIDE, T, true>(job, tile)
-                     : probabilities<F, SIDE, T, false>(job, tile);
-    } else if (job.is_of_class) {
-        logits_of_class<F, SIDE, T>(job, tile);
-    } else {
-        job.is_index ? logits<F, SIDE, T, true>(job, tile) : logits<F, SIDE, T, false>(job, tile);
+        return;
+    }
+    switch (job.kind) {
+#define RUN(KIND, ...)                                               \
+    case KIND:                                                       \
+        return job.is_index ? run_loss<F, SIDE, T, true, KIND>(tile) \
+                            : run_loss<F, SIDE, T, false, KIND>(tile);
+        LOSSES(RUN)
+#undef RUN
     }
 }
 
@@ -85,7 +93,7 @@ template <class F> void spoil(const Job &job, Group<F> &group) {
         if (group.label[j] >= 0 || labels[j] == job.ignore_index) continue;
         group.loss[j] = nan;
         fill(job.grad_input, job.input_storage, group.first + j);
-        if (job.kind == SQUARES && job.reduction == NONE)
+        if (job.per_element() && job.reduction == NONE)
             fill(job.losses, OWN<F>, group.first + j);
     }
 }
@@ -135,12 +143,12 @@ template <class F, class T> void run_stretches(int64_t begin, int64_t end, void 
             group.first = sample;
             group.count = int(n);
             prepare(job, group);
-            if (job.is_of_class && job.kind == PROBABILITIES) probabilities_of_class<F, T>(job, group);
+            if (job.reads_one()) probabilities_of_class<F, T>(job, group);
             else if (job.is_side_by_side && !is_few) run_tile<F, true, T>(job, group, room, 0);
             else for (int j = 0; j < n; j++) run_tile<F, false, T>(job, group, room, j);
             if (group.has_bad) spoil(job, group);
             total += sum_losses(group);
-            if (job.reduction == NONE && job.kind != SQUARES)
+            if (job.reduction == NONE && !job.per_element())
                 std::memcpy((F *)job.losses + sample, group.loss, n * sizeof(F));
         }
         job.sums[stretch] = total;

@@ -170,7 +170,8 @@ template <class F, bool SIDE, class T> struct Tile {
             if constexpr (sizeof(E) == sizeof(F))
                 if (storage != OWN<F>) values = room.storage;
             if (are_rows(items)) to_rows(buffer, values);
-            else permute(items, [&](int64_t i, int64_t j) INLINED { values[i] = buffer[place + j]; });
+            else
+                permute(items, [&](int64_t i, int64_t j) INLINED { values[i] = buffer[place + j]; });
             if constexpr (sizeof(E) == sizeof(F))
                 if (storage != OWN<F>) STORES<F>[storage](values, n, tensor, start, 1);
         });

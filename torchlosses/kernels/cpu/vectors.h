@@ -37,7 +37,7 @@ template <class F> struct Vectors {
 
     static INLINE V load(const F *from) { return *(const Stored *)from; }
     static INLINE V load(const Bfloat16 *from) { return (V)(load_bits(from) << 16); }
-    // Elements as they are, in the lanes of a vector; of 64 bytes GCC makes halves if it is not told.
+    // Elements as they are, in lanes. By intrinsics, since GCC splits a conversion of 64 bytes.
     static INLINE U load_bits(const F *from) { return (U)load(from); }
     static INLINE U load_bits(const Bfloat16 *from) {
 #if defined(__x86_64__) && BYTES == 64
@@ -265,7 +265,8 @@ template <class F, class V = typename Vectors<F>::V> INLINE V logarithm(V x) {
 constexpr float POWERS[] = {1.0f,       1.0442737f, 1.0905077f, 1.1387886f, 1.1892071f, 1.2418578f,
                             1.2968396f, 1.3542556f, 1.4142135f, 1.4768262f, 1.5422108f, 1.6104903f,
                             1.6817929f, 1.7562522f, 1.8340081f, 1.9152066f};
-constexpr float EXP_OF_REST[] = {0.16666867f, 0.50000995f}; // (exp r − 1 − r) / r² for |r| ≤ log 2 / 32.
+// (exp r − 1 − r) / r² for |r| ≤ log 2 / 32.
+constexpr float EXP_OF_REST[] = {0.16666867f, 0.50000995f};
 
 template <> INLINE Vectors<float>::V exponential<float>(Vectors<float>::V x) {
     using V = Vectors<float>::V;
