@@ -39,14 +39,14 @@ enum Storage {
 constexpr int64_t SIZES[] = {4, 8, 2, 2, 1, 1, 2, 4, 8, 2, 4, 8, 1};
 constexpr const char *REDUCTIONS[] = {"sum", "mean", "batchmean", "none"};
 
-// The stretches of a job are the same for any number of threads, and so is each one's sum.
-constexpr int64_t STRETCHES = 2048;   // At most.
-constexpr int64_t STRETCH = 16384;    // Elements in one, at least;
-constexpr int64_t GRAIN = 32768;      // and of what a thread is given.
-constexpr int64_t WITH_GIL = 16384;   // Elements that are done before another thread would wake.
-constexpr int64_t LEAST_ROW = 32;     // Classes from which a row fills vectors by itself.
-constexpr int64_t STREAMED = 1 << 25;  // Bytes of a gradient that leave the cache anyway.
-constexpr int64_t NO_MEMORY = -1;     // As a bad position.
+// The segments of a job are the same for any number of threads, and so is each one's sum.
+constexpr int64_t MAX_SEGMENTS = 2048;
+constexpr int64_t MIN_SEGMENT = 16384;     // Elements.
+constexpr int64_t MIN_PER_THREAD = 32768;  // Elements.
+constexpr int64_t WITH_GIL = 16384;        // Up to this many elements keep the GIL.
+constexpr int64_t LEAST_ROW = 32;          // Classes from which a row fills vectors by itself.
+constexpr int64_t STREAMED = 1 << 25;      // Gradients of this many bytes bypass the cache.
+constexpr int64_t NO_MEMORY = -1;          // In `bad`: malloc has failed.
 // Where weights add up to less, the inverse of their sum may overflow; see `lifted` in formulas.py.
 constexpr double LEAST_DIVISOR = 0x1p-120, LIFT = 0x1p64;
 
@@ -56,7 +56,7 @@ struct Job {
     bool is_index, is_double;
     bool is_of_class;       // One entry of a row counts.
     bool is_elementwise;    // Nothing depends on where in a row an element stands.
-    bool is_side_by_side;   // Samples are the lanes of vectors, not classes.
+    bool samples_in_lanes;   // Samples are the lanes of vectors, not classes.
     bool weighs_elements;   // By `sample_weight`.
     bool has_upstreams;     // One per loss.
     bool is_guarded, is_smooth;
@@ -69,17 +69,17 @@ struct Job {
     int64_t ignore_index;
     double delta, smoothing, uniform, divisor;  // uniform = smoothing / classes
     double lift;  // A factor of the weights, and within the divisor.
-    int64_t group, stretch;  // Samples in each.
+    int64_t group, segment;  // Samples in each.
     void (*run)(int64_t, int64_t, void *);
-    double sums[STRETCHES];
-    bool has_weight[STRETCHES];  // Whether any that was summed is not 0.
+    double sums[MAX_SEGMENTS];
+    bool has_weight[MAX_SEGMENTS];  // Whether any that was summed is not 0.
     std::atomic<int64_t> bad{INT64_MAX};  // The first sample whose class is none.
 
     bool per_element() const { return PER_ELEMENT[kind]; }
     // Whether only the entry of a sample's class is read, and all others have a slope of 0.
     bool reads_one() const { return is_of_class && !COUPLES_CLASSES[kind]; }
-    // The element of a class of a sample.
-    int64_t place(int64_t sample, int64_t c) const {
+    // Of the element of a class of a sample.
+    int64_t offset(int64_t sample, int64_t c) const {
         return inner == 1 ? sample * classes + c
                           : (sample / inner * classes + c) * inner + sample % inner;
     }

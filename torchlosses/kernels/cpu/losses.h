@@ -4,16 +4,16 @@ namespace NAMESPACE {
 namespace {
 
 // Targets: smoothed, and made on the spot from class indices.
-template <class F, bool SIDE, class T, bool INDEX> struct Soft {
+template <class F, bool SAMPLES_IN_LANES, class T, bool INDEX> struct Soft {
     using S = Vectors<F>;
     using V = typename S::V;
-    const Tile<F, SIDE, T> &tile;
+    const Tile<F, SAMPLES_IN_LANES, T> &tile;
     const F *weight;
     V rest, uniform, on;
     bool is_smooth;
     Block<F, T> target{};
 
-    Soft(const Job &job, const Tile<F, SIDE, T> &tile)
+    Soft(const Job &job, const Tile<F, SAMPLES_IN_LANES, T> &tile)
         : tile(tile), weight((const F *)job.weight), rest(S::splat(F(1 - job.smoothing))),
           uniform(S::splat(F(job.uniform))), on(rest + uniform), is_smooth(job.is_smooth) {
         if (!INDEX) target = tile.load_target();
@@ -31,7 +31,7 @@ template <class F, bool SIDE, class T, bool INDEX> struct Soft {
 };
 
 // An element's part of a loss that does not couple classes: its value times a weight, and its
-// derivatives by input and target times a factor. To add such a loss, add its term here and its line
+// derivatives by input and target times a factor. To add such a loss, add its term here and a line
 // to `LOSSES`.
 template <class F, Kind> struct Term;
 
@@ -68,8 +68,8 @@ template <class F> struct Term<F, PROBABILITIES> {
     INLINE V by_target(V factor) const { return -log * factor; }
 };
 
-template <class F, bool SIDE, class T, bool INDEX, Kind KIND>
-void elementwise(const Job &job, Tile<F, SIDE, T> &tile) {
+template <class F, bool SAMPLES_IN_LANES, class T, bool INDEX, Kind KIND>
+void elementwise(const Job &job, Tile<F, SAMPLES_IN_LANES, T> &tile) {
     using S = Vectors<F>;
     using V = typename S::V;
     const Room<F> &room = tile.room;
@@ -78,16 +78,16 @@ void elementwise(const Job &job, Tile<F, SIDE, T> &tile) {
     const auto scale = tile.of_sample(tile.group.scale), factor = tile.of_sample(tile.group.factor);
     const V lift = S::splat(F(job.lift));
     const Parameters<F> given(job);
-    V losses[Tile<F, SIDE, T>::VECTORS] = {};
+    V losses[Tile<F, SAMPLES_IN_LANES, T>::VECTORS] = {};
     while (tile.next()) {
         const auto y = tile.load_input();
-        const Soft<F, SIDE, T, INDEX> soft(job, tile);
+        const Soft<F, SAMPLES_IN_LANES, T, INDEX> soft(job, tile);
         Block<F> w{}, u{};
         if (job.weighs_elements) w = tile.template direct<F>(job.sample_weight);
-        if (has_upstreams) u = tile.load(job.upstream, OWN<F>, room.gated);
-        const auto slope = tile.place_grad_input();
-        const auto slope_t = tile.place_grad_target();
-        const auto loss = tile.place(each_loss, OWN<F>, room.exponentials);
+        if (has_upstreams) u = tile.load(job.upstream, NATIVE<F>, room.gated);
+        const auto slope = tile.output_grad_input();
+        const auto slope_t = tile.output_grad_target();
+        const auto loss = tile.output(each_loss, NATIVE<F>, room.exponentials);
         // Apart, so that nothing is decided for each vector in the loops that training runs.
         if (w || u || loss || slope_t || soft.weight) {
             tile.add(losses, [&](V &total, auto at) INLINED {
@@ -97,16 +97,16 @@ void elementwise(const Job &job, Tile<F, SIDE, T> &tile) {
                 f *= weight;
                 if (u) f *= u.get(at);
                 const V value = term.value(weight);
-                if (loss) loss.set(at, tile.kept(scale(at) * value, at));
+                if (loss) loss.set(at, tile.masked(scale(at) * value, at));
                 total += at.unseen(value);
-                if (slope) slope.set(at, tile.kept(term.by_input(f), at));
+                if (slope) slope.set(at, tile.masked(term.by_input(f), at));
                 if (slope_t) slope_t.set(at, soft.slope(term.by_target(f)));
             });
         } else if (slope) {
             tile.add(losses, [&](V &total, auto at) INLINED {
                 const Term<F, KIND> term(given, y.get(at), soft.value(at));
                 total += at.unseen(term.value(S::splat(1)));
-                slope.set(at, tile.kept(term.by_input(factor(at)), at));
+                slope.set(at, tile.masked(term.by_input(factor(at)), at));
             });
         } else {
             tile.add(losses, [&](V &total, auto at) INLINED {
@@ -116,7 +116,7 @@ void elementwise(const Job &job, Tile<F, SIDE, T> &tile) {
         }
         tile.store_grad_input();
         tile.store_grad_target();
-        tile.store(each_loss, OWN<F>, room.exponentials);
+        tile.store(each_loss, NATIVE<F>, room.exponentials);
     }
     tile.each_sample([&](int64_t v, auto at) INLINED {
         tile.set_loss(tile.over_lanes(losses[v]), at);
@@ -124,53 +124,53 @@ void elementwise(const Job &job, Tile<F, SIDE, T> &tile) {
 }
 
 // The exponentials of a tile's logits, less the greatest.
-template <class F, bool SIDE, class T> struct Softmax {
+template <class F, bool SAMPLES_IN_LANES, class T> struct Softmax {
     using S = Vectors<F>;
     using V = typename S::V;
-    Tile<F, SIDE, T> &tile;
+    Tile<F, SAMPLES_IN_LANES, T> &tile;
     const bool keeps;   // The exponentials, for later passes;
     const bool copies;  // and the logits in their place, if they have to be brought together or
                         // converted.
-    V most[Tile<F, SIDE, T>::VECTORS];
+    V most[Tile<F, SAMPLES_IN_LANES, T>::VECTORS];
 
     // Of a block.
     struct Source {
         const Softmax &softmax;
-        Block<F> kept;
+        Block<F> saved;
         Block<F, T> logits;
 
         template <class At> INLINE V difference(At at) const {
-            return (softmax.copies ? kept.get(at) : logits.get(at)) - softmax.most[at.v];
+            return (softmax.copies ? saved.get(at) : logits.get(at)) - softmax.most[at.v];
         }
         template <class At> INLINE V exponent(At at) const {
-            return softmax.keeps ? kept.get(at) : exponential<F>(difference(at));
+            return softmax.keeps ? saved.get(at) : exponential<F>(difference(at));
         }
         template <class At> INLINE V make_exponent(V difference, At at) const {
             const V value = exponential<F>(difference);
-            if (softmax.keeps) kept.set(at, value);
+            if (softmax.keeps) saved.set(at, value);
             return value;
         }
     };
 
-    Softmax(const Job &job, Tile<F, SIDE, T> &tile, bool is_needed)
+    Softmax(const Job &job, Tile<F, SAMPLES_IN_LANES, T> &tile, bool is_needed)
         : tile(tile), keeps(is_needed && tile.classes * tile.width <= ROW),
-          copies(keeps && (SIDE || !tile.template is_direct<T>(job.input_storage))) {
+          copies(keeps && (SAMPLES_IN_LANES || !tile.template is_direct<T>(job.input_storage))) {
         for (int v = 0; v < tile.vectors; v++) most[v] = S::splat(-F(INFINITY));
         while (tile.next()) {
             const auto x = tile.load_input();
-            const auto copy = kept();
-            if constexpr (!SIDE && sizeof(T) < sizeof(F))
+            const auto copy = saved_exponentials();
+            if constexpr (!SAMPLES_IN_LANES && sizeof(T) < sizeof(F))
                 if (!copies && tile.count >= 2 * S::W) {
-                    most[0] = S::larger(max_of_pairs(x.start, tile.count), most[0]);
+                    most[0] = S::max(max_of_pairs(x.start, tile.count), most[0]);
                     continue;
                 }
             tile.fold(most, [&](V &m, auto at) INLINED {
                 V z = x.get(at);
-                m = S::larger(z, m);
+                m = S::max(z, m);
                 if (copies) copy.set(at, z);
             });
         }
-        if (!SIDE) most[0] = S::splat(S::largest(most[0]));
+        if (!SAMPLES_IN_LANES) most[0] = S::splat(S::reduce_max(most[0]));
     }
     // The maximum of elements that lie two in a lane; the last lanes overlap those before.
     static INLINE V max_of_pairs(const T *from, int64_t count) {
@@ -178,20 +178,21 @@ template <class F, bool SIDE, class T> struct Softmax {
         for (int64_t k = 0; k < count; k += 2 * S::W) {
             const int64_t at = k + 2 * S::W <= count ? k : count - 2 * S::W;
             const auto bits = (typename S::U)S::load((const F *)(from + at));
-            low = S::larger((V)(bits << 16), low);
-            high = S::larger((V)(bits & 0xffff0000), high);
+            low = S::max((V)(bits << 16), low);
+            high = S::max((V)(bits & 0xffff0000), high);
         }
-        return S::larger(low, high);
+        return S::max(low, high);
     }
-    Block<F> kept() const { return tile.whole(tile.room.exponentials); }
-    // Of the block at hand: with what has been kept, or else with logits.
-    Source source(bool has_kept = true) const {
-        return {*this, kept(), (has_kept ? keeps : copies) ? Block<F, T>{} : tile.load_input()};
+    Block<F> saved_exponentials() const { return tile.whole(tile.room.exponentials); }
+    // Of the block at hand: with what has been saved, or else with logits.
+    Source source(bool has_saved = true) const {
+        const bool needs_logits = !(has_saved ? keeps : copies);
+        return {*this, saved_exponentials(), needs_logits ? tile.load_input() : Block<F, T>{}};
     }
 };
 
-template <class F, bool SIDE, class T, bool INDEX>
-void logits(const Job &job, Tile<F, SIDE, T> &tile) {
+template <class F, bool SAMPLES_IN_LANES, class T, bool INDEX>
+void logits(const Job &job, Tile<F, SAMPLES_IN_LANES, T> &tile) {
     using S = Vectors<F>;
     using V = typename S::V;
     struct Sums {
@@ -204,11 +205,13 @@ void logits(const Job &job, Tile<F, SIDE, T> &tile) {
     const V delta = V{} + F(job.delta), least = V{} - F(INFINITY);
     const bool is_guarded = job.is_guarded, is_learning = job.grad_input != nullptr;
     const auto factor = tile.of_sample(tile.group.factor);
-    const Softmax<F, SIDE, T> softmax(job, tile, true);
-    const bool is_at_hand = INDEX || (!SIDE && tile.template is_direct<T>(job.target_storage));
+    const Softmax<F, SAMPLES_IN_LANES, T> softmax(job, tile, true);
+    const bool is_at_hand =
+        INDEX || (!SAMPLES_IN_LANES && tile.template is_direct<T>(job.target_storage));
     const bool keeps = softmax.keeps && is_learning && (is_guarded || !is_at_hand);
-    V inverse[Tile<F, SIDE, T>::VECTORS], log_sum[Tile<F, SIDE, T>::VECTORS];
-    Sums sums[Tile<F, SIDE, T>::VECTORS];
+    constexpr int VECTORS = Tile<F, SAMPLES_IN_LANES, T>::VECTORS;
+    V inverse[VECTORS], log_sum[VECTORS];
+    Sums sums[VECTORS];
     for (int v = 0; v < tile.vectors; v++) sums[v] = Sums{};
     while (tile.next()) {
         const auto x = softmax.source(false);
@@ -218,7 +221,7 @@ void logits(const Job &job, Tile<F, SIDE, T> &tile) {
             });
             continue;
         }
-        const Soft<F, SIDE, T, INDEX> soft(job, tile);
+        const Soft<F, SAMPLES_IN_LANES, T, INDEX> soft(job, tile);
         const auto gated = tile.whole(room.gated);
         tile.add(sums, [&](Sums &total, auto at) INLINED {
             const V t = soft.value(at), wt = soft.weighted(t, at), z = x.difference(at);
@@ -235,9 +238,9 @@ void logits(const Job &job, Tile<F, SIDE, T> &tile) {
     });
     while (is_guarded && tile.next()) {
         const auto x = softmax.source();
-        const Soft<F, SIDE, T, INDEX> soft(job, tile);
+        const Soft<F, SAMPLES_IN_LANES, T, INDEX> soft(job, tile);
         const auto gated = tile.whole(room.gated);
-        const auto slope_t = tile.place_grad_target();
+        const auto slope_t = tile.output_grad_target();
         tile.add(sums, [&](Sums &total, auto at) INLINED {
             const V wt = soft.weighted(soft.value(at), at), p = x.exponent(at) * inverse[at.v];
             const V guarded = p + delta, log = logarithm_of_normal<F>(guarded, V{});
@@ -251,8 +254,8 @@ void logits(const Job &job, Tile<F, SIDE, T> &tile) {
     }
     while (!is_guarded && job.grad_target && tile.next()) {
         const auto x = tile.load_input();
-        const Soft<F, SIDE, T, INDEX> soft(job, tile);
-        const auto slope_t = tile.place_grad_target();
+        const Soft<F, SAMPLES_IN_LANES, T, INDEX> soft(job, tile);
+        const auto slope_t = tile.output_grad_target();
         tile.each([&](auto at) INLINED {
             const V t = soft.value(at), log = x.get(at) - softmax.most[at.v] - log_sum[at.v];
             const V finite = ((t == F(0)) & (log == least)) ? V{} : log;
@@ -268,19 +271,19 @@ void logits(const Job &job, Tile<F, SIDE, T> &tile) {
     if (!is_learning) return;
     while (tile.next()) {
         const auto x = softmax.source();
-        const auto slope = tile.place_grad_input();
+        const auto slope = tile.output_grad_input();
         const auto write = [&](auto gated) INLINED {
             tile.each([&](auto at) INLINED {
                 V p = x.exponent(at) * inverse[at.v];
                 V g = (p * sums[at.v].gated - gated(p, at)) * factor(at);
-                slope.set(at, tile.kept(g, at));
+                slope.set(at, tile.masked(g, at));
             });
         };
         if (keeps) {
             const auto gated = tile.whole(room.gated);
             write([&](V, auto at) INLINED { return gated.get(at); });
         } else {
-            const Soft<F, SIDE, T, INDEX> soft(job, tile);
+            const Soft<F, SAMPLES_IN_LANES, T, INDEX> soft(job, tile);
             write([&](V p, auto at) INLINED {
                 V wt = soft.weighted(soft.value(at), at);
                 return is_guarded ? wt * (p / (p + delta)) : wt;
@@ -291,33 +294,34 @@ void logits(const Job &job, Tile<F, SIDE, T> &tile) {
 }
 
 // −log(p_c + δ) of one class per sample.
-template <class F, bool SIDE, class T>
-void logits_of_class(const Job &job, Tile<F, SIDE, T> &tile) {
+template <class F, bool SAMPLES_IN_LANES, class T>
+void logits_of_class(const Job &job, Tile<F, SAMPLES_IN_LANES, T> &tile) {
     using S = Vectors<F>;
     using V = typename S::V;
     const Group<F> &group = tile.group;
-    const Softmax<F, SIDE, T> softmax(job, tile, SIDE || job.grad_input);
+    const Softmax<F, SAMPLES_IN_LANES, T> softmax(job, tile, SAMPLES_IN_LANES || job.grad_input);
     struct Sums {
         V exponents, own;  // The other has one summand: what the sample's class has.
         INLINE void operator+=(const Sums &part) { exponents += part.exponents, own += part.own; }
     };
-    Sums sums[Tile<F, SIDE, T>::VECTORS];
+    constexpr int VECTORS = Tile<F, SAMPLES_IN_LANES, T>::VECTORS;
+    Sums sums[VECTORS];
     for (int v = 0; v < tile.vectors; v++) sums[v] = Sums{};
     while (tile.next()) {
         const auto x = softmax.source(false);
         tile.add(sums, [&](Sums &total, auto at) INLINED {
             const V z = x.difference(at);
             total.exponents += at.unseen(x.make_exponent(z, at));
-            if (SIDE) total.own += tile.one_hot(at, z, V{});
+            if (SAMPLES_IN_LANES) total.own += tile.one_hot(at, z, V{});
         });
     }
-    if (!SIDE) {
+    if (!SAMPLES_IN_LANES) {
         F z;
-        const int64_t place = job.place(tile.first, group.label[tile.index]);
-        LOADS<F>[job.input_storage](job.input, place, 1, &z, 1);
+        const int64_t offset = job.offset(tile.first, group.label[tile.index]);
+        LOADS<F>[job.input_storage](job.input, offset, 1, &z, 1);
         sums[0].own = S::splat(z) - softmax.most[0];
     }
-    V gates[Tile<F, SIDE, T>::VECTORS], factors[Tile<F, SIDE, T>::VECTORS];
+    V gates[VECTORS], factors[VECTORS];
     V own{};  // The slope of the one sample's class.
     tile.each_sample([&](int64_t v, auto at) INLINED {
         const V total = tile.over_lanes(sums[v].exponents), exponent = exponential<F>(sums[v].own);
@@ -337,14 +341,14 @@ void logits_of_class(const Job &job, Tile<F, SIDE, T> &tile) {
     if (!job.grad_input) return;
     while (tile.next()) {
         const auto x = softmax.source();
-        const auto slope = tile.place_grad_input();
+        const auto slope = tile.output_grad_input();
         tile.each([&](auto at) INLINED {
             V g = x.exponent(at) * factors[at.v];
-            if (SIDE) g -= tile.one_hot(at, gates[at.v], V{});
-            slope.set(at, tile.kept(g, at));
+            if (SAMPLES_IN_LANES) g -= tile.one_hot(at, gates[at.v], V{});
+            slope.set(at, tile.masked(g, at));
         });
         const int64_t c = group.label[tile.index] - tile.begin;
-        if (!SIDE && c >= 0 && c < tile.count) narrow(own[0], slope.start[c]);
+        if (!SAMPLES_IN_LANES && c >= 0 && c < tile.count) store_cast(own[0], slope.start[c]);
         tile.store_grad_input();
     }
 }
@@ -375,7 +379,7 @@ void spread(const F *slope, const int64_t *label, int n, T *to, int64_t classes,
             const V value = is_own ? S::load(slope + j) : V{};
             streams ? S::stream(to + j, value) : S::store(to + j, value);
         }
-        for (; j < n; j++) narrow(own[j] == c ? slope[j] : F(0), to[j]);
+        for (; j < n; j++) store_cast(own[j] == c ? slope[j] : F(0), to[j]);
     }
 }
 
@@ -383,7 +387,7 @@ void spread(const F *slope, const int64_t *label, int n, T *to, int64_t classes,
 template <class F, class T> void probabilities_of_class(const Job &job, Group<F> &group) {
     using S = Vectors<F>;
     using V = typename S::V;
-    const bool is_native = job.input_storage == OWN<T>;
+    const bool is_native = job.input_storage == NATIVE<T>;
     const int64_t size = SIZES[job.input_storage];
     char *grad = (char *)job.grad_input;
     // Calls a body for the samples that lie side by side: the first, how many, and their place.
@@ -392,7 +396,7 @@ template <class F, class T> void probabilities_of_class(const Job &job, Group<F>
             const int64_t sample = group.first + j, left = group.count - j;
             const int64_t most = job.inner == 1 ? 1 : job.inner - sample % job.inner;
             n = int(most < left ? most : left);
-            body(j, n, job.place(sample, 0));
+            body(j, n, job.offset(sample, 0));
         }
     };
     F y[GROUP];
@@ -401,7 +405,7 @@ template <class F, class T> void probabilities_of_class(const Job &job, Group<F>
         for (int j = first; j < first + n; j++, start++) {
             const int64_t c = group.label[j], at = start + c * job.inner;
             if (c < 0) continue;
-            if (is_native) y[j] = widened<F>(((const T *)job.input)[at]);
+            if (is_native) y[j] = load_cast<F>(((const T *)job.input)[at]);
             else LOADS<F>[job.input_storage](job.input, at, 1, y + j, 1);
         }
     });
@@ -414,7 +418,7 @@ template <class F, class T> void probabilities_of_class(const Job &job, Group<F>
         if (group.label[j] < 0) group.loss[j] = 0;
     if (!grad) return;
     if (job.inner == 1)
-        clear<F>(grad + job.place(group.first, 0) * size, group.count * job.classes * size,
+        clear<F>(grad + job.offset(group.first, 0) * size, group.count * job.classes * size,
                  job.streams);
     each_part([&](int first, int n, int64_t start) INLINED {
         if (is_native && job.inner >= SIDE_BY_SIDE && job.classes <= ROOM)

@@ -1,4 +1,4 @@
-// How a call is run: by which instructions, and in which stretches for threads.
+// How a call is run: by which instructions, and in which segments for threads.
 
 #pragma once
 
@@ -75,14 +75,14 @@ int target = find_target();
 using Body = void (*)(int64_t begin, int64_t end, void *context);
 int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, Body, void *context);
 
-void run(int64_t stretches, int64_t grain, Body body, Job &job) {
-    if (stretches <= grain || !parallel_for) body(0, stretches, &job);
-    else parallel_for(0, stretches, grain, body, &job);
+void run(int64_t segments, int64_t grain, Body body, Job &job) {
+    if (segments <= grain || !parallel_for) body(0, segments, &job);
+    else parallel_for(0, segments, grain, body, &job);
 }
 
 int64_t divided_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
-// Sums the weights that the mean divides by, of `stretch` samples or elements at a time.
+// Sums the weights that the mean divides by, of `segment` samples or elements at a time.
 template <class F> void sum_weights(int64_t begin, int64_t end, void *context) {
     Job &job = *(Job *)context;
     const F *sample_weight = (const F *)job.sample_weight;
@@ -90,11 +90,11 @@ template <class F> void sum_weights(int64_t begin, int64_t end, void *context) {
     const int64_t count = job.weighs_elements ? job.elements : job.samples;
     constexpr int64_t BLOCK = 1024;
     int64_t labels[BLOCK];
-    for (int64_t stretch = begin; stretch < end; stretch++) {
-        int64_t first = stretch * job.stretch, last = first + job.stretch;
+    for (int64_t segment = begin; segment < end; segment++) {
+        int64_t first = segment * job.segment, last = first + job.segment;
         if (last > count) last = count;
         double total = 0;
-        bool &has_weight = job.has_weight[stretch] = false;
+        bool &has_weight = job.has_weight[segment] = false;
         for (int64_t block = first; block < last; block += BLOCK) {
             int64_t n = last - block < BLOCK ? last - block : BLOCK;
             if (job.is_index) load_labels(job, block, n, labels);
@@ -113,7 +113,7 @@ template <class F> void sum_weights(int64_t begin, int64_t end, void *context) {
                 total += w;
             }
         }
-        job.sums[stretch] = total;
+        job.sums[segment] = total;
     }
 }
 
@@ -127,13 +127,13 @@ void find_divisor(Job &job, int64_t outer) {
         return;
     }
     const int64_t count = job.weighs_elements ? job.elements : job.samples;
-    job.stretch = divided_up(count, STRETCHES);
-    if (job.stretch < STRETCH) job.stretch = STRETCH;
-    const int64_t stretches = divided_up(count, job.stretch);
-    run(stretches, 4, job.is_double ? sum_weights<double> : sum_weights<float>, job);
+    job.segment = divided_up(count, MAX_SEGMENTS);
+    if (job.segment < MIN_SEGMENT) job.segment = MIN_SEGMENT;
+    const int64_t segments = divided_up(count, job.segment);
+    run(segments, 4, job.is_double ? sum_weights<double> : sum_weights<float>, job);
     double total = 0;
     bool has_weight = false;
-    for (int64_t k = 0; k < stretches; k++) {
+    for (int64_t k = 0; k < segments; k++) {
         has_weight |= job.has_weight[k];
         total += job.sums[k];
     }
@@ -152,15 +152,15 @@ void compute(Job &job, int64_t outer) {
     TARGETS[target].plan(job);
     job.streams = job.grad_input && job.elements * SIZES[job.input_storage] >= STREAMED;
     const int64_t work = job.reads_one() && !job.grad_input ? 16 : job.classes;
-    job.stretch = divided_up(STRETCH, work);
-    if (job.stretch < divided_up(job.samples, STRETCHES))
-        job.stretch = divided_up(job.samples, STRETCHES);
-    if (job.is_side_by_side) job.stretch = divided_up(job.stretch, job.group) * job.group;
-    const int64_t stretches = divided_up(job.samples, job.stretch);
-    run(stretches, divided_up(GRAIN, job.stretch * work), job.run, job);
+    job.segment = divided_up(MIN_SEGMENT, work);
+    if (job.segment < divided_up(job.samples, MAX_SEGMENTS))
+        job.segment = divided_up(job.samples, MAX_SEGMENTS);
+    if (job.samples_in_lanes) job.segment = divided_up(job.segment, job.group) * job.group;
+    const int64_t segments = divided_up(job.samples, job.segment);
+    run(segments, divided_up(MIN_PER_THREAD, job.segment * work), job.run, job);
     if (job.reduction == NONE || job.bad == NO_MEMORY) return;
     double total = 0;
-    for (int64_t k = 0; k < stretches; k++) total += job.sums[k];
+    for (int64_t k = 0; k < segments; k++) total += job.sums[k];
     total /= job.divisor;
     if (job.is_double) *(double *)job.losses = total;
     else *(float *)job.losses = float(total);

@@ -1,4 +1,4 @@
-// Groups of samples, and the stretches that threads are given.
+// Groups of samples, and the segments that threads are given.
 
 namespace NAMESPACE {
 namespace {
@@ -42,23 +42,24 @@ template <class F> void prepare(Job &job, Group<F> &group) {
     }
 }
 
-template <class F, bool SIDE, class T, bool INDEX, Kind KIND>
-void run_loss(Tile<F, SIDE, T> &tile) {
+template <class F, bool SAMPLES_IN_LANES, class T, bool INDEX, Kind KIND>
+void run_loss(Tile<F, SAMPLES_IN_LANES, T> &tile) {
     const Job &job = tile.job;
-    if constexpr (!COUPLES_CLASSES[KIND]) elementwise<F, SIDE, T, INDEX, KIND>(job, tile);
-    else if (INDEX && job.is_of_class) logits_of_class<F, SIDE, T>(job, tile);
-    else logits<F, SIDE, T, INDEX>(job, tile);
+    if constexpr (!COUPLES_CLASSES[KIND])
+        elementwise<F, SAMPLES_IN_LANES, T, INDEX, KIND>(job, tile);
+    else if (INDEX && job.is_of_class) logits_of_class<F, SAMPLES_IN_LANES, T>(job, tile);
+    else logits<F, SAMPLES_IN_LANES, T, INDEX>(job, tile);
 }
 
-template <class F, bool SIDE, class T>
+template <class F, bool SAMPLES_IN_LANES, class T>
 void run_tile(const Job &job, Group<F> &group, const Room<F> &room, int index) {
-    Tile<F, SIDE, T> tile(job, group, room, index);
-    if (!SIDE && job.is_index && group.label[index] < 0) {
+    Tile<F, SAMPLES_IN_LANES, T> tile(job, group, room, index);
+    if (!SAMPLES_IN_LANES && job.is_index && group.label[index] < 0) {
         void *losses = job.per_element() && job.reduction == NONE ? job.losses : nullptr;
         group.loss[index] = 0;
         while (tile.next()) {
-            const auto slope = tile.place_grad_input();
-            const auto loss = tile.place(losses, OWN<F>, room.exponentials);
+            const auto slope = tile.output_grad_input();
+            const auto loss = tile.output(losses, NATIVE<F>, room.exponentials);
             if (slope) std::memset(slope.start, 0, tile.count * sizeof(T));
             if (loss) std::memset(loss.start, 0, tile.count * sizeof(F));
             tile.store_grad_input();
@@ -68,8 +69,8 @@ void run_tile(const Job &job, Group<F> &group, const Room<F> &room, int index) {
     switch (job.kind) {
 #define RUN(KIND, ...)                                               \
     case KIND:                                                       \
-        return job.is_index ? run_loss<F, SIDE, T, true, KIND>(tile) \
-                            : run_loss<F, SIDE, T, false, KIND>(tile);
+        return job.is_index ? run_loss<F, SAMPLES_IN_LANES, T, true, KIND>(tile) \
+                            : run_loss<F, SAMPLES_IN_LANES, T, false, KIND>(tile);
         LOSSES(RUN)
 #undef RUN
     }
@@ -85,7 +86,7 @@ template <class F> void spoil(const Job &job, Group<F> &group) {
     const auto fill = [&](void *tensor, Storage storage, int64_t sample) {
         for (int64_t c = 0; tensor && c < job.classes; c += MOST) {
             const int64_t n = job.classes - c < MOST ? job.classes - c : MOST;
-            STORES<F>[storage](nans, n, tensor, job.place(sample, c), job.inner);
+            STORES<F>[storage](nans, n, tensor, job.offset(sample, c), job.inner);
         }
     };
     load_labels(job, group.first, group.count, labels);
@@ -94,7 +95,7 @@ template <class F> void spoil(const Job &job, Group<F> &group) {
         group.loss[j] = nan;
         fill(job.grad_input, job.input_storage, group.first + j);
         if (job.per_element() && job.reduction == NONE)
-            fill(job.losses, OWN<F>, group.first + j);
+            fill(job.losses, NATIVE<F>, group.first + j);
     }
 }
 
@@ -104,17 +105,17 @@ template <class F> double sum_losses(const Group<F> &group) {
     typename D::V total{};
     for (int j = 0; j < group.count; j += D::W)
         total += __builtin_convertvector(*(const Part *)(group.loss + j), typename D::V);
-    return D::sum(total);
+    return D::reduce_add(total);
 }
 
-// Stretches `begin` to `end` of a job.
-template <class F, class T> void run_stretches(int64_t begin, int64_t end, void *context) {
+// Segments `begin` to `end` of a job.
+template <class F, class T> void run_segments(int64_t begin, int64_t end, void *context) {
     constexpr int W = Vectors<F>::W;
     Job &job = *(Job *)context;
     const int64_t most = job.samples < job.group ? job.samples : job.group;
-    const int64_t width = job.is_side_by_side ? (most + 15) / 16 * 16 : 1;
+    const int64_t width = job.samples_in_lanes ? (most + 15) / 16 * 16 : 1;
     int64_t block = BLOCK + Vectors<F>::W, row = job.classes * width;
-    if (job.is_side_by_side) block = row < ROOM ? row : ROOM;
+    if (job.samples_in_lanes) block = row < ROOM ? row : ROOM;
     row = row > ROW ? ROW : row < block ? block : row;
     F *memory = (F *)std::malloc((5 * block + 2 * row) * sizeof(F));
     if (!memory) return job.note_bad(NO_MEMORY);
@@ -127,14 +128,14 @@ template <class F, class T> void run_stretches(int64_t begin, int64_t end, void 
                           rows,
                           rows + row};
     Group<F> group;
-    for (int64_t stretch = begin; stretch < end; stretch++) {
-        int64_t last = (stretch + 1) * job.stretch;
+    for (int64_t segment = begin; segment < end; segment++) {
+        int64_t last = (segment + 1) * job.segment;
         if (last > job.samples) last = job.samples;
         double total = 0;
-        for (int64_t sample = stretch * job.stretch; sample < last; sample += group.count) {
+        for (int64_t sample = segment * job.segment; sample < last; sample += group.count) {
             int64_t n = last - sample < job.group ? last - sample : job.group;
             bool is_few = false;
-            if (job.is_side_by_side && job.inner >= SIDE_BY_SIDE) {
+            if (job.samples_in_lanes && job.inner >= SIDE_BY_SIDE) {
                 const int64_t left = job.inner - sample % job.inner;
                 if (left < n) n = left;
                 if (n > W && job.classes >= LEAST_ROW) n -= n % W;  // Full vectors, then the rest.
@@ -144,14 +145,14 @@ template <class F, class T> void run_stretches(int64_t begin, int64_t end, void 
             group.count = int(n);
             prepare(job, group);
             if (job.reads_one()) probabilities_of_class<F, T>(job, group);
-            else if (job.is_side_by_side && !is_few) run_tile<F, true, T>(job, group, room, 0);
+            else if (job.samples_in_lanes && !is_few) run_tile<F, true, T>(job, group, room, 0);
             else for (int j = 0; j < n; j++) run_tile<F, false, T>(job, group, room, j);
             if (group.has_bad) spoil(job, group);
             total += sum_losses(group);
             if (job.reduction == NONE && !job.per_element())
                 std::memcpy((F *)job.losses + sample, group.loss, n * sizeof(F));
         }
-        job.sums[stretch] = total;
+        job.sums[segment] = total;
     }
     std::free(memory);
     if (job.streams) Vectors<F>::end_streams();
@@ -159,7 +160,7 @@ template <class F, class T> void run_stretches(int64_t begin, int64_t end, void 
 
 }  // namespace
 
-// How a job is cut into groups, and what runs its stretches.
+// How a job is cut into groups, and what runs its segments.
 void plan(Job &job) {
     if (job.is_elementwise) {  // Rows of any length will do, and the last takes what remains.
         const int width = BYTES / (job.is_double ? 8 : 4);
@@ -168,10 +169,10 @@ void plan(Job &job) {
         job.samples = job.elements / job.classes;
         job.weighs_elements &= job.classes > 1;
     }
-    job.is_side_by_side = job.inner > 1 || job.classes < (job.is_elementwise ? 2 : LEAST_ROW);
-    if (job.inner <= FEW && job.classes > ROOM / 16) job.is_side_by_side = false;
+    job.samples_in_lanes = job.inner > 1 || job.classes < (job.is_elementwise ? 2 : LEAST_ROW);
+    if (job.inner <= FEW && job.classes > ROOM / 16) job.samples_in_lanes = false;
     job.group = 64;
-    if (job.is_side_by_side) {
+    if (job.samples_in_lanes) {
         const int64_t fitting = ROOM / job.classes / 16 * 16;
         job.group = fitting < 16 ? 16 : fitting > GROUP ? GROUP : fitting;
         if (job.inner < SIDE_BY_SIDE) {
@@ -181,9 +182,9 @@ void plan(Job &job) {
     }
     const bool is_half = job.input_storage == BFLOAT16 && !job.is_double &&
                          (job.is_index || job.target_storage == BFLOAT16);
-    job.run = job.is_double ? run_stretches<double, double>
-              : is_half     ? run_stretches<float, Bfloat16>
-                            : run_stretches<float, float>;
+    job.run = job.is_double ? run_segments<double, double>
+              : is_half     ? run_segments<float, Bfloat16>
+                            : run_segments<float, float>;
 }
 
 // For the tests: exp or log of n numbers.

@@ -29,7 +29,7 @@ template <class F> struct Vectors {
     typedef typename Bits<F>::Signed I __attribute__((vector_size(BYTES)));
     typedef typename Bits<F>::Unsigned U __attribute__((vector_size(BYTES)));
 
-    // In memory, at any element; not copied as bytes, which a compiler takes to change anything.
+    // For unaligned access. A memcpy would count as an alias of everything.
     typedef V Stored __attribute__((aligned(sizeof(F))));
     typedef I StoredI __attribute__((aligned(sizeof(F))));
     typedef uint16_t H __attribute__((vector_size(2 * W)));
@@ -82,9 +82,9 @@ template <class F> struct Vectors {
     }
     static INLINE I load(const typename Bits<F>::Signed *from) { return *(const StoredI *)from; }
     static INLINE void store(F *to, V value) { *(Stored *)to = value; }
-    static INLINE void store(Bfloat16 *to, V value) { *(StoredH *)to = narrowed(value); }
+    static INLINE void store(Bfloat16 *to, V value) { *(StoredH *)to = to_bfloat16(value); }
     // To bfloat16: to the nearest, ties to even.
-    static INLINE H narrowed(V value) {
+    static INLINE H to_bfloat16(V value) {
 #if defined(__x86_64__) && BYTES == 64
         const __m512i bits = (__m512i)value, half = _mm512_set1_epi32(0x7fff);
         const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
@@ -117,11 +117,11 @@ template <class F> struct Vectors {
     }
     static INLINE void stream(Bfloat16 *to, V value) {
 #if defined(__clang__)
-        __builtin_nontemporal_store(narrowed(value), (H *)to);
+        __builtin_nontemporal_store(to_bfloat16(value), (H *)to);
 #elif defined(__x86_64__) && BYTES == 64
-        _mm256_stream_si256((__m256i *)to, (__m256i)narrowed(value));
+        _mm256_stream_si256((__m256i *)to, (__m256i)to_bfloat16(value));
 #elif defined(__x86_64__) && BYTES == 32
-        _mm_stream_si128((__m128i *)to, (__m128i)narrowed(value));
+        _mm_stream_si128((__m128i *)to, (__m128i)to_bfloat16(value));
 #else
         store(to, value);
 #endif
@@ -133,7 +133,7 @@ template <class F> struct Vectors {
         for (int k = 0; k < W; k++) value[k] = k;
         return value;
     }
-    static INLINE V larger(V a, V b) { return a > b ? a : b; }  // Of a NaN and b it is b.
+    static INLINE V max(V a, V b) { return a > b ? a : b; }  // max(NaN, b) = b.
     static INLINE V shuffled(V value, I from) {
 #ifdef __clang__
         V result;
@@ -143,15 +143,15 @@ template <class F> struct Vectors {
         return __builtin_shuffle(value, from);
 #endif
     }
-    static INLINE F sum(V value) {
+    static INLINE F reduce_add(V value) {
 #pragma GCC unroll 4
         for (int half = W / 2; half; half /= 2) value += shuffled(value, lanes() + half);
         return value[0];
     }
-    static INLINE F largest(V value) {
+    static INLINE F reduce_max(V value) {
 #pragma GCC unroll 4
         for (int half = W / 2; half; half /= 2)
-            value = larger(value, shuffled(value, lanes() + half));
+            value = max(value, shuffled(value, lanes() + half));
         return value[0];
     }
 };
@@ -196,7 +196,7 @@ template <> struct Constants<double> {
                               EXPONENT_BITS = 0x4330000000000000;
 };
 
-// c₀ xⁿ + c₁ xⁿ⁻¹ + …, in pairs, pairs of these and so on: shorter to wait for than one by one.
+// c₀ xⁿ + c₁ xⁿ⁻¹ + … by Estrin's scheme, whose chain of dependencies is shorter than Horner's.
 template <int N, class V> INLINE V in_pairs(V x, const V *c) {
     if constexpr (N == 1) {
         return c[0];
@@ -216,12 +216,12 @@ template <class V, class F, int N> INLINE V polynomial(V x, const F (&c)[N]) {
     return in_pairs<N>(x, all);
 }
 
-// Of what is at most 0, as a softmax takes it, or NaN.
+// exp x for x ≤ 0 or NaN.
 template <class F, class V = typename Vectors<F>::V> INLINE V exponential(V x) {
     using U = typename Vectors<F>::U;
     using K = Constants<F>;
     constexpr F shift = K::INTEGER + (K::BIAS + K::SHIFT);
-    x = Vectors<F>::larger(Vectors<F>::splat(K::LEAST), x);
+    x = Vectors<F>::max(Vectors<F>::splat(K::LEAST), x);
     V shifted = x * F(1.44269504088896340736) + shift, n = shifted - shift;
     V r = x - n * K::LOG2_HIGH - n * K::LOG2_LOW;
     V p = polynomial(r, K::EXP) * (r * r) + r + F(1);
@@ -322,10 +322,12 @@ INLINE uint32_t as_bits(float value) {
     return bits;
 }
 
-template <class F, class T> INLINE F widened(T value) { return F(value); }
-template <class F> INLINE F widened(Bool value) { return value.byte ? F(1) : F(0); }
-template <class F> INLINE F widened(Bfloat16 value) { return as_float(uint32_t(value.bits) << 16); }
-template <class F> INLINE F widened(Float16 value) {
+template <class F, class T> INLINE F load_cast(T value) { return F(value); }
+template <class F> INLINE F load_cast(Bool value) { return value.byte ? F(1) : F(0); }
+template <class F> INLINE F load_cast(Bfloat16 value) {
+    return as_float(uint32_t(value.bits) << 16);
+}
+template <class F> INLINE F load_cast(Float16 value) {
     // By way of an integer where it is subnormal, since a processor may be set to flush those.
     uint32_t sign = uint32_t(value.bits & 0x8000) << 16, rest = value.bits & 0x7fff;
     uint32_t normal = (rest << 13) + (rest < 0x7c00 ? 112u << 23 : 224u << 23);
@@ -334,13 +336,13 @@ template <class F> INLINE F widened(Float16 value) {
 }
 
 // To the nearest, ties to even; of a float64 by way of float32.
-template <class T, class F> INLINE void narrow(F value, T &to) { to = T(value); }
-template <class F> INLINE void narrow(F value, Bfloat16 &to) {
+template <class T, class F> INLINE void store_cast(F value, T &to) { to = T(value); }
+template <class F> INLINE void store_cast(F value, Bfloat16 &to) {
     uint32_t bits = as_bits(float(value));
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     to.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
 }
-template <class F> INLINE void narrow(F value, Float16 &to) {
+template <class F> INLINE void store_cast(F value, Float16 &to) {
     uint32_t bits = as_bits(float(value)), rest = bits & 0x7fffffff;
     uint32_t normal = (rest - (112u << 23) + 0xfff + ((rest >> 13) & 1)) >> 13;
     uint32_t subnormal = as_bits(as_float(rest) + 0.5f) - 0x3f000000;
@@ -354,17 +356,17 @@ template <class F, class T>
 void load_as(const void *from, int64_t start, int64_t n, F *to, int64_t stride) {
     const T *values = (const T *)from + start;
     if (stride != 1)
-        for (int64_t i = 0; i < n; i++) to[i] = widened<F>(values[i * stride]);
+        for (int64_t i = 0; i < n; i++) to[i] = load_cast<F>(values[i * stride]);
     else
-        for (int64_t i = 0; i < n; i++) to[i] = widened<F>(values[i]);
+        for (int64_t i = 0; i < n; i++) to[i] = load_cast<F>(values[i]);
 }
 template <class F, class T>
 void store_as(const F *from, int64_t n, void *to, int64_t start, int64_t stride) {
     T *values = (T *)to + start;
     if (stride != 1)
-        for (int64_t i = 0; i < n; i++) narrow(from[i], values[i * stride]);
+        for (int64_t i = 0; i < n; i++) store_cast(from[i], values[i * stride]);
     else
-        for (int64_t i = 0; i < n; i++) narrow(from[i], values[i]);
+        for (int64_t i = 0; i < n; i++) store_cast(from[i], values[i]);
 }
 
 // In the order of `Storage`.
@@ -379,8 +381,8 @@ template <class F> using Store = void (*)(const F *, int64_t, void *, int64_t, i
 template <class F>
 constexpr Store<F> STORES[] = {store_as<F, float>, store_as<F, double>, store_as<F, Bfloat16>,
                                store_as<F, Float16>};
-template <class T> constexpr Storage OWN = sizeof(T) == 4 ? FLOAT32 : FLOAT64;
-template <> constexpr Storage OWN<Bfloat16> = BFLOAT16;
+template <class T> constexpr Storage NATIVE = sizeof(T) == 4 ? FLOAT32 : FLOAT64;
+template <> constexpr Storage NATIVE<Bfloat16> = BFLOAT16;
 
 }  // namespace
 }  // namespace NAMESPACE
