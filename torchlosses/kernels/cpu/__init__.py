@@ -17,7 +17,7 @@ from torchlosses.kernels.cpu import _cpu
 
 CAN_FAIL = False  # What they raise is for the caller.
 # In the order of their numbers in job.h.
-LOSSES = ("squares", "probabilities", "logits")
+LOSSES = _cpu.LOSSES
 REDUCTIONS = checks.REDUCTIONS
 STORAGES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int8,

@@ -1,5 +1,7 @@
 """The extension module of `module.cpp`; there is none where no compiler was."""
 
+LOSSES: tuple[str, ...]
+
 def prepare(
     kind: int,
     reduction: int,

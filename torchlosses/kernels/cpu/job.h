@@ -1,4 +1,4 @@
-// What a call is: a loss of tensors that lie in order, and its gradients.
+// A call: a loss of contiguous tensors, and its gradients.
 
 #pragma once
 
@@ -17,8 +17,21 @@
 
 namespace {
 
+// The losses: name, whether there is a loss for each element, and whether the slope of an element
+// depends on its whole row. If not, its `Term` is in losses.h.
+#define LOSSES(X)                                   \
+    X(SQUARES, "squares", true, false)              \
+    X(PROBABILITIES, "probabilities", false, false) \
+    X(LOGITS, "logits", false, true)
+#define KIND_OF(kind, name, per_element, couples_classes) kind,
+#define NAME_OF(kind, name, per_element, couples_classes) name,
+#define PER_ELEMENT_OF(kind, name, per_element, couples_classes) per_element,
+#define COUPLES_CLASSES_OF(kind, name, per_element, couples_classes) couples_classes,
+enum Kind { LOSSES(KIND_OF) };
+constexpr const char *KINDS[] = {LOSSES(NAME_OF)};
+constexpr bool PER_ELEMENT[] = {LOSSES(PER_ELEMENT_OF)};
+constexpr bool COUPLES_CLASSES[] = {LOSSES(COUPLES_CLASSES_OF)};
 // Numbered as in __init__.py.
-enum Kind { SQUARES, PROBABILITIES, LOGITS };
 enum Reduction { SUM, MEAN, BATCHMEAN, NONE };
 enum Storage {
     FLOAT32, FLOAT64, BFLOAT16, FLOAT16,
@@ -26,18 +39,18 @@ enum Storage {
 };
 constexpr int64_t SIZES[] = {4, 8, 2, 2, 1, 1, 2, 4, 8, 2, 4, 8, 1};
 
-// The stretches of a job are the same for any number of threads, and so is each one's sum.
-constexpr int64_t STRETCHES = 2048;   // At most.
-constexpr int64_t STRETCH = 16384;    // Elements in one, at least;
-constexpr int64_t GRAIN = 32768;      // and of what a thread is given.
-constexpr int64_t WITH_GIL = 16384;   // Elements that are done before another thread would wake.
-constexpr int64_t LEAST_ROW = 32;     // Classes from which a row fills vectors by itself.
-constexpr int64_t STREAMED = 1 << 25;  // Bytes of a gradient that leave the cache anyway.
-constexpr int64_t NO_MEMORY = -1;     // As a bad position.
+// The segments of a job are the same for any number of threads, and so is each one's sum.
+constexpr int64_t MAX_SEGMENTS = 2048;
+constexpr int64_t MIN_SEGMENT = 16384;     // Elements.
+constexpr int64_t MIN_PER_THREAD = 32768;  // Elements.
+constexpr int64_t WITH_GIL = 16384;        // Up to this many elements keep the GIL.
+constexpr int64_t LEAST_ROW = 32;          // Classes from which a row fills vectors by itself.
+constexpr int64_t STREAMED = 1 << 25;      // Gradients of this many bytes bypass the cache.
+constexpr int64_t NO_MEMORY = -1;          // In `bad`: malloc has failed.
 // Where weights add up to less, the inverse of their sum may overflow; see `lifted` in formulas.py.
 constexpr double LEAST_DIVISOR = 0x1p-120, LIFT = 0x1p64;
 
-// What calls have in common whose tensors are alike.
+// What calls with the same layout share.
 struct Call {
     Kind kind;
     Reduction reduction;
@@ -51,9 +64,9 @@ struct Call {
 };
 
 struct Job : Call {
-    bool is_of_class;       // One entry of a row counts.
-    bool is_elementwise;    // Nothing depends on where in a row an element stands.
-    bool is_side_by_side;   // Samples are the lanes of vectors, not classes.
+    bool only_target_class;  // One entry of a row counts.
+    bool is_flat;            // Nothing depends on where in a row an element stands.
+    bool samples_in_lanes;  // Samples are the lanes of vectors, not classes.
     bool has_upstreams;     // One per loss.
     bool is_guarded, is_smooth;
     bool streams = false;   // Gradients go to memory past the cache.
@@ -63,14 +76,18 @@ struct Job : Call {
     int64_t samples, elements;  // samples = outer · inner
     double uniform, divisor;  // uniform = smoothing / classes
     double lift;  // A factor of the weights, and within the divisor.
-    int64_t group, stretch;  // Samples in each.
+    int64_t group, segment;  // Samples in each.
     void (*run)(int64_t, int64_t, void *);
-    double sums[STRETCHES];
+    double sums[MAX_SEGMENTS];
+    bool has_weight[MAX_SEGMENTS];  // Whether any that was summed is not 0.
     std::atomic<int64_t> bad{INT64_MAX};  // The first sample whose class is none.
 
     explicit Job(const Call &call) : Call(call) {}
-    // The element of a class of a sample.
-    int64_t place(int64_t sample, int64_t c) const {
+    bool per_element() const { return PER_ELEMENT[kind]; }
+    // Whether only the entry of a sample's class is read, and all others have a slope of 0.
+    bool reads_one() const { return only_target_class && !COUPLES_CLASSES[kind]; }
+    // Of the element of a class of a sample.
+    int64_t offset(int64_t sample, int64_t c) const {
         return inner == 1 ? sample * classes + c
                           : (sample / inner * classes + c) * inner + sample % inner;
     }

@@ -6,6 +6,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <iterator>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -133,4 +134,10 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, methods,
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__cpu() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__cpu() {
+    PyObject *created = PyModule_Create(&module), *losses = PyTuple_New(std::size(KINDS));
+    if (!created || !losses) return nullptr;
+    for (size_t k = 0; k < std::size(KINDS); k++)
+        PyTuple_SetItem(losses, Py_ssize_t(k), PyUnicode_FromString(KINDS[k]));
+    return PyModule_AddObjectRef(created, "LOSSES", losses) < 0 ? nullptr : created;
+}

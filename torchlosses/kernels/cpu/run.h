@@ -1,4 +1,4 @@
-// How a call is run: by which instructions, and in which stretches for threads.
+// How a call is run: by which instructions, and in which segments for threads.
 
 #pragma once
 
@@ -75,26 +75,26 @@ int target = find_target();
 using Body = void (*)(int64_t begin, int64_t end, void *context);
 int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, Body, void *context);
 
-void run(int64_t stretches, int64_t grain, Body body, Job &job) {
-    if (stretches <= grain || !parallel_for) body(0, stretches, &job);
-    else parallel_for(0, stretches, grain, body, &job);
+void run(int64_t segments, int64_t grain, Body body, Job &job) {
+    if (segments <= grain || !parallel_for) body(0, segments, &job);
+    else parallel_for(0, segments, grain, body, &job);
 }
 
 int64_t divided_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
-// Sums the weights that the mean divides by, of `stretch` samples or elements at a time.
+// Sums the weights that the mean divides by, of `segment` samples or elements at a time.
 template <class F> void sum_weights(int64_t begin, int64_t end, void *context) {
     Job &job = *(Job *)context;
     const F *sample_weight = (const F *)job.sample_weight;
-    const F *weight = job.kind == SQUARES ? nullptr : (const F *)job.weight;
+    const F *weight = (const F *)job.weight;
     const int64_t count = job.weighs_elements ? job.elements : job.samples;
     constexpr int64_t BLOCK = 1024;
     int64_t labels[BLOCK];
-    for (int64_t stretch = begin; stretch < end; stretch++) {
-        int64_t first = stretch * job.stretch, last = first + job.stretch;
+    for (int64_t segment = begin; segment < end; segment++) {
+        int64_t first = segment * job.segment, last = first + job.segment;
         if (last > count) last = count;
         double total = 0;
-        bool is_nothing = true;
+        bool &has_weight = job.has_weight[segment] = false;
         for (int64_t block = first; block < last; block += BLOCK) {
             int64_t n = last - block < BLOCK ? last - block : BLOCK;
             if (job.is_index) load_labels(job, block, n, labels);
@@ -109,12 +109,11 @@ template <class F> void sum_weights(int64_t begin, int64_t end, void *context) {
                     }
                     if (weight) w *= weight[c];
                 }
-                is_nothing &= w == 0;
+                has_weight |= w != 0;
                 total += w;
             }
         }
-        // −0 says that there was a weight, though the sum is 0.
-        job.sums[stretch] = total == 0 ? (is_nothing ? 0.0 : -0.0) : total;
+        job.sums[segment] = total;
     }
 }
 
@@ -122,53 +121,55 @@ void find_divisor(Job &job) {
     job.divisor = job.lift = 1;
     if (job.reduction == BATCHMEAN) job.divisor = double(job.batch);
     if (job.reduction != MEAN) return;
-    const double each = job.kind == SQUARES && !job.weighs_elements ? double(job.classes) : 1;
+    const double each = job.per_element() && !job.weighs_elements ? double(job.classes) : 1;
     if (!job.is_index && !job.sample_weight) {
         job.divisor = each * double(job.samples);
         return;
     }
     const int64_t count = job.weighs_elements ? job.elements : job.samples;
-    job.stretch = divided_up(count, STRETCHES);
-    if (job.stretch < STRETCH) job.stretch = STRETCH;
-    const int64_t stretches = divided_up(count, job.stretch);
-    run(stretches, 4, job.is_double ? sum_weights<double> : sum_weights<float>, job);
+    job.segment = divided_up(count, MAX_SEGMENTS);
+    if (job.segment < MIN_SEGMENT) job.segment = MIN_SEGMENT;
+    const int64_t segments = divided_up(count, job.segment);
+    run(segments, 4, job.is_double ? sum_weights<double> : sum_weights<float>, job);
     double total = 0;
-    bool is_nothing = true;
-    for (int64_t k = 0; k < stretches; k++) {
-        is_nothing &= job.sums[k] == 0 && !std::signbit(job.sums[k]);
+    bool has_weight = false;
+    for (int64_t k = 0; k < segments; k++) {
+        has_weight |= job.has_weight[k];
         total += job.sums[k];
     }
-    job.divisor = is_nothing ? 1 : total * each;
+    job.divisor = has_weight ? total * each : 1;
     if (std::abs(job.divisor) < LEAST_DIVISOR) job.lift = LIFT;
     job.divisor *= job.lift;
 }
 
 void compute(Job &job) {
+    if (job.per_element()) {  // Class weights and smoothing have no meaning for it.
+        job.weight = nullptr;
+        job.smoothing = 0;
+    }
     job.samples = job.outer * job.inner;
     job.elements = job.samples * job.classes;
     job.has_upstreams = job.upstream && job.reduction == NONE;
     job.uniform = job.smoothing / double(job.classes);
     job.is_guarded = job.delta != 0;
     job.is_smooth = job.smoothing != 0;
-    job.is_of_class = job.is_index && job.kind != SQUARES && job.smoothing == 0;
-    job.is_elementwise = !job.is_index && job.kind != LOGITS && !job.weight &&
+    job.only_target_class = job.is_index && !job.per_element() && job.smoothing == 0;
+    job.is_flat = !job.is_index && !COUPLES_CLASSES[job.kind] && !job.weight &&
                          (!job.sample_weight || job.weighs_elements) &&
-                         (job.kind == SQUARES || job.reduction != NONE);
+                         (job.per_element() || job.reduction != NONE);
     find_divisor(job);
     TARGETS[target].plan(job);
     job.streams = job.grad_input && job.elements * SIZES[job.input_storage] >= STREAMED;
-    // Of probabilities only the class's is read, and all of a gradient are written.
-    const bool reads_one = job.is_of_class && job.kind == PROBABILITIES && !job.grad_input;
-    const int64_t work = reads_one ? 16 : job.classes;
-    job.stretch = divided_up(STRETCH, work);
-    if (job.stretch < divided_up(job.samples, STRETCHES))
-        job.stretch = divided_up(job.samples, STRETCHES);
-    if (job.is_side_by_side) job.stretch = divided_up(job.stretch, job.group) * job.group;
-    const int64_t stretches = divided_up(job.samples, job.stretch);
-    run(stretches, divided_up(GRAIN, job.stretch * work), job.run, job);
+    const int64_t work = job.reads_one() && !job.grad_input ? 16 : job.classes;
+    job.segment = divided_up(MIN_SEGMENT, work);
+    if (job.segment < divided_up(job.samples, MAX_SEGMENTS))
+        job.segment = divided_up(job.samples, MAX_SEGMENTS);
+    if (job.samples_in_lanes) job.segment = divided_up(job.segment, job.group) * job.group;
+    const int64_t segments = divided_up(job.samples, job.segment);
+    run(segments, divided_up(MIN_PER_THREAD, job.segment * work), job.run, job);
     if (job.reduction == NONE || job.bad == NO_MEMORY) return;
     double total = 0;
-    for (int64_t k = 0; k < stretches; k++) total += job.sums[k];
+    for (int64_t k = 0; k < segments; k++) total += job.sums[k];
     total /= job.divisor;
     if (job.is_double) *(double *)job.losses = total;
     else *(float *)job.losses = float(total);
