@@ -395,7 +395,11 @@ def test_compiles_without_spills(
     for call in calls("mean", is_index=True):
         kernels.compute(call, y, target, None, None, (False, False))
     assert {name for name, _ in made} == {"_loss_kernel", "_count_kernel", "_rescale_kernel"}
-    path = tmp_path / "kernel.cubin"
+    assert_no_spills(made, tmp_path)
+
+
+def assert_no_spills(made: list[Any], folder: Path) -> None:
+    path = folder / "kernel.cubin"
     for name, binary in {id(binary): (name, binary) for name, binary in made}.values():
         path.write_bytes(binary.asm["cubin"])
         usage = subprocess.run(
@@ -404,6 +408,28 @@ def test_compiles_without_spills(
         ).stdout  # fmt: skip
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
         assert stack == 0, f"{name} spills at {registers} registers"
+
+
+@compiled
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_classes_of_a_pixel_lie_in_one_thread(
+    capability: int, binaries: Callable[[int], list[Any]], tmp_path: Path
+) -> None:
+    """Two pixels in each, a load of both for each class, and nothing exchanged before the sum."""
+    made = binaries(capability)
+    for classes in (3, 21, 32):
+        for dtype in (torch.bfloat16, torch.float16):
+            for delta in (1e-7, 0.0):
+                call = Call("logits", True, 1, "sum", -100, torch.float32, delta)
+                x = tensor((16, classes, 512, 512), dtype)
+                target = tensor((16, 512, 512), torch.int64)
+                before = len(made)
+                kernels.compute(call, x, target, None, None, (True, False))
+                for _, binary in made[before:]:
+                    code = binary.asm["ptx"]
+                    assert len(re.findall(r"\bbar(rier)?\.sync\b", code)) <= 8
+                    assert len(re.findall(r"\bld\.global(\.\w+)*\.b32\b", code)) >= classes
+    assert_no_spills(made, tmp_path)
 
 
 class Binary:

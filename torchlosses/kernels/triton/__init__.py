@@ -312,10 +312,11 @@ class Launch:
             IS_EVEN=classes % tile.classes == 0,
             NUM_CLASSES=classes if classes <= FEW else 0,
         )
-        # One of them in units, so that it is seen which loads and stores can be wide.
-        sizes = (outer, classes, inner // alignment) if is_spatial else (
-            outer, classes // alignment, inner
-        )  # fmt: skip
+        # One of them in units, so that Triton sees which loads and stores can be wide. The size of
+        # inner is odd: of an even one it would see more than the unit, and load more at a time.
+        sizes = (outer, classes // alignment, inner)
+        if is_spatial:
+            sizes = (outer, classes, inner // alignment * 2 + 1)
         strides, copies_upstream = _strides(upstream, *self.upstream_layout)
         weight_outer_stride, _, weight_inner_stride = self.weight_strides
         smoothing = call.label_smoothing

@@ -137,7 +137,10 @@ def _classes(g, P: tl.constexpr):
 
 @triton.jit
 def _inner(g, P: tl.constexpr):
-    return tl.cast(g.inner, P.INDEX) * (P.ALIGNMENT if P.IS_SPATIAL else 1)
+    if P.IS_SPATIAL:
+        return tl.cast(g.inner >> 1, P.INDEX) * P.ALIGNMENT
+    else:  # noqa: RET505 - Only one branch is compiled.
+        return tl.cast(g.inner, P.INDEX)
 
 
 @triton.jit

@@ -58,15 +58,14 @@ def configure(
     e = min(w, 16 if is_spatial else 2**10)
     row_threads = max(whole // 16, 1)
     is_whole = w <= (64 if is_spatial else 2**13 if is_class else 2**12)
-    is_in_thread = is_class and is_spatial and is_whole
-    alignment = min(64 // w, 4) if is_in_thread else 16
+    is_in_thread = is_class and is_spatial and w <= 32
     _, width, samples, warps, registers = next(row for row in (
         # Where it holds, and: classes, samples, warps, registers. Each element is on its own:
         (not is_softmax, e, 2**10 // e, 4, 255),
-        # Samples side by side. A thread holds all classes of a tile: nothing is exchanged. The
-        # narrowest loads keep logits and labels in the same threads.
-        (is_in_thread and size == 2, w, 128 * alignment, 4, 255),
-        (is_in_thread, w, 128 * alignment, 4, 208 if is_exact else 168),
+        # Samples side by side. A thread holds all classes of two, and exchanges nothing, as long as
+        # they fit in its registers.
+        (is_spatial and is_class and is_whole, w, 256 if is_in_thread else 128, 4,
+         255 if size == 2 else 168 if is_in_thread and not is_exact else 208),
         (is_spatial and is_class, 64, 64, 16, 128),
         (is_spatial and is_whole, w, 64, max(w // 4, 4), 128),
         (is_spatial, 32, 64, 16, 128),
@@ -88,4 +87,6 @@ def configure(
     vector = 1 if is_spatial else math.gcd(16 // itemsize, classes, width)
     threads = 1 if is_spatial else row_threads if is_few else 32 * warps
     per_thread = max(width // vector // threads, 1)
+    # Wider loads than of two samples would leave to other threads what is exchanged then.
+    alignment = 2 if is_in_thread else 16
     return Tile(samples, width, warps, registers, is_whole, vector, per_thread, alignment)
