@@ -84,7 +84,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     def small(body: str, classes: int, *rest: Any) -> Any:
         width = min(triton.next_power_of_2(classes), 4)
         return configure(body, classes, *rest)._replace(
-            samples=2, classes=width, is_whole=False, vector=max(width // 2, 1), per_thread=1
+            samples=2,
+            classes=width,
+            programs=2,
+            is_whole=False,
+            vector=max(width // 2, 1),
+            per_thread=1,
         )
 
     def wide(**known: Any) -> Any:
@@ -385,6 +390,7 @@ def test_compiles_without_spills(
         ((4096, 4096), torch.float32, True),
         ((4096, 32768), torch.float32, False),
         ((4096, 32768), torch.bfloat16, True),
+        ((8192, 50257), torch.bfloat16, False),
         ((4096, 10), torch.float64, True),
         ((65536, 10), torch.bfloat16, False),
         ((16, 21, 512 * 512), torch.bfloat16, False),
