@@ -38,10 +38,8 @@ from torchlosses.kernels.triton.kernels import (
     _loss_kernel,
     _rescale_kernel,
 )
-from torchlosses.kernels.triton.tiles import FEW, configure
+from torchlosses.kernels.triton.tiles import FEW, MAX_PROGRAMS, configure
 
-# Programs of a launch at most, and so partial sums: enough to fill every GPU several times over.
-MAX_PROGRAMS = 2**12
 COUNT_PROGRAMS = 2**9
 # Samples at most that each program counts for itself, which takes less time than another launch.
 COUNT_ALONE = 2**12
@@ -313,7 +311,8 @@ class Launch:
             IS_EVEN=classes % tile.classes == 0,
             NUM_CLASSES=classes if classes <= FEW else 0,
         )
-        # One of them in units, so that it is seen which loads and stores can be wide.
+        # One of them in units, so that Triton sees which loads and stores can be wide. The size of
+        # inner is odd: of an even one it would see more than the unit, and load more at a time.
         sizes = (outer, classes // alignment, inner)
         if is_spatial:
             sizes = (outer, classes, inner // alignment * 2 + 1)
@@ -321,7 +320,7 @@ class Launch:
         weight_outer_stride, _, weight_inner_stride = self.weight_strides
         smoothing = call.label_smoothing
         return Pass(
-            plan, min(blocks, MAX_PROGRAMS), counting, copies_upstream,
+            plan, min(blocks, tile.programs), counting, copies_upstream,
             (*sizes, weight_outer_stride, weight_inner_stride, *strides, call.ignore_index),
             (self.by_divisor, call.delta, 1.0 - smoothing, smoothing / classes),
             {"num_warps": tile.warps, "maxnreg": tile.registers},

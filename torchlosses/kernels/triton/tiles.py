@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+# Programs of a launch at most, and so partial sums: enough to fill every GPU several times over.
+MAX_PROGRAMS = 2**12
 # So many classes at most lie in one thread or two, and are known when the kernel is compiled.
 FEW = 32
 
@@ -17,6 +19,7 @@ class Tile(NamedTuple):
     classes: int
     warps: int
     registers: int  # Of a thread at most: the compiler's own choice spills, or fills no GPU.
+    programs: int  # At most.
     is_whole: bool  # Whether it holds all classes, or moves over them.
     vector: int  # Classes side by side in a thread, and how many times it has so many.
     per_thread: int
@@ -51,7 +54,9 @@ def configure(
     size = dtype.itemsize // 4
     whole = triton.next_power_of_2(classes)
     w = whole * size  # The table is that of float32, and half as much of float64 fits.
-    is_spatial, is_light = inner > 1, is_light and size == 1
+    is_spatial, is_odd = inner > 1, classes % 2 == 1
+    # What has single halves to load needs more registers.
+    is_light = is_light and size == 1 and not (is_odd and itemsize == 2)
     is_softmax, is_class = body.startswith("softmax"), body == "softmax_of_class"
     is_few = is_class and not is_spatial and classes <= FEW
     is_narrow = is_light and (is_index or itemsize == 2)  # Little is read beside the logits.
@@ -59,27 +64,32 @@ def configure(
     row_threads = max(whole // 16, 1)
     is_whole = w <= (64 if is_spatial else 2**13 if is_class else 2**12)
     is_in_thread = is_class and is_spatial and w <= 32
+    is_part = is_class and not (is_spatial or is_whole) and classes * itemsize <= 2**17
+    loaded = min(2**14 // itemsize * size, 2**13)
     _, width, samples, warps, registers = next(row for row in (
-        # Where it holds, and: classes, samples, warps, registers. Each element is on its own:
+        # Where; classes, samples, warps, registers. Each element is on its own.
         (not is_softmax, e, 2**10 // e, 4, 255),
-        # Samples side by side. A thread holds all classes of two, and exchanges nothing, as long as
-        # they fit in its registers.
-        (is_spatial and is_class and is_whole, w, 256 if is_in_thread else 128, 4,
-         255 if size == 2 else 168 if is_in_thread and not is_exact else 208),
+        # Samples side by side: a thread holds all classes of two, and exchanges nothing,
+        (is_in_thread, w, 256, 4, 255 if size == 2 else 208 if is_exact else 168),
+        # or as many classes as fit in its registers.
+        (is_spatial and is_class and is_whole, w, 128, 4, 208 if size == 1 else 255),
         (is_spatial and is_class, 64, 64, 16, 128),
         (is_spatial and is_whole, w, 64, max(w // 4, 4), 128),
         (is_spatial, 32, 64, 16, 128),
-        # Rows that a tile holds, or several.
+        # Rows, several of which lie in a tile,
         (is_few, w, 64 // row_threads, 2, 64 * size),
         (is_class and w < 2**10, w, max(2**9 // w, 1), 2, 64 * size),
         (w < 2**10, w, 2**10 // w, 4, 128),
+        # or one,
         (is_class and w == 2**10, w, 1, 2, 64),
         (is_class and is_whole, w, 1, w // 2**10, 96),
         (is_whole, w, 1, w // 2**8, 128),
-        # Longer rows, of which two at a time stay in cache, or one.
-        (is_class and classes * itemsize <= 2**16, 2**13, 1, 16, 64),
-        (is_class, 2**14, 1, 32, 64),
-        (is_narrow and is_exact, 2**14, 1, 32, 64),
+        # or a part of one: 16 KiB. Odd rows are loaded one class at a time, so that a thread must
+        # have many loads under way.
+        (is_part and is_odd, loaded, 1, 8, 128),
+        (is_part, loaded, 1, 16, 64),
+        # Rows that cache does not keep from one look to the next, or with targets beside them.
+        (is_class or (is_narrow and is_exact), 2**14, 1, 32, 64),
         (is_narrow, 2**13, 1, 16, 64),
         (True, 2**12, 1, 16, 64 if is_light else 128),
     ) if row[0])  # fmt: skip
@@ -87,6 +97,8 @@ def configure(
     vector = 1 if is_spatial else math.gcd(16 // itemsize, classes, width)
     threads = 1 if is_spatial else row_threads if is_few else 32 * warps
     per_thread = max(width // vector // threads, 1)
-    # Wider loads than of two samples would leave to other threads what is exchanged then.
+    # Four a multiprocessor of an H200.
+    programs = 4 * 132 if is_part and is_odd else MAX_PROGRAMS
+    # Loads of more than two samples would bring classes to other threads, to be exchanged.
     alignment = 2 if is_in_thread else 16
-    return Tile(samples, width, warps, registers, is_whole, vector, per_thread, alignment)
+    return Tile(samples, width, warps, registers, programs, is_whole, vector, per_thread, alignment)
