@@ -46,6 +46,30 @@ IS_INTERPRETED = triton.knobs.runtime.interpret
 interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="runs in the interpreter's process")
 compiled = pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter does not compile")
 
+launches: dict[Any, Any] = {}
+
+
+def find_launch(call: Call, *tensors: Any) -> Any:
+    key = (call, *(
+        None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16 == 0)
+        for t in tensors
+    ))  # fmt: skip
+    if key not in launches:
+        launches[key] = kernels.prepare(call, *tensors)
+    return launches[key]
+
+
+def run(call: Call, *arguments: Any) -> Any:
+    return find_launch(call, *arguments[:4]).compute(*arguments)
+
+
+def rescale(gradients: Any, grad_loss: Tensor, call: Any = None, target: Any = None) -> Any:
+    like = next(gradient for gradient in gradients if gradient is not None)
+    if call is None or gradients[0] is None:
+        call, target = Call("squares", False, 0, "sum", -100, grad_loss.dtype), like
+    return find_launch(call, like, target, None, None).rescale(gradients, grad_loss, target)
+
+
 FORMS: list[tuple[Any, dict[str, Any]]] = [
     (sum_squared_error, {}),
     (cross_entropy_error, {}),
@@ -97,7 +121,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     def wide(**known: Any) -> Any:
         return plan(**known | {"INDEX": triton.language.int64})
 
-    monkeypatch.setattr(kernels, "_launches", {})
+    monkeypatch.setattr(sys.modules[__name__], "launches", {})
+    monkeypatch.setattr(ops, "_prepared", {})
     monkeypatch.setattr(kernels, "_workspaces", {})
     monkeypatch.setattr(kernels, "configure", small)
     monkeypatch.setattr(kernels, "Plan", wide)
@@ -268,15 +293,15 @@ def test_a_class_out_of_range_is_not_read(dtype: torch.dtype, far: int) -> None:
         target, ignored = torch.cat([target, target.new_tensor([-100])]), [*ignored, True]
     y = torch.rand(len(target), 3)
     for call in calls("none", is_index=True):
-        loss, *_ = kernels.compute(call, y, target, None, None, (False, False))
+        loss, *_ = run(call, y, target, None, None, (False, False))
         upstream = torch.ones_like(loss)
-        _, grad, _ = kernels.compute(call, y, target, None, None, (True, False), upstream)
+        _, grad, _ = run(call, y, target, None, None, (True, False), upstream)
         assert grad is not None
         for values in (loss.view(len(y), -1), grad):
             assert values.isnan().all(1).tolist()[:4] == [False, True, True, False]
             assert (values == 0).all(1).tolist() == ignored
         mean = call._replace(reduction="mean")
-        loss, grad, _ = kernels.compute(mean, y, target, None, None, (True, False))
+        loss, grad, _ = run(mean, y, target, None, None, (True, False))
         assert grad is not None
         assert loss.isnan()
         assert grad.isnan().all(1).tolist()[:4] == [False, True, True, False]
@@ -297,7 +322,7 @@ def test_offsets_beyond_2_to_the_31() -> None:
 def test_a_class_beyond_int64_is_not_what_is_ignored(ignore_index: int) -> None:
     call = Call("logits", True, 1, "none", ignore_index, torch.float32, 1e-7)
     target = torch.tensor([0, ignore_index % 2**64, 2**63 + 5], dtype=torch.uint64)
-    losses, *_ = kernels.compute(call, torch.rand(3, 5), target, None, None, (False, False))
+    losses, *_ = run(call, torch.rand(3, 5), target, None, None, (False, False))
     assert losses.isnan().tolist() == [False, ignore_index < 0, True]
 
 
@@ -306,7 +331,7 @@ def test_rescale_reads_the_factor() -> None:
     gradient = torch.rand(5000).bfloat16()
     for factor in (torch.tensor(1.0), torch.tensor(0.5)):
         expected = gradient * factor
-        none, rescaled = kernels.rescale((None, gradient), factor)
+        none, rescaled = rescale((None, gradient), factor)
         assert none is None
         assert rescaled is not None
         assert rescaled.data_ptr() == gradient.data_ptr()
@@ -369,16 +394,16 @@ def launch_all(shape: tuple[int, ...], dtype: torch.dtype, *, has_all_options: b
         for call in calls("mean" if has_all_options else "sum", is_index=is_index, dtype=compute):
             sizes = (shape[0], 1, *shape[2:]) if call.kind == "squares" else samples
             sizes = samples if is_index else sizes
-            kernels.compute(
+            run(
                 call, y, target, None if call.kind == "squares" else weight,
                 tensor(sizes, compute) if has_all_options else None, needs,
             )  # fmt: skip
             if has_all_options and call.delta == 0:
                 none = call._replace(reduction="none")
                 losses = shape if call.kind == "squares" else samples
-                kernels.compute(none, y, target, None, None, needs, tensor(losses, compute))
-    kernels.rescale([y], tensor((), compute))
-    kernels.rescale([y], tensor((), compute), call, target)
+                run(none, y, target, None, None, needs, tensor(losses, compute))
+    rescale([y], tensor((), compute))
+    rescale([y], tensor((), compute), call, target)
 
 
 @compiled
@@ -401,7 +426,7 @@ def test_compiles_without_spills(
         launch_all(shape, dtype, has_all_options=has_all_options)
     y, target = tensor((4096, 10), torch.float32), tensor((4096,), torch.int64)
     for call in calls("mean", is_index=True):
-        kernels.compute(call, y, target, None, None, (False, False))
+        run(call, y, target, None, None, (False, False))
     assert {name for name, _ in made} == {"_loss_kernel", "_count_kernel", "_rescale_kernel"}
     assert_no_spills(made, tmp_path)
 
@@ -432,7 +457,7 @@ def test_classes_of_a_pixel_lie_in_one_thread(
                 x = tensor((16, classes, 512, 512), dtype)
                 target = tensor((16, 512, 512), torch.int64)
                 before = len(made)
-                kernels.compute(call, x, target, None, None, (True, False))
+                run(call, x, target, None, None, (True, False))
                 for _, binary in made[before:]:
                     code = binary.asm["ptx"]
                     assert len(re.findall(r"\bbar(rier)?\.sync\b", code)) <= 8
@@ -603,11 +628,11 @@ def test_forward_and_backward_are_two_launches_or_three(
                     arguments = (y, target, None, sample_weight)
                     with Operations() as operations:
                         if is_late:
-                            kernels.compute(call, *arguments, (False, False))
-                            kernels.compute(call, *arguments, (True, False), upstream)
+                            run(call, *arguments, (False, False))
+                            run(call, *arguments, (True, False), upstream)
                         else:
-                            _, *grads = kernels.compute(call, *arguments, (True, False))
-                            kernels.rescale(grads, upstream, call, target)
+                            _, *grads = run(call, *arguments, (True, False))
+                            rescale(grads, upstream, call, target)
                     is_counted = reduction == "mean" and (is_index or sample_weight is not None)
                     is_counted &= samples[0] * len(index[0].view(-1)) > kernels.COUNT_ALONE
                     assert len(launched) == 2 + is_counted, (call, launched)

@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchlosses import checks
 from torchlosses.formulas import Call, Result
 from torchlosses.kernels.triton.blocks import BODIES, Given, Plan, find_body
 from torchlosses.kernels.triton.kernels import (
@@ -53,7 +54,6 @@ GRAPH_COUNTERS = 2**14
 FUSION = {"enable_fp_fusion": True}
 CAN_FAIL = True  # A driver, a compiler or a GPU may refuse any kernel.
 LOSSES: tuple[str, ...] = tuple(BODIES)
-REDUCTIONS = ("sum", "mean", "batchmean", "none")
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 Strides = tuple[int, int, int]
@@ -73,7 +73,7 @@ def prepare(
 
     They agree in dtype, shape, strides and device, and in whether 16 divides the address.
     """
-    for name, known in ((call.kind, LOSSES), (call.reduction, REDUCTIONS)):
+    for name, known in ((call.kind, LOSSES), (call.reduction, checks.REDUCTIONS)):
         if name not in known:
             raise ValueError(f"got {name!r}; expected one of {known}, which the kernel knows")
     return Launch(call, input, target, weight, sample_weight)
@@ -393,44 +393,3 @@ def _find_workspaces(device: torch.device, dtype: torch.dtype) -> Workspaces:
     if (device, dtype) not in _workspaces:
         _workspaces[device, dtype] = Workspaces(device, dtype)
     return _workspaces[device, dtype]
-
-
-# Until the callers keep launches.
-_launches: dict[Any, Launch] = {}
-
-
-def _find_launch(call: Call, *tensors: Tensor | None) -> Launch:
-    key = (call, *(
-        None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16 == 0)
-        for t in tensors
-    ))  # fmt: skip
-    launch = _launches.get(key)
-    if launch is None:
-        launch = _launches[key] = prepare(call, *tensors)  # type: ignore[arg-type]
-    return launch
-
-
-def compute(
-    call: Call,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    *rest: Any,
-) -> Result:
-    """See `Launch.compute`."""
-    tensors = (input, target, weight, sample_weight)
-    return _find_launch(call, *tensors).compute(*tensors, *rest)
-
-
-def rescale(
-    gradients: Sequence[Tensor | None],
-    grad_loss: Tensor,
-    call: Call | None = None,
-    target: Tensor | None = None,
-) -> list[Tensor | None]:
-    """See `Launch.rescale`."""
-    like = next(gradient for gradient in gradients if gradient is not None)
-    if call is None or target is None or gradients[0] is None:
-        call, target = Call("squares", False, 0, "sum", -100, grad_loss.dtype), like
-    return _find_launch(call, like, target, None, None).rescale(gradients, grad_loss, target)
