@@ -8,12 +8,13 @@ The contenders of a workload take turns within one run, so that a machine whose 
 all alike, and the table gives ratios first: how many times as long as torchlosses another takes, by
 the medians. The others are torch's own loss ("torch"), the formula by operations of torch
 ("eager"), what torch.compile makes of it ("compiled") and of torch's own loss ("torch compiled"),
-and torchlosses in a compiled graph ("ours compiled"). Liger-Kernel and quack, where they are
-installed, are beside it from logits. The floor reads each argument once, and allocates and writes
-the gradient once; beside it stands how many times as long as the floor torchlosses takes. `memory`
-is the peak of what is allocated beyond the arguments, in units of the input's size. `GB/s` counts
-the same bytes as the floor, over the time of torchlosses, and `of copy` divides that by what a
-plain copy reads and writes a second. A CSV with all times, and a picture, go to `runs/`.
+and torchlosses in a compiled graph ("ours compiled"); "both compiled" is the ratio of the last two.
+Liger-Kernel and quack, where they are installed, are beside it from logits. The floor reads each
+argument once, and allocates and writes the gradient once; beside it stands how many times as long
+as the floor torchlosses takes. `memory` is the peak of what is allocated beyond the arguments, in
+units of the input's size. `GB/s` counts the same bytes as the floor, over the time of torchlosses,
+and `of copy` divides that by what a plain copy reads and writes a second. A CSV with all times, and
+a picture, go to `runs/`.
 
 On the CPU all is measured twice, in processes of their own: with malloc as it is ("default"), where
 the C library gives large tensors back at once and each new one pays for fresh pages, and with freed
@@ -278,17 +279,20 @@ def measure(
 def table(rows: list[dict[str, Any]]) -> str:
     *rivals, floor = RIVALS
     lines = [
-        (*NAMES, *rivals, f"of the {floor}", "memory", "ms",
+        (*NAMES, *rivals, "both compiled", f"of the {floor}", "memory", "ms",
          "GB/s", "of copy")
     ]  # fmt: skip
     for row in rows:
         ours = row["torchlosses"]
         ratios = (f"{row[name] / ours:.2f}x" if name in row else "-" for name in rivals)
+        both = "-"
+        if "torch compiled" in row and "ours compiled" in row:
+            both = f"{row['torch compiled'] / row['ours compiled']:.2f}x"
         over = f"{ours / row[floor]:.2f}x" if row["bytes"] > SMALL else "-"
         bandwidth = row["bytes"] / ours
         start = tuple(row[name] for name in NAMES)
         end = (f"{bandwidth / 1e9:.1f}", f"{bandwidth / row['copy']:.2f}")
-        lines.append((*start, *ratios, over, f"{row['memory']:.2f}", f"{ours * 1e3:.3f}", *end))
+        lines.append((*start, *ratios, both, over, f"{row['memory']:.2f}", f"{ours * 1e3:.3f}", *end))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
