@@ -292,7 +292,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         bandwidth = row["bytes"] / ours
         start = tuple(row[name] for name in NAMES)
         end = (f"{bandwidth / 1e9:.1f}", f"{bandwidth / row['copy']:.2f}")
-        lines.append((*start, *ratios, both, over, f"{row['memory']:.2f}", f"{ours * 1e3:.3f}", *end))
+        lines.append(
+            (*start, *ratios, both, over, f"{row['memory']:.2f}", f"{ours * 1e3:.3f}", *end)
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 

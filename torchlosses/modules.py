@@ -23,8 +23,8 @@ class SumSquaredError(nn.Module):
             ``'none'``, a loss per element.
         dim: the class dimension, for targets that are class indices. By default 1, or 0 for a 1-D
             input.
-        ignore_index: samples with this class index add nothing to value, gradient or divisor. To
-            set it to other than −100 and pass a dense target is an error.
+        ignore_index: samples with this class index add nothing to value, gradient or divisor. Any
+            value but −100 beside a dense target is an error.
 
     Call it with:
         - **input** (y): any shape, any floating dtype.
@@ -36,8 +36,8 @@ class SumSquaredError(nn.Module):
     Returns:
         A 0-D tensor, or with ``'none'`` one of the input's shape, in the squared unit of the data.
         float64 if input and target promote to it, else float32: float16 and bfloat16 are computed
-        in float32 too. Gradients have the dtype of the tensor that they belong to. ``'mean'`` and
-        ``'batchmean'`` over nothing are 0.
+        in float32 too. Gradients have the dtypes of their tensors. ``'mean'`` and ``'batchmean'`` over
+        nothing are 0.
 
     Raises:
         ValueError: an unknown `reduction`, when the module is made. In the call: `dim` out of
@@ -123,8 +123,8 @@ class CrossEntropyError(nn.Module):
         from_logits: whether `input` holds logits instead of probabilities. Logits of −inf are fine
             wherever the target is 0.
         dim: the class dimension. By default 1, or 0 for a 1-D input.
-        ignore_index: samples with this class index add nothing to value, gradient or divisor. To
-            set it to other than −100 and pass a dense target is an error.
+        ignore_index: samples with this class index add nothing to value, gradient or divisor. Any
+            value but −100 beside a dense target is an error.
         label_smoothing: ε in [0, 1]: the target is taken as (1−ε)·t + ε/C.
 
     Call it with:
@@ -137,8 +137,8 @@ class CrossEntropyError(nn.Module):
     Returns:
         A 0-D tensor, or with ``'none'`` one of the input's shape without `dim`, in nats. float64 if
         input and target promote to it, else float32: float16 and bfloat16 are computed in float32
-        too. Gradients have the dtype of the tensor that they belong to: float16 ends at 65504, far
-        below 1/δ. ``'mean'`` and ``'batchmean'`` over nothing are 0.
+        too. Gradients have the dtypes of their tensors: float16 ends at 65504, far below
+        1/δ. ``'mean'`` and ``'batchmean'`` over nothing are 0.
 
     Raises:
         ValueError: an unknown `reduction`, a `delta` that is negative or not finite, a
@@ -150,9 +150,9 @@ class CrossEntropyError(nn.Module):
         IndexError: a class index out of range, on the CPU. On another device, under `torch.compile`
             and under `vmap`, that sample's loss and gradient are NaN instead.
 
-    Under :func:`torch.autograd.detect_anomaly` the values are looked at, on any device: a class
-    index out of range is an ``IndexError`` and a probability outside [0, 1] a ``ValueError``; soft
-    targets that are no distribution, and logits that are, give a ``UserWarning``.
+    :func:`torch.autograd.detect_anomaly` makes the losses check values on every device: a class
+    index out of range is an ``IndexError``, and a probability outside [0, 1] a ``ValueError``. Soft
+    targets that are not distributions, and logits that are, give a ``UserWarning``.
 
     Source: K. Saitō, *Deep Learning from Scratch*, ch. 4.
 
@@ -240,13 +240,11 @@ class LinearCrossEntropyError(nn.Module):
     In half precision the weight's gradient adds up in its own dtype over at most six chunks, or
     in float32 over more: its error is at most about twice that of one matrix product.
 
-    A loss that is not reduced, and one in float16, makes the logits a second time in backward.
-    Where autograd asks for more than one first derivative (create_graph, forward mode,
-    :mod:`torch.func`), and in an exported graph, all logits are there. Class weights or sample
-    weights that require a gradient, and a machine without kernels, take more time and not the
-    memory; but in a compiled graph all logits are there for them too. Soft targets of shape
-    (..., V) are copied where their rows do not lie at one distance from each other, as in a
-    transpose of (batch, V, time).
+    With ``reduction='none'`` and in float16, backward computes the logits again. Beyond a first
+    derivative (create_graph, forward mode, :mod:`torch.func`) and in exported graphs, memory holds
+    all logits. Class or sample weights that require a gradient, and machines without kernels, cost
+    time but no memory, except in compiled graphs. Soft targets whose rows are not evenly spaced,
+    such as a transpose of (batch, V, time), are copied.
 
     Args:
         in_features: D, the size of a sample.
@@ -255,18 +253,18 @@ class LinearCrossEntropyError(nn.Module):
         weight: class weights, of shape (V,), as in :class:`CrossEntropyError`; the layer's weight W
             is ``linear.weight``.
         reduction: as in :class:`CrossEntropyError`.
-        delta: the guard δ, at least 0. With 0 it is the exact cross-entropy, where with another
-            confidently wrong samples do not learn.
+        delta: the guard δ, at least 0. 0 is the exact cross-entropy. With δ > 0 confidently wrong
+            samples get no gradient.
         ignore_index: samples with this class index add nothing to value, gradient or divisor,
-            whatever they hold, and on the CPU take no time. To set it to other than −100 and pass a
-            dense target is an error.
+            whatever they hold, and on the CPU take no time. Any value but −100 beside a dense
+            target is an error.
         label_smoothing: ε in [0, 1]: the target is taken as (1−ε)·t + ε/V.
-        device: of the layer.
-        dtype: of the layer.
+        device: the layer's device.
+        dtype: the layer's dtype.
 
     Call it with:
-        - **input** (x): shape (..., D), in the layer's floating dtype; under autocast in any that
-          autocast brings to its own.
+        - **input** (x): shape (..., D), in the layer's floating dtype; under autocast, in any dtype
+          that autocast casts.
         - **target** (t): class indices, of any integer dtype and shape (...); or one-hot or soft
           targets of shape (..., V), with any real dtype.
         - **sample_weight** (optional): real factors that broadcast to (...). ``'mean'`` divides by
@@ -274,9 +272,8 @@ class LinearCrossEntropyError(nn.Module):
 
     Returns:
         A 0-D tensor, or with ``'none'`` one of shape (...), in nats. float64 if input or target
-        are, else float32. Gradients have the dtype of the tensor that they belong to; that of W is
-        summed in float32 for a layer in half precision. ``'mean'`` and ``'batchmean'`` over nothing
-        are 0.
+        are, else float32. Gradients have the dtypes of their tensors. ``'mean'`` and
+        ``'batchmean'`` over nothing are 0.
 
     Raises:
         ValueError: an unknown `reduction`, a `delta` that is negative or not finite, a
@@ -288,18 +285,17 @@ class LinearCrossEntropyError(nn.Module):
         IndexError: a class index out of range, on the CPU. On another device, under `torch.compile`
             and under `vmap`, that sample's loss and gradient are NaN instead.
 
-    The layer is an :class:`torch.nn.Linear` by the name of ``linear``, as in
-    :class:`torch.nn.LinearCrossEntropyLoss`, whose state dict can be loaded. The loss is that of
-    ``self.linear(input)``, whatever another library puts there: an adapter, a quantized layer, one
-    with hooks. The logits of a layer that is not plain are all there at once, and what ignored rows
-    hold goes through it. A weight that is another module's too, such as an embedding's, is set as
-    ``linear.weight``, or goes to :func:`torchlosses.functional.linear_cross_entropy_error`. Several
-    processes can share the classes, with a weight that is a
-    :class:`~torch.distributed.tensor.DTensor` of placement ``Shard(0)``. Under `fully_shard`, wrap
-    this module or one around it.
+    The layer is ``self.linear``, an :class:`torch.nn.Linear`, as in
+    :class:`torch.nn.LinearCrossEntropyLoss`, whose state dict can be loaded. Another library may
+    replace it by an adapter, a quantized layer or one with hooks; then all logits are in memory,
+    and ignored rows pass through the layer. Set a weight that another module shares, such as an
+    embedding's, as ``linear.weight``, or pass it to
+    :func:`torchlosses.functional.linear_cross_entropy_error`. Several processes can share the
+    classes: make the weight a :class:`~torch.distributed.tensor.DTensor` of placement
+    ``Shard(0)``. Under `fully_shard`, wrap this module or one around it.
 
-    Source: the formula, K. Saitō, *Deep Learning from Scratch*, ch. 4; to take it a part of the
-    logits at a time, E. Wijmans et al., *Cut Your Losses in Large-Vocabulary Language Models*.
+    Source: K. Saitō, *Deep Learning from Scratch*, ch. 4, for the formula; E. Wijmans et al., *Cut
+    Your Losses in Large-Vocabulary Language Models*, for computing the logits in parts.
 
     Example:
         >>> import torch
