@@ -36,8 +36,8 @@ class SumSquaredError(nn.Module):
     Returns:
         A 0-D tensor, or with ``'none'`` one of the input's shape, in the squared unit of the data.
         float64 if input and target promote to it, else float32: float16 and bfloat16 are computed
-        in float32 too. Gradients have the dtypes of their tensors. ``'mean'`` and ``'batchmean'`` over
-        nothing are 0.
+        in float32 too. Gradients have the dtypes of their tensors. ``'mean'`` and ``'batchmean'``
+        over nothing are 0.
 
     Raises:
         ValueError: an unknown `reduction`, when the module is made. In the call: `dim` out of
