@@ -331,7 +331,10 @@ def guarded_log(input: Tensor, log_normalizer: Tensor | None, delta: float) -> T
 
 
 class Loss(NamedTuple):
-    """The properties of a loss. Code asks for them, and never compares names."""
+    """The properties of a loss. Code asks for them, and never compares names.
+
+    Ignored rows have an input of 1, where the formula and its derivatives must be finite.
+    """
 
     name: str  # Kernels know it by this name.
     is_per_element: bool  # One value per element, not per sample.
@@ -350,7 +353,7 @@ LOSSES = {
 
 
 def number(value: float, like: Tensor) -> Tensor | float:
-    """A number as an operand for tensors of at least one dimension, such as `like`."""
+    """A number as an operand for `like`, which must have a dimension."""
     # The optimiser of torch.onnx.export drops scalars within 1e-8 of 0 and within 1e-5 of 1. It
     # keeps tensors with a dimension, which would cost a kernel elsewhere.
     if is_exporting():

@@ -49,7 +49,8 @@ def _guarded_log(y, t, weight, is_0, b, P: tl.constexpr):
 
 @triton.jit
 def _term(y, t, weight, is_0, b, P: tl.constexpr):
-    """The loss of elements, its slope times `weight`, and its slope by what t is a factor of."""
+    """The loss of elements, its derivative by y times `weight`, and its derivative by t."""
+    tl.static_assert(P.LOSS == "squares" or P.LOSS == "probabilities")  # Or nobody knows it.
     if P.LOSS == "squares":
         return _squared_error(y, t, weight)
     else:  # noqa: RET505 - Only one branch is compiled.
@@ -73,7 +74,7 @@ def _elements(g, b, P: tl.constexpr):
         term, slope, target_slope = _term(y, t, weight, is_0, b, P)
         _store(g.grad_input_ptr, b, offsets, in_row, slope, P)
         _store(g.grad_target_ptr, b, offsets, in_row, target_slope * by_target * weight, P)
-        term *= _column(b.weight)
+        term = tl.where(in_row, term, 0) * _column(b.weight)  # No loss beyond the last class.
         if P.PER_ELEMENT and not P.IS_REDUCED:
             _store(g.loss_ptr, b, offsets, in_row, term, P)
         else:
