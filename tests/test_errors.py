@@ -92,6 +92,10 @@ def test_swapped_arguments(loss: Any, device: str) -> None:
     label, input = torch.zeros(4, dtype=torch.int64, device=device), y(4, 5, device=device)
     with pytest.raises(TypeError, match=words("input", torch.int64, "swapped?")):
         loss(label, input)
+    with pytest.raises(ValueError, match=words("target", (4, 5), "swapped?")):
+        loss(label.to(input.dtype), input)
+    with pytest.raises(ValueError, match=r"class indices$"):  # A forgotten squeeze.
+        loss(y(4, device=device), y(4, 1, device=device))
 
 
 @pytest.mark.parametrize("loss", BOTH)

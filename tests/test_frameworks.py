@@ -7,6 +7,8 @@ extra `frameworks` has them all.
 
 import copy
 import doctest
+import functools
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +24,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchlosses import CrossEntropyError, SumSquaredError
 from torchlosses.checks import Reduction
-from torchlosses.functional import cross_entropy_error, sum_squared_error
+from torchlosses.functional import (
+    cross_entropy_error,
+    linear_cross_entropy_error,
+    sum_squared_error,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Frameworks warn of each other.
 
@@ -38,32 +44,38 @@ def sections(name: str) -> dict[str, str]:
 
 SECTIONS = sections("frameworks.md")
 MIGRATION = sections("migration.md")
+README = sections("../README.md")
 START = "The names below"  # In the one document,
 HALF = "Who has the factor ½"  # and in the other.
 
 
-def run(*titles: str, replace: tuple[str, str] = ("", ""), **names: Any) -> SimpleNamespace:
+def run(*titles: str, replace: dict[str, str] | None = None, **names: Any) -> SimpleNamespace:
     """The names after the code of these sections, which finds those of the first and `names`."""
     scope: dict[str, Any] = {"__name__": "recipe"}
     torch.manual_seed(0)
     for title in (START, *titles):
-        for block in re.findall(
-            r"^```python\n(.*?)^```", SECTIONS[title], re.DOTALL | re.MULTILINE
-        ):
-            exec(compile(block.replace(*replace), f"frameworks.md: {title}", "exec"), scope)  # noqa: S102
+        blocks = re.findall(r"^```python\n(.*?)^```", SECTIONS[title], re.DOTALL | re.MULTILINE)
+        code = "\n".join(blocks)
         if title == START:
+            exec(code, scope)  # noqa: S102
             scope |= names
+            continue
+        for old, new in (replace or {}).items():
+            assert old in code
+            code = code.replace(old, new)
+        exec(compile(code, f"frameworks.md: {title}", "exec"), scope)  # noqa: S102
     return SimpleNamespace(**scope)
 
 
 def says(title: str, *figures: str) -> None:
     """Complains of a figure that the section does not have."""
     text = " ".join(SECTIONS[title].split())
-    assert [figure for figure in figures if figure not in text] == []
+    found = [re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d])", text) for figure in figures]
+    assert [figure for figure, match in zip(figures, found, strict=True) if not match] == []
 
 
 def mean(
-    network: Callable[..., Tensor], x: Tensor, t: Tensor, reduction: Reduction = "mean"
+    network: Callable[..., Tensor], x: Any, t: Tensor, reduction: Reduction = "mean"
 ) -> Tensor:
     """The loss of all samples at once."""
     return cross_entropy_error(network(x), t, from_logits=True, delta=0, reduction=reduction)
@@ -92,16 +104,20 @@ def ratio(found: list[Tensor], wanted: list[Tensor]) -> float:
     return float(lengths[0] / lengths[1])
 
 
-def close(found: Any, wanted: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+def close(
+    found: Any, wanted: Any, rtol: float = 1e-5, atol: float = 1e-6, equal_nan: bool = False
+) -> None:
     """Numbers, of Python or NumPy too, are those of tensors."""
     if isinstance(wanted, Tensor):
         found, wanted = torch.as_tensor(found), wanted.detach()
-    torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol, check_dtype=False)
+    torch.testing.assert_close(
+        found, wanted, rtol=rtol, atol=atol, equal_nan=equal_nan, check_dtype=False
+    )
 
 
 @pytest.fixture(autouse=True)
 def _left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """On the CPU, with files in a folder of their own, and no group of processes that stays."""
+    """On one CPU, with files in a folder of their own, and no group of processes that stays."""
     for name, value in {
         "ACCELERATE_USE_CPU": "true",
         "DS_ACCELERATOR": "cpu",
@@ -110,7 +126,10 @@ def _left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # The networks are small.
     yield
+    torch.set_num_threads(threads)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -175,14 +194,24 @@ def test_transformers(arguments: Callable[..., Any]) -> None:
     close(logged(names.trainer), whole)
     close(step_of(before, model, lr=1), wanted)
 
-    def train(reduction: Any, **options: Any) -> tuple[float, list[Tensor]]:
+    def train(
+        reduction: Any,
+        criterion_options: dict[str, Any] | None = None,
+        trainer: Any = transformers.Trainer,
+        divide: bool = False,
+        **options: Any,
+    ) -> tuple[float, list[Tensor]]:
         model = copy.deepcopy(before)
-        criterion = CrossEntropyError(from_logits=True, delta=0, reduction=reduction)
-        trainer = transformers.Trainer(
+        criterion = CrossEntropyError(
+            from_logits=True, delta=0, reduction=reduction, **(criterion_options or {})
+        )
+        trainer = trainer(
             model,
             arguments(**options),
             train_dataset=data,
-            compute_loss_func=lambda y, t, num_items_in_batch: criterion(y.logits, t),
+            compute_loss_func=lambda y, t, num_items_in_batch: (
+                criterion(y.logits, t) / (num_items_in_batch if divide else 1)
+            ),
         )
         trainer.train()
         return logged(trainer), step_of(before, model, lr=1)
@@ -194,6 +223,25 @@ def test_transformers(arguments: Callable[..., Any]) -> None:
     says("transformers", f"an undivided sum {ratio(step, wanted):.0f} times")
     _, step = train("sum", max_grad_norm=1.0)
     assert ratio(step, [torch.ones(1)]) == pytest.approx(1, rel=1e-4)
+
+    class OfMeans(transformers.Trainer):  # type: ignore[misc, name-defined]
+        loss_is_scaled_for_ga = False
+
+    loss, step = train("mean", trainer=OfMeans)
+    close(loss, whole)
+    close(step, wanted)
+
+    loss, _ = train("sum", {"ignore_index": 0}, divide=True)
+    of_others = cross_entropy_error(
+        before(ids).logits, t, from_logits=True, delta=0, ignore_index=0, reduction="mean"
+    )
+    says("transformers", f"({loss:.2f} for {of_others:.2f})")
+    weight = torch.tensor([1.0, 2.0, 5.0])
+    loss, _ = train("sum", {"weight": weight}, divide=True)
+    weighted = F.cross_entropy(before(ids).logits, t, weight=weight)
+    says("transformers", f"give {loss / weighted:.2f} times")
+    loss, _ = train("sum", divide=True, label_smoothing_factor=0.5)
+    close(loss, whole)
 
 
 @pytest.fixture
@@ -225,12 +273,49 @@ def language(arguments: Callable[..., Any]) -> SimpleNamespace:
         return mean(lambda x: model(x).logits[:, :-1].flatten(0, 1), ids, labels[:, 1:].flatten())
 
     return SimpleNamespace(
-        model=model, before=before, data=data, labels=labels, whole=whole, arguments=arguments()
+        model=model,
+        before=before,
+        data=data,
+        labels=labels,
+        whole=whole,
+        arguments=arguments(),
+        make=arguments,
     )
 
 
+def linear_loss_in_wrappers(names: Any, wanted: list[Tensor], monkeypatch: Any) -> None:
+    """`DistributedDataParallel`, several processes and bfloat16."""
+    logits, _ = names.trainer.predict(names.data).predictions
+    assert logits.shape == (24, 1, 50)
+    inputs = {key: torch.stack([row[key] for row in names.data]) for key in ("input_ids", "labels")}
+    count = (inputs["labels"] != -100).sum()
+    if dist.is_available() and dist.is_gloo_available():
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(names.before))
+        monkeypatch.setattr(type(names.trainer.accelerator), "num_processes", 2)
+        loss = names.trainer.compute_loss(wrapped, dict(inputs), num_items_in_batch=count)
+        monkeypatch.undo()
+        (loss / 2).backward()
+        close([p.grad for p in wrapped.parameters()], wanted, rtol=1e-4, atol=1e-5)
+
+    dtypes = set()
+    model = copy.deepcopy(names.before)
+    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *args: dtypes.add(args[2].dtype))
+
+    def spy(hidden: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
+        dtypes.add(torch.is_autocast_enabled("cpu"))
+        return linear_cross_entropy_error(hidden, weight, *args, **options)
+
+    monkeypatch.setitem(
+        names.LinearTrainer.compute_loss.__globals__, "linear_cross_entropy_error", spy
+    )
+    names.LinearTrainer(model, names.make(bf16=True), train_dataset=names.data).train()
+    assert dtypes == {torch.bfloat16, True}
+
+
 @pytest.mark.parametrize("title", ["A causal language model", "The linear loss"])
-def test_transformers_of_tokens(title: str, language: Any) -> None:
+def test_transformers_of_tokens(title: str, language: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     Trainer = pytest.importorskip("transformers").Trainer  # noqa: N806
     if title == "The linear loss":
         for row in language.data:
@@ -240,8 +325,13 @@ def test_transformers_of_tokens(title: str, language: Any) -> None:
     wanted = gradients(language.before, whole)
     close(logged(names.trainer), whole)
     close(step_of(language.before, language.model, 1), wanted, rtol=1e-4, atol=1e-5)
-    if title == "A causal language model":
-        averaged, after = names.trainer.evaluate()["eval_loss"], language.whole(language.model)
+    if title == "The linear loss":
+        linear_loss_in_wrappers(names, wanted, monkeypatch)
+    else:
+        averaged, after = (
+            names.trainer.evaluate(names.data)["eval_loss"],
+            language.whole(language.model),
+        )
         says(title, f"({averaged:.3f} for {after:.3f})")
         model = copy.deepcopy(language.before)
         for row, labels in zip(language.data, language.labels, strict=True):
@@ -250,7 +340,7 @@ def test_transformers_of_tokens(title: str, language: Any) -> None:
             model,
             language.arguments,
             train_dataset=language.data,
-            compute_loss_func=names.compute_causal_loss,
+            compute_loss_func=names.next_token_loss,
         )
         trainer.train()
         count = (language.labels != -100).sum()
@@ -262,17 +352,22 @@ def test_transformers_packed(language: Any) -> None:
     names = run("Packed sequences", cross_entropy_error=cross_entropy_error, **vars(language))
     whole = language.whole(language.before)
     close(names.loss, whole)
-    batch = {name: names.batch[name] for name in ("input_ids", "position_ids")}
-    leaked = mean(lambda _: names.model(**batch).logits[0], batch["input_ids"], names.labels[0])
+    leaked = mean(lambda x: names.model(**x).logits[0, :-1], names.batch, names.labels[0, 1:])
     says("Packed sequences", f"{leaked:.3f} for {whole:.3f}")
 
 
-def test_accelerate() -> None:
+def test_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerate = pytest.importorskip("accelerate")
     forget_accelerators()
     start = run()
     before = copy.deepcopy(start.network)
-    names = run("accelerate", **{**vars(start), **ignoring(start)})
+    with monkeypatch.context() as twice:  # Two processes with the same data.
+        twice.setattr(accelerate.Accelerator, "reduce", lambda _, count: 2 * count)
+        names = run(
+            "accelerate",
+            replace={"* accelerator.num_processes": "* 2"},
+            **{**vars(start), **ignoring(start)},
+        )
     wanted = gradients(before, mean(before, names.x, names.t))
     close(step_of(before, names.network), wanted)
 
@@ -298,28 +393,28 @@ def test_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": 0}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    config = {
-        "train_micro_batch_size_per_gpu": 32,
-        "gradient_accumulation_steps": 3,
-        "zero_allow_untrusted_optimizer": True,
-    }
     start = run()
     before = copy.deepcopy(start.network)
-    names = run("DeepSpeed", config=config, **{**vars(start), **ignoring(start)})
+    twice = SimpleNamespace(all_reduce=lambda count: count.mul_(2), get_world_size=lambda: 2)
+    names = run(  # Two processes with the same data.
+        "DeepSpeed",
+        replace={"import torch.distributed as dist": ""},
+        **{**vars(start), **ignoring(start), "dist": twice},
+    )
     wanted = gradients(before, mean(before, names.x, names.t))
     close(step_of(before, names.network), wanted)
     wanted = gradients(before, mean(before, start.x, start.t))
-    for options in ({"gradient_clipping": 0.0}, {}):
-        names = run("DeepSpeed", config=config | options, replace=(" * k / count", ""))
+    k = '"gradient_accumulation_steps": 3'
+    for config in (k, f'{k}, "gradient_clipping": 0.0'):
+        names = run("DeepSpeed", replace={" * factor": "", k: config})
         says("DeepSpeed", f"{ratio(step_of(before, names.network), wanted):.1f} times")
 
 
 def test_skorch() -> None:
     pytest.importorskip("skorch")
     pytest.importorskip("sklearn")
-    w = torch.rand(74)
-    names = run("skorch", w=w)
-    x, t, network = names.x.numpy(), names.t.numpy(), names.network
+    names = run("skorch")
+    w, x, t, network = names.w, names.x.numpy(), names.t.numpy(), names.network
 
     def last_loss(classifier: Any, data: Any, **parameters: Any) -> float:
         """Of an epoch that learns nothing."""
@@ -343,6 +438,11 @@ def test_skorch() -> None:
     assert best.criterion_.delta == names.search.best_params_["criterion__delta"]
     close(torch.as_tensor(best.predict_proba(x)), best.module_(names.x).softmax(1))
 
+    names.from_logits.set_params(predict_nonlinearity="auto")
+    close(names.from_logits.predict_proba(x), names.from_logits.module_(names.x))
+    with pytest.raises(TypeError, match="sample_weight"):
+        names.from_logits.fit(x, t, sample_weight=w.numpy())
+
     data = {"x": x, "sample_weight": w.numpy()}
     whole = names.weighted.criterion_(network(names.x), names.t, sample_weight=w)
     close(last_loss(names.weighted, data, batch_size=74), whole)
@@ -360,6 +460,13 @@ def test_ignite() -> None:
     )
     by_default = evaluator.run(names.loader).metrics["loss"]
     says("ignite", f"{by_default / whole:.0f} times")
+    before = copy.deepcopy(names.network)
+    trainer = engine.create_supervised_trainer(
+        names.network, names.optimizer, names.summed, gradient_accumulation_steps=3
+    )
+    trainer.run(names.loader)
+    wanted = gradients(before, mean(before, names.x, names.t))
+    says("ignite", f"{ratio(step_of(before, names.network), wanted):.1f} times")
     names = run("ignite", **ignoring(names))
     close(names.mean, mean(names.network, names.x, names.t))
 
@@ -371,18 +478,34 @@ def test_fastai() -> None:
     whole = mean(names.network, names.x, names.t)
     close(names.mean, whole)
     close(names.probabilities, names.network(names.x).softmax(1))
+    assert names.classes.equal(names.network(names.x).argmax(1))
     names.learner.loss_func = names.summed
     (by_default,) = names.learner.validate()
     says("fastai", f"{by_default / whole:.0f} times")
-    names.learner.loss_func = names.criterion
+    says("fastai", f"{names.learner.get_preds()[0][0].sum():.2f}".replace("-", "−"))
+    with names.learner.no_logging(), pytest.raises(RuntimeError):
+        names.learner.fit(1, cbs=mixup.MixUp())
+    names.learner.loss_func = names.of_labels
     with names.learner.no_logging():
         names.learner.fit(1, cbs=mixup.MixUp())
-    assert names.criterion.reduction == "mean"
+    assert names.of_labels.reduction == "mean"
+
+    names = run("fastai", replace={"bs=32": "bs=74"})
+    before = copy.deepcopy(names.network)
+    training = pytest.importorskip("fastai.callback.training")
+    with names.learner.no_logging():
+        names.learner.fit(1, lr=0.5, cbs=training.GradientAccumulation())
+    wanted = gradients(before, mean(before, names.x, names.t))
+    says("fastai", f"{ratio(step_of(before, names.network), wanted):.1f} times")
 
 
 def test_keras() -> None:
     keras = pytest.importorskip("keras")
-    names = run("Keras")
+    start = run().network
+    initial = [start.weight.detach().numpy().T, start.bias.detach().numpy()]
+    names = run(
+        "Keras", replace={"mean = ": "model.set_weights(initial); mean = "}, initial=initial
+    )
 
     def network(x: Tensor) -> Tensor:
         return torch.as_tensor(names.model(x)).detach()
@@ -400,19 +523,21 @@ def test_keras() -> None:
     names.model.compile("sgd", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     theirs = names.model.evaluate(names.x, names.t, verbose=0, sample_weight=w)
     close(evaluate("none", sample_weight=w), torch.tensor(theirs))
-    assert evaluate("mean", sample_weight=w) != pytest.approx(theirs, abs=1e-3)
+    says("Keras", f"({evaluate('mean', sample_weight=w):.3f} for {theirs:.3f})")
     names.model.compile("sgd", loss=names.elementwise)
-    with pytest.raises(ValueError, match=r"got shape \(32, 3\) for an input of shape \(32,\)"):
+    with pytest.raises(ValueError, match="target") as caught:
         names.model.evaluate(names.x, names.t, verbose=0)
-    names.model.evaluate(names.x, F.one_hot(names.t, 3), verbose=0)
+    says("What an error looks like", f"ValueError: {caught.value}")
+    swapped = names.model.evaluate(names.x, F.one_hot(names.t, 3), verbose=0)
+    says("Keras", f"({swapped:.2f} for {whole:.2f})".replace("-", "−"))
 
 
 def clipped(losses: Callable[[Tensor, Tensor], Tensor], names: Any) -> list[Tensor]:
-    """The mean of the samples' gradients, none of which is longer than 1."""
+    """The mean of the samples' gradients, none of which is longer than 10."""
     total = [torch.zeros_like(parameter) for parameter in names.network.parameters()]
     for x, t in zip(names.x.split(1), names.t.split(1), strict=True):
         row = gradients(names.network, losses(names.network(x), t).sum())
-        length = max(1.0, ratio(row, [torch.ones(1)]))
+        length = max(1.0, ratio(row, [torch.ones(1)]) / 10)
         total = [sum + g / length for sum, g in zip(total, row, strict=True)]
     return [sum / len(names.t) for sum in total]
 
@@ -423,7 +548,7 @@ def test_opacus(title: str) -> None:
     start = run()
     names = run(
         title,
-        replace=("noise_multiplier=1.0", "noise_multiplier=0.0, poisson_sampling=False"),
+        replace={"noise_multiplier=1.0": "noise_multiplier=0.0, poisson_sampling=False"},
         loader=DataLoader(start.loader.dataset, batch_size=74),
         PrivacyEngine=opacus.PrivacyEngine,
     )
@@ -443,16 +568,46 @@ def test_opacus(title: str) -> None:
         with pytest.raises(AssertionError):
             run(
                 title,
-                replace=('ghost"', 'ghost", loss_reduction="sum"'),
+                replace={'ghost"': 'ghost", loss_reduction="sum"'},
                 PrivacyEngine=opacus.PrivacyEngine,
             )
-    else:
-        sizes = []
-        for criterion in (names.criterion, names.summed):
-            names.private_optimizer.zero_grad()
-            criterion(names.private(start.x), start.t).backward()
-            sizes.append([names.network.weight.grad_sample])
-        says(title, f"{ratio(*reversed(sizes)):.0f} times too large")
+        return
+
+    def norms(criterion: nn.Module, t: Tensor) -> Any:
+        names.private_optimizer.zero_grad()
+        criterion(names.private(start.x), t).backward()
+        rows = [p.grad_sample.flatten(1) for p in names.network.parameters()]
+        return torch.cat(rows, 1).norm(dim=1)
+
+    right, wrong = norms(names.criterion, start.t), norms(names.summed, start.t)
+    says(title, f"{wrong.mean() / right.mean():.0f} times too large")
+    says(title, f"all {(wrong > 10).sum()} are clipped, where the mean clips none")
+    assert not (right > 10).any()
+    halved = norms(names.criterion, start.t.where(torch.arange(74) % 2 == 0, -100))
+    says(title, f"are {(halved[::2] / right[::2]).mean():.1f} times too large")
+
+
+def test_opacus_on_tokens() -> None:
+    opacus = pytest.importorskip("opacus")
+    x, t = torch.randn(6, 5, 20), torch.randint(3, (6, 5))
+    start = run()
+    names = run(
+        "The ghost mode",
+        replace={
+            "noise_multiplier=1.0": "noise_multiplier=0.0, poisson_sampling=False",
+            'OfRows(reduction="mean")': "criterion",
+        },
+        loader=DataLoader(TensorDataset(x, t), batch_size=6),
+        PrivacyEngine=opacus.PrivacyEngine,
+    )
+    z = names.private(x)
+    (call,) = re.findall(
+        r"`(private_criterion\(.*?\))`", " ".join(SECTIONS["The ghost mode"].split())
+    )
+    eval(call, vars(names) | {"z": z, "t": t}).backward()  # noqa: S307
+    names.private_optimizer.step()
+    whole = mean(start.network, x.flatten(0, 1), t.flatten())
+    close(step_of(start.network, names.network), gradients(start.network, whole))
 
 
 def test_backpack() -> None:
@@ -480,17 +635,18 @@ def test_laplace() -> None:
     laplace = pytest.importorskip("laplace")
     names = run("Laplace")
     close(names.posterior.loss, names.summed(names.network(names.x), names.t))
+    factor = names.posterior.loss / mean(names.network, names.x, names.t)
+    says("Laplace", f"{factor:.0f} times")
     regression = laplace.Laplace(names.network, "regression", subset_of_weights="all")
     targets = torch.randn(74, 3)
     regression.fit(DataLoader(TensorDataset(names.x, targets), batch_size=32))
     close(regression.loss, SumSquaredError()(names.network(names.x), targets))
 
 
-def test_captum(tmp_path: Path) -> None:
+def test_captum() -> None:
     pytest.importorskip("captum")
-    network = run().network
-    torch.save(network.state_dict(), tmp_path / "checkpoint")
-    names = run("captum", checkpoint=str(tmp_path / "checkpoint"))
+    names = run("captum")
+    network = names.network
     # Attributions add up to the difference from the loss at the baseline of 0.
     differences = names.per_sample(network(names.x), names.t) - names.per_sample(
         network(torch.zeros_like(names.x)), names.t
@@ -501,14 +657,10 @@ def test_captum(tmp_path: Path) -> None:
         [torch.cat([g.flatten() for g in gradients(network, loss)]) for loss in losses]
     )
     close(names.influence, rows @ rows.T, rtol=1e-4, atol=1e-4)
-    plain = run(
-        "captum",
-        checkpoint=names.checkpoint,
-        replace=("loss_fn=criterion", "loss_fn=lambda y, t: criterion(y, t)"),
-    )
+    plain = run("captum", replace={"loss_fn=criterion": "loss_fn=lambda y, t: criterion(y, t)"})
     says("captum", f"{ratio([names.influence], [plain.influence]):.0f} times too small")
     with pytest.raises(IndexError):
-        run("captum", per_sample=None, replace=('reduction="none"', 'reduction="mean"'))
+        run("captum", replace={'reduction="none"': 'reduction="mean"'})
 
 
 def test_monai() -> None:
@@ -516,14 +668,13 @@ def test_monai() -> None:
     names = run("MONAI")
     y, t = torch.randn(2, 3, 8, 8), torch.randint(3, (2, 1, 8, 8)).float()
     theirs = losses.DiceCELoss(to_onehot_y=True, softmax=True)(y, t)
-    criterion = names.DiceCrossEntropy()
-    assert criterion(y, t) == theirs
+    assert names.dice_cross_entropy(y, t) == theirs
     with pytest.raises(ValueError, match="target") as caught:
         names.criterion(y, t)
     says("MONAI", f"ValueError: {caught.value}")
     whole = mean(lambda y: y, y, t.squeeze(1).long())
     total = names.summed(y, t.squeeze(1).long())
-    dice = criterion.dice(y, t)
+    dice = names.dice(y, t)
     says("MONAI", f"{total / whole:.0f} times", f"{100 * dice / (total + dice):.1f} %")
 
 
@@ -534,7 +685,9 @@ def test_segmentation_models() -> None:
     close(names.loss, F.cross_entropy(logits, masks, ignore_index=255))
     close(names.of_pixels(logits, names.masks), F.cross_entropy(logits, masks, ignore_index=255))
     says("segmentation-models-pytorch", f"{(masks != 255).sum()} times")
-    close(names.binary, F.binary_cross_entropy_with_logits(names.z[:, 0], names.mask.float()))
+    close(
+        names.binary, F.binary_cross_entropy_with_logits(names.foreground[:, 0], names.mask.float())
+    )
 
 
 def test_torchmetrics() -> None:
@@ -546,7 +699,7 @@ def test_torchmetrics() -> None:
     of_means, unweighted = torchmetrics.MeanMetric(), torchmetrics.MeanMetric()
     for inputs, labels in names.loader:
         of_means.update(names.criterion(names.network(inputs), labels))
-        unweighted.update(names.per_sample(names.network(inputs), labels))
+        unweighted.update(names.unreduced(names.network(inputs), labels))
     says("torchmetrics", f"({of_means.compute():.3f} for {whole:.3f})")
     says("torchmetrics", f"({unweighted.compute():.3f})")
 
@@ -587,6 +740,17 @@ def test_ensembles() -> None:
             (gradient,) = torch.autograd.grad(whole, parameter, retain_graph=True)
             close(names.gradients[name][place], gradient)
 
+    def joint(stacked: dict[str, Tensor]) -> Tensor:
+        def logits(parameters: dict[str, Tensor]) -> Any:
+            return torch.func.functional_call(names.skeleton, parameters, names.x)
+
+        outputs = torch.func.vmap(logits)(stacked)
+        return mean(lambda y: y, outputs.flatten(0, 1), names.t.repeat(4))
+
+    gradient = torch.func.grad(joint)(names.stacked)
+    factor = ratio(list(gradient.values()), list(names.gradients.values()))
+    says("Ensembles", f"gives each {factor:.2f} times")
+
 
 needs_gloo = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
@@ -599,7 +763,11 @@ def test_pipelining() -> None:
     network = run().network
     wanted = gradients(network, mean(network, names.x, names.t))
     close([parameter.grad for parameter in names.network.parameters()], wanted)
-    names = run("Pipelining", replace=(", scale_grads=False", ""))
+    means = {"summed(y, t) / count": "criterion(y, t)", ", scale_grads=False": ""}
+    names = run("Pipelining", replace=means, **ignoring(run()))
+    factor = ratio([p.grad for p in names.network.parameters()], wanted)
+    says("Pipelining", f"a gradient {factor:.2f} times")
+    names = run("Pipelining", replace={", scale_grads=False": ""})
     whole = gradients(network, mean(network, names.x, names.t))
     factor = ratio([p.grad for p in names.network.parameters()], whole)
     assert factor == pytest.approx(1 / 2)
@@ -607,20 +775,33 @@ def test_pipelining() -> None:
 
 @needs_gloo
 def test_precision_policies() -> None:
-    target = torch.full((74, 1), 1000.3)
-    names = run("Precision policies of FSDP2", dist=dist, target=target)
+    names = run("Precision policies of FSDP2", dist=dist)
     rounded = [p.to_local().bfloat16() for p in names.model.parameters()]
     output = F.linear(names.x.bfloat16(), *rounded).float()
-    close(names.loss, SumSquaredError(reduction="mean")(output, target))
+    assert names.output.dtype == torch.float32
+    close(names.output, output)
+    close(names.loss, SumSquaredError(reduction="mean")(output, names.x[:, :1]))
 
     class Inside(nn.Module):
-        def forward(self, x: Tensor, target: Tensor) -> Tensor:
-            return target
+        def __init__(self, criterion: nn.Module) -> None:
+            super().__init__()
+            self.criterion = criterion
+
+        def forward(self, x: Tensor, t: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+            return self.criterion(x, t), target
 
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    inside = names.fully_shard(Inside(), mp_policy=names.policy)(names.x, target)
-    assert f"{inside[0].item():g}" == "1000"
+    weight = torch.tensor([0.3, 2.0, 5.0])
+    y, target = torch.randn(74, 3), torch.full((74, 1), 1000.3)
+    ours = CrossEntropyError(from_logits=True, delta=0, reduction="mean", weight=weight)
+    inside = names.fully_shard(Inside(ours), mp_policy=names.policy)
+    loss, target = inside(y, names.t, target)
+    assert f"{target[0].item():g}" == "1000"
+    close(loss, F.cross_entropy(y.bfloat16().float(), names.t, weight=weight))
+    inside = names.fully_shard(Inside(nn.CrossEntropyLoss(weight)), mp_policy=names.policy)
+    with pytest.raises(RuntimeError):
+        inside(y, names.t, target)
 
 
 @needs_gloo
@@ -628,18 +809,45 @@ def test_loss_parallel() -> None:
     names = run("`loss_parallel`", dist=dist)
     y = names.network(names.x).detach().requires_grad_()
     close(names.gradient, torch.autograd.grad(mean(lambda y: y, y, names.soft), y)[0])
+    theirs = run("`loss_parallel`", dist=dist, criterion=F.cross_entropy)
+    close(theirs.gradient, -theirs.soft / 74)
+    smooth = functools.partial(F.cross_entropy, label_smoothing=0.1)
+    with pytest.raises(RuntimeError):
+        run(
+            "`loss_parallel`",
+            dist=dist,
+            criterion=smooth,
+            replace={"(logits, soft)": "(logits, t)"},
+        )
 
 
 def test_names_of_a_checkpoint() -> None:
-    names = run("`compile` and the names of a checkpoint")
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    title = "`compile` and the names of a checkpoint"
+    names = run(title, replace={".compile()": ".compile(backend=backend)"}, backend=backend)
     assert names.names == ["network.weight", "network.bias", "criterion.weight"]
-    names.model["criterion"] = torch.compile(names.weighted)
-    assert "criterion._orig_mod.weight" in names.model.state_dict()
+    assert len(graphs) == 1
+    weight = torch.tensor([1.0, 2.0, 5.0])
+    probabilities = names.network(names.x).softmax(1)
+    close(names.loss, CrossEntropyError(weight=weight, reduction="mean")(probabilities, names.t))
+    saved = names.model.state_dict()
+    names.model["criterion"] = torch.compile(CrossEntropyError(weight=torch.ones(3)))
+    missing, unexpected = names.model.load_state_dict(saved, strict=False)
+    assert (missing, unexpected) == (["criterion._orig_mod.weight"], ["criterion.weight"])
+    assert names.model["criterion"].weight.tolist() == [1, 1, 1]
 
 
-def test_constants_of_aot_inductor(tmp_path: Path) -> None:
-    names = run("AOTInductor's constants", path=str(tmp_path / "model.pt2"))
-    close(names.loss, mean(names.network, names.x, names.t))
+def test_constants_of_aot_inductor() -> None:
+    names = run("AOTInductor's constants")
+    close(names.loss, mean(names.network, names.x, names.t, "sum"))
+    with pytest.raises(RuntimeError) as caught:
+        run("AOTInductor's constants", replace={'_constants": True': '_constants": False'})
+    says("AOTInductor's constants", f"RuntimeError: {caught.value}")
 
 
 def test_mixup() -> None:
@@ -660,6 +868,21 @@ def test_masks() -> None:
     v2 = pytest.importorskip("torchvision.transforms.v2")
     names = run("Masks of torchvision", v2=v2)
     assert names.mask.unique().tolist() == [1, 255]
+    filled = run(
+        "Masks of torchvision", v2=v2, replace={"tv_tensors.Mask: 255": "tv_tensors.Mask: 0"}
+    )
+    z = torch.randn(1, 3, 8, 8)
+
+    def loss(mask: Tensor) -> Tensor:
+        return cross_entropy_error(
+            z, mask[None], from_logits=True, delta=0, ignore_index=255, reduction="mean"
+        )
+
+    ones = names.mask == 1
+    close(loss(names.mask), -z.log_softmax(1)[0, 1][ones].mean())
+    title = "Masks of torchvision"
+    says(title, f"{(filled.mask == 0).sum()} of these 64 pixels")
+    says(title, f"(a loss of {loss(filled.mask):.3f} for {loss(names.mask):.3f})")
 
 
 def test_hydra() -> None:
@@ -669,20 +892,47 @@ def test_hydra() -> None:
     weight = torch.tensor([1.0, 2.0, 5.0])
     whole = CrossEntropyError(weight=weight, reduction="mean")(probabilities, names.t)
     assert names.from_file(probabilities, names.t) == whole
+    with pytest.raises(Exception, match="ListConfig") as caught:
+        run("Hydra", replace={"{_target_: torch.tensor, data: [1.0, 2.0, 5.0]}": "[1.0, 2.0, 5.0]"})
+    assert "weight: got ListConfig" in str(caught.value)
+    says("Hydra", "weight: got ListConfig")
 
 
 def test_averaged_models() -> None:
-    names = run("Averaged models")
-    close(names.loss, mean(names.network, names.x, names.t))
+    network = nn.Sequential(nn.BatchNorm1d(20), nn.Linear(20, 3))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
+    start = run()
+    wanted = copy.deepcopy(network)
+    by_hand = copy.deepcopy(network)
+    names = run("Averaged models", network=network, optimizer=optimizer)
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.5)
+    for step in range(3):
+        optimizer.zero_grad()
+        mean(by_hand, start.x, start.t).backward()
+        optimizer.step()
+        for old, new in zip(
+            wanted.state_dict().values(), by_hand.state_dict().values(), strict=True
+        ):
+            old.copy_(0.9 * old + 0.1 * new if step else new)
+    close(names.loss, mean(wanted, start.x, start.t))  # Both see the batch once more.
+    theirs = dict(names.averaged.module.state_dict())
+    for name, value in wanted.state_dict().items():
+        if value.is_floating_point():
+            close(theirs[name], value)
+
+    constant = CrossEntropyError(weight=torch.tensor([9, 1, 2]))
+    averaged = names.AveragedModel(
+        constant, multi_avg_fn=names.get_ema_multi_avg_fn(0.9), use_buffers=True
+    )
+    for _ in range(3):
+        averaged.update_parameters(constant)
+    assert averaged.module.weight.tolist() == [8, 1, 2]
 
 
 def test_errors_say_what_to_do() -> None:
     title = "What an error looks like"
     with pytest.raises(TypeError) as caught:
         SumSquaredError()(torch.zeros(74, 1), torch.zeros(74))
-    says(title, f"TypeError: {caught.value}")
-    with pytest.raises(TypeError) as caught:
-        CrossEntropyError()(torch.arange(3), torch.rand(3, 3))
     says(title, f"TypeError: {caught.value}")
 
 
@@ -709,3 +959,22 @@ def test_migration(title: str) -> None:
     report: list[str] = []
     doctest.DocTestRunner(verbose=False).run(test, out=report.append)
     assert "".join(report) == ""
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch 2.13 and later have it")
+def test_figures_of_the_linear_loss() -> None:
+    chunked = functools.partial(
+        F.linear_cross_entropy,
+        options=torch.nn.LinearCrossEntropyOptions(),
+    )
+    ours = functools.partial(linear_cross_entropy_error, delta=0, reduction="mean")
+    x = torch.zeros(2048, 4, dtype=torch.bfloat16)
+    weight, t = torch.zeros(8000, 4, dtype=torch.bfloat16), torch.zeros(2048).long()
+    figures = f"{chunked(x, weight, t):.1f} for {ours(x, weight, t):.2f}"
+    for text in (README["Where it differs from torch"], MIGRATION["torch"]):
+        assert f" {figures}" in " ".join(text.split())
+    x, weight, t = x[:8].requires_grad_(), weight[:8].requires_grad_(), t[:8] - 100
+    for criterion, expected in ((chunked, math.nan), (ours, 0.0)):
+        loss = criterion(x, weight, t)
+        for each in (loss, *torch.autograd.grad(loss, (x, weight))):
+            close(each, torch.full_like(each, expected), equal_nan=True)

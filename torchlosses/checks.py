@@ -234,6 +234,8 @@ def check_target(
         if name == "an input":  # Only these losses take `dim`.
             fits = [d for d in range(input.dim()) if samples_shape(input, d) == target.shape]
             hint = f"; classes in dimension {fits[0]} need dim={fits[0]}" if fits else ""
+            if any(n > 1 and samples_shape(target, d) == shape for d, n in enumerate(target.shape)):
+                hint = " (input and target swapped?)"
         raise ValueError(
             f"target: got shape {tuple(target.shape)} for {name} of shape {tuple(shape)} "
             f"with classes in dimension {dim}; expected the same shape, or {tuple(samples)} of an "
