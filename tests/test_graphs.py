@@ -62,7 +62,7 @@ def test_a_graph_holds_an_operator(name: str, is_index: bool, device: str) -> No
     y, t = (x.to(device) for x in batch(is_index))
     loss = LOSSES[name]
     operator = "linear_loss" if name == "linear" else "loss"
-    assert operators(loss, y, t) == [f"torchlosses.{operator}.default"]
+    assert operators(loss, y, t) == [f"torchlosses.{operator}_and_gradients.default"]
     learned = torch.rand(6, device=device, requires_grad=True)
     if name != "squares" or is_index:  # A gradient by weights is the formula's.
         assert operators(lambda *args: loss(*args, sample_weight=learned), y, t) == []
@@ -128,7 +128,8 @@ def test_the_operators_are_what_they_say(
             x = y[:size].detach().requires_grad_(needs[0])
             torch.library.opcheck(
                 linear.LINEAR_LOSS.overload,
-                (x, w, b, t[:size], None, weights[1][:size], None, None, needs, is_late,
+                (x, w, b, t[:size], None, weights[1][:size], None, None, None, needs,
+                 is_late,
                  torch.float32, *options),
             )  # fmt: skip
         return
@@ -140,7 +141,7 @@ def test_the_operators_are_what_they_say(
         ]
         torch.library.opcheck(
             ops.LOSS.overload,
-            (*leaves, *weights, None, None, list(wanted), is_late,
+            (*leaves, *weights, None, None, None, list(wanted), is_late,
              *options_of(kind, is_index, reduction)),
         )  # fmt: skip
 

@@ -481,7 +481,7 @@ def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
 
 
 LINEAR_LOSS = ops.Operator(
-    "linear_loss",
+    "linear_loss_and_gradients",
     ["Tensor input", "Tensor linear_weight", "Tensor? linear_bias", "Tensor target"],
     ["ScalarType product_dtype"],
     LayerKernels,

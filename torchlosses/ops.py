@@ -11,7 +11,9 @@ The way of a call:
 - Anything beyond a first derivative is computed by the formula.
 """
 
+import ctypes
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -459,14 +461,49 @@ LIBRARY.define("depending(Tensor upstream, Tensor[] tensors) -> Tensor")
 LIBRARY.impl("depending", lambda upstream, tensors: upstream.clone(), "CompositeExplicitAutograd")
 
 
+TOKEN = 16  # Bytes.
+_Bytes: Any = ctypes.c_uint8 * TOKEN
+
+
+class Token(_Bytes):  # type: ignore[misc]
+    """Holds gradients between forward and backward of a compiled graph, in a tensor of 16 bytes.
+
+    Backward takes them from it once, and rescales them in place; in a graph, an operator that
+    returns its argument is an error, and a product is one more pass over memory. They live as long
+    as the tensor's storage. A copy of the tensor holds nothing, and backward computes again.
+    """
+
+    gradients: Sequence[Tensor | None] | None
+
+
+_tokens: "weakref.WeakValueDictionary[int, Token]" = weakref.WeakValueDictionary()
+
+
+def hold(gradients: Sequence[Tensor | None]) -> Tensor:
+    """A tensor that holds gradients."""
+    token = Token()
+    token.gradients = gradients
+    _tokens[ctypes.addressof(token)] = token
+    return torch.frombuffer(token, dtype=torch.uint8)
+
+
+def take(tensor: Tensor) -> Sequence[Tensor | None] | None:
+    """The gradients that a tensor holds, the first time."""
+    token = _tokens.get(tensor.data_ptr())
+    if token is None:
+        return None
+    gradients, token.gradients = token.gradients, None
+    return gradients
+
+
 class Operator:
     """A loss and its gradients as one operator of torch, by the same kernels as eager calls.
 
     Its first tensors are `layer`, which get gradients, the target last; then come weights. It
-    returns the loss and the needed gradients. Late gradients are computed in backward, which runs
-    the operator again with the upstream gradient. `numbers` holds δ and ε if the graph takes them
-    as inputs: numbers of an operator are constants of a graph. `bind` and `formula` are as in
-    `prepare`, and both take `extra`.
+    returns the loss and the needed gradients, on the CPU as a `Token`. Backward runs the operator
+    again with the upstream gradient, where gradients are late or a token holds them. `numbers`
+    holds δ and ε if the graph takes them as inputs: numbers of an operator are constants of a
+    graph. `bind` and `formula` are as in `prepare`, and both take `extra`.
     """
 
     def __init__(
@@ -481,7 +518,9 @@ class Operator:
         self.name = name
         self.count, self.tensors, self.extra = len(layer), len(tensors), len(extra)
         self.bind, self.formula = bind, formula
-        options = ["Tensor? numbers", "Tensor? upstream", "bool[] needs", "bool is_late"]
+        options = [
+            "Tensor? numbers", "Tensor? upstream", "Tensor? token", "bool[] needs", "bool is_late"
+        ]  # fmt: skip
         LIBRARY.define(f"{name}({', '.join([*tensors, *options, *extra, CALL])}) -> Tensor[]")
         for key in ("CPU", "CUDA"):
             LIBRARY.impl(name, self._run, key)
@@ -504,26 +543,42 @@ class Operator:
                 [formulas.scalar(call.delta), formulas.scalar(call.label_smoothing)]
             )
             call = call._replace(delta=0.0, label_smoothing=0.0)
-        loss: Tensor = self.overload(*tensors, numbers, None, needs, is_late, *extra, *call)[0]
+        options = (numbers, None, None, needs, is_late)
+        loss: Tensor = self.overload(*tensors, *options, *extra, *call)[0]
         return loss
 
     def _split(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """Unpacks tensors, numbers, upstream, needs, is_late, extra and call."""
-        tensors, options = inputs[: self.tensors], inputs[self.tensors :]
-        numbers, upstream, needs, is_late, *rest = options
-        call = Call(*rest[self.extra :])
-        return tensors, numbers, upstream, needs, is_late, rest[: self.extra], call
+        """Unpacks tensors, numbers, upstream, token, needs, is_late, extra and call."""
+        options = inputs[self.tensors : self.tensors + 5]
+        rest = inputs[self.tensors + 5 :]
+        return inputs[: self.tensors], *options, rest[: self.extra], Call(*rest[self.extra :])
 
     def _run(self, *inputs: Any) -> list[Tensor]:
-        tensors, numbers, upstream, needs, is_late, extra, call = self._split(inputs)
+        tensors, numbers, upstream, token, needs, is_late, extra, call = self._split(inputs)
         call = _with_numbers(call, numbers)
-        input, device = tensors[0], tensors[0].device
         if is_late and upstream is None:
             needs = (False,) * self.count
-        if input.numel() == 0:  # Nothing to launch a kernel for: a sum, and no slopes.
+        gradients: Sequence[Tensor | None]
+        if tensors[0].numel() == 0:  # Nothing to launch a kernel for: a sum, and no slopes.
             loss = self.formula(*extra)(call, *tensors)
             layer = zip(tensors[: self.count], needs, strict=True)
-            return [loss, *(t.new_zeros(t.shape) for t, needed in layer if needed)]
+            gradients = [t.new_zeros(t.shape) if needed else None for t, needed in layer]
+        else:
+            loss, *gradients = self._launch(call, extra, tensors, needs, upstream, token)
+        if any(needs) and upstream is None and loss.is_cpu:
+            gradients = [hold(gradients)]
+        return [loss, *(gradient for gradient in gradients if gradient is not None)]
+
+    def _launch(
+        self,
+        call: Call,
+        extra: Sequence[Any],
+        tensors: Sequence[Any],
+        needs: Sequence[bool],
+        upstream: Tensor | None,
+        token: Tensor | None,
+    ) -> Any:
+        device = tensors[0].device
         if layout_of(tensors) is None:
             tensors = [None if t is None else t.resolve_neg().contiguous() for t in tensors]
         key = (self.name, (call, *extra), layout_of(tensors))
@@ -531,10 +586,16 @@ class Operator:
         prepared = find(key) or prepare(key, call, tensors, bind)
         if prepared is not None:
             _, kernels, launch, *_ = prepared
+            gradients = None if token is None else take(token)
+            if gradients is not None:
+                made = (gradients, upstream, tensors[self.count - 1])
+                gradients = try_kernels(kernels, device, launch.rescale, *made)
+            if gradients is not None:
+                return [tensors[0].new_empty((), dtype=call.dtype), *gradients]
             options = (tuple(needs), upstream, False, False)  # No class is an error in a graph.
-            made = try_kernels(kernels, device, launch.compute, *tensors, *options)
-            if made is not None:
-                return [result for result in made if result is not None]
+            results: Any = try_kernels(kernels, device, launch.compute, *tensors, *options)
+            if results is not None:
+                return results
         # Within an operator there is no autograd, and so no gradient by a formula.
         raise RuntimeError(
             f"a kernel of torchlosses has failed on {device}, and this graph was compiled for it; "
@@ -542,7 +603,7 @@ class Operator:
         )
 
     def _fake(self, *inputs: Any) -> list[Tensor]:
-        tensors, _, upstream, needs, is_late, _, call = self._split(inputs)
+        tensors, _, upstream, _, needs, is_late, _, call = self._split(inputs)
         input = tensors[0]
         shape: Sequence[int] = ()
         if call.reduction == "none":
@@ -553,27 +614,33 @@ class Operator:
         if is_late and upstream is None:
             return [loss]
         layer = zip(tensors[: self.count], needs, strict=True)
-        return [loss, *(t.new_empty(t.shape) for t, needed in layer if needed)]
+        gradients = [t.new_empty(t.shape) for t, needed in layer if needed]
+        if gradients and upstream is None and input.device.type == "cpu":
+            gradients = [input.new_empty((TOKEN,), dtype=torch.uint8)]
+        return [loss, *gradients]
 
     def _save(self, ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
         tensors = inputs[: self.tensors + 1]  # And numbers.
-        _, is_late, *_ = ctx.options = inputs[self.tensors + 2 :]
-        ctx.save_for_backward(*tensors, *(() if is_late else output[1:]))
+        ctx.options = inputs[self.tensors + 3 :]
+        ctx.save_for_backward(*tensors, *output[1:])
 
     def _backward(self, ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         saved, upstream = ctx.saved_tensors, grads[0]
-        inputs = (*saved[: self.tensors + 1], upstream, *ctx.options)
-        tensors, numbers, _, needs, is_late, extra, call = self._split(inputs)
+        made = saved[self.tensors + 1 :]
+        is_held = upstream.device.type == "cpu"
+        token = made[0] if made and is_held else None
+        inputs = (*saved[: self.tensors + 1], upstream, token, *ctx.options)
+        tensors, numbers, _, _, needs, is_late, extra, call = self._split(inputs)
         if torch.is_grad_enabled():  # To be differentiated again.
             call = _with_numbers(call, numbers)
             gradients = formula_gradients(self.formula(*extra), call, tensors, needs, upstream)
         else:
-            if is_late:
+            if is_late or is_held:
                 made = self.overload(*inputs)[1:]
             else:
                 layer = zip(tensors[: self.count], needs, strict=True)
                 upstream = torch.ops.torchlosses.depending(upstream, [t for t, n in layer if n])
-                made = [gradient * upstream for gradient in saved[self.tensors + 1 :]]
+                made = [gradient * upstream for gradient in made]
                 if needs[0] and call.is_index:  # 0 times what is not finite is NaN.
                     kept: Any = Classes(tensors[self.count - 1], 1, call.ignore_index).kept
                     made[0] = made[0].where(kept.unsqueeze(call.dim), 0)
@@ -590,7 +657,7 @@ def _with_numbers(call: Call, numbers: Tensor | None) -> Call:
 
 
 LOSS = Operator(
-    "loss",
+    "loss_and_gradients",
     ["Tensor input", "Tensor target"],
     [],
     lambda kernels: kernels,
