@@ -1,6 +1,7 @@
 """Compiled graphs run the kernels of eager calls, as operators of torch."""
 
 import itertools
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -259,3 +260,26 @@ def test_a_bad_class_in_a_mean_spoils_its_own_sample(
     right = LOSSES[kind](y, t.where(valid, -100), **options) / scale
     (expected,) = torch.autograd.grad(right, y)
     torch.testing.assert_close(gradient[valid], expected[valid])
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="tokens are the CPU's")
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_token_holds_gradients_until_backward_takes_them(name: str, path: str) -> None:
+    """The caller may write to what backward returned; a copy of a token holds nothing."""
+    y, t = batch(is_index=True)
+    (expected,) = torch.autograd.grad(LOSSES[name](y, t), y)
+    compiled = torch.compile(LOSSES[name], fullgraph=True, backend="aot_eager")
+    with torch._functorch.config.patch(donated_buffer=False):
+        loss = compiled(y, t)
+        assert len(ops._tokens) == 1
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(loss, y, retain_graph=True)
+            torch.testing.assert_close(gradient, expected)
+            gradient.zero_()
+        del loss
+    assert not ops._tokens
+    held = [torch.rand(3), None]
+    token = ops.hold(held)
+    assert ops.take(token.clone()) is None
+    assert ops.take(token) is held
+    assert ops.take(token) is None
