@@ -301,6 +301,26 @@ def only_numbers_per_sample_travel(form: str) -> None:
                 }, where
 
 
+@case()
+def weights_may_be_tiny_or_not_finite_where_samples_are_ignored() -> None:
+    mesh = meshes()[0]
+    x, target = torch.randn(4, 5), torch.tensor([1, -100, 2, 3])
+    for weights in ([1.0, torch.nan, 1.0, 2.0], [1e-39, 0.0, 1e-39, 2e-39]):
+        weight, leaf = torch.tensor(weights), x.clone().requires_grad_()
+        options: dict[str, Any] = {"from_logits": True, "reduction": "mean"}
+        expected = cross_entropy_error(leaf, target, sample_weight=weight, **options)
+        expected.backward()
+        for placements, own in (([Shard(1)], [Replicate()]), ([Shard(0)], [Shard(0)])):
+            y = spread(x, mesh, placements).requires_grad_()
+            loss: Any = cross_entropy_error(
+                y, spread(target, mesh, own), sample_weight=spread(weight, mesh, own), **options
+            )
+            loss.backward()
+            torch.testing.assert_close(loss.full_tensor(), expected.detach())
+            grad: Any = y.grad
+            torch.testing.assert_close(grad.full_tensor(), leaf.grad)
+
+
 @case(*FORMS)
 def a_batch_shard_sends_its_sum_once(form: str) -> None:
     """Once in each dimension of the mesh, and beside it the divisor if the targets make it."""
