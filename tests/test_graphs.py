@@ -262,24 +262,33 @@ def test_a_bad_class_in_a_mean_spoils_its_own_sample(
     torch.testing.assert_close(gradient[valid], expected[valid])
 
 
-@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="tokens are the CPU's")
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="handles are the CPU's")
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_token_holds_gradients_until_backward_takes_them(name: str, path: str) -> None:
-    """The caller may write to what backward returned; a copy of a token holds nothing."""
+def test_a_handle_holds_gradients_until_backward_takes_them(name: str, path: str) -> None:
+    """The caller may write to what backward returned; a copy of a handle holds nothing."""
     y, t = batch(is_index=True)
     (expected,) = torch.autograd.grad(LOSSES[name](y, t), y)
     compiled = torch.compile(LOSSES[name], fullgraph=True, backend="aot_eager")
     with torch._functorch.config.patch(donated_buffer=False):
         loss = compiled(y, t)
-        assert len(ops._tokens) == 1
+        assert len(ops._handles) == 1
         for _ in range(2):
             (gradient,) = torch.autograd.grad(loss, y, retain_graph=True)
             torch.testing.assert_close(gradient, expected)
             gradient.zero_()
         del loss
-    assert not ops._tokens
+    assert not ops._handles
     held = [torch.rand(3), None]
-    token = ops.hold(held)
-    assert ops.take(token.clone()) is None
-    assert ops.take(token) is held
-    assert ops.take(token) is None
+    handle = ops.hold(held)
+    assert ops.take(handle.clone()) is None
+    assert ops.take(handle) is held
+    assert ops.take(handle) is None
+
+
+def test_a_layer_prepared_anew_between_forward_and_backward(path: str) -> None:
+    y, t = batch(is_index=True)
+    compiled = torch.compile(LOSSES["linear"], fullgraph=True, backend="aot_eager")
+    (expected,) = torch.autograd.grad(3 * LOSSES["linear"](y, t), y)
+    loss = compiled(y, t)
+    ops._prepared.clear()
+    torch.testing.assert_close(torch.autograd.grad(3 * loss, y)[0], expected)

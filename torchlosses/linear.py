@@ -28,9 +28,9 @@ CHUNK = 2**12
 # percent longer, but at least LEAST_ROWS: half as many take 10 to 15% longer.
 CHUNK_ON_CPU = 48 * 10**6
 LEAST_ROWS = 256
-# Chunks at most whose products add up in half precision. Each rounds the sum once; partial sums of
-# random signs grow as the square root, so six roundings at most double the error of one.
-MOST_ROUNDINGS = 6
+# Chunks at most whose weight gradients add up in half precision. Each rounds the sum once; partial
+# sums of random signs grow as the square root, so six roundings at most double the error of one.
+MAX_HALF_CHUNKS = 6
 MAX_LAUNCHES = 64
 # Classes at a time whose products in half precision are added to float32: the product is still in
 # the cache when it is added.
@@ -135,8 +135,8 @@ class LayerLaunch:
     def rescale(
         self, gradients: Sequence[Tensor | None], grad_loss: Tensor, target: Tensor
     ) -> Sequence[Tensor | None] | None:
-        if not self.launches:  # Every row is ignored, so all gradients are 0.
-            return [None if gradient is None else gradient.data for gradient in gradients]
+        if not self.launches:  # Prepared anew, or every row is ignored: `compute` serves both.
+            return None
         launch = next(iter(self.launches.values()))
         by_input, *rest = gradients
         if by_input is None:
@@ -173,6 +173,7 @@ class LayerLaunch:
         gradients = LayerGradients(needs, batch, w, sums)
         logits = input.new_empty((step, num_classes), dtype=dtype)
         losses = []
+        x = z = grad_z = logits
         for start in range(0, batch.num_counted, step):
             x, t, s, u = batch.part(start, step, dtype)
             z = logits[: len(x)]
@@ -185,7 +186,7 @@ class LayerLaunch:
             )
             losses.append(loss)
             gradients.add(start, step, x, grad_z, grad_t)
-        del logits
+        del logits, w, x, z, grad_z  # Before the cast of the weight's gradient.
         loss = self._loss(batch, losses, divisor)
         return [loss, *gradients.of(input, linear_weight, linear_bias, target)]
 
@@ -217,8 +218,8 @@ class Batch(NamedTuple):
     target: Tensor
     sample_weight: Tensor | None
     upstream: Tensor | None  # Per row, or one for all.
-    kept: Tensor | None  # False for ignored rows, where their values cannot be read.
-    counted: Tensor | None  # Indices of the rows that are not ignored; None for all.
+    kept: Tensor | None  # Mask of the rows that are not ignored, where reading it would sync.
+    counted: Tensor | None  # On the CPU, indices of the rows that are not ignored; None for all.
 
     @property
     def num_counted(self) -> int:
@@ -302,7 +303,7 @@ class LayerGradients:
     def of(self, *layer: Tensor | None) -> list[Tensor | None]:
         """The gradients in the dtypes and shapes of the tensors."""
         gradients = [self.x, self.w_sum, self.b_sum, self.target]
-        del self.w, self.w_sum  # Free these first: the cast below allocates a weight gradient.
+        del self.w  # Before the cast of the weight's gradient.
         for k, tensor in enumerate(layer):
             gradient = gradients[k]
             if gradient is not None and tensor is not None:
@@ -333,7 +334,7 @@ def find_sums(
 ) -> tuple[int, torch.dtype]:
     """Rows per chunk, and the dtype in which the weight's gradient adds up.
 
-    In half precision each chunk rounds the sum, so there are at most MOST_ROUNDINGS chunks. They
+    In half precision each chunk rounds the sum, so there are at most MAX_HALF_CHUNKS chunks. They
     may grow by the memory that a sum in float32 would take.
     """
     num_classes, width = linear_weight.shape
@@ -341,7 +342,7 @@ def find_sums(
     if not is_needed or linear_weight.dtype != dtype or dtype.itemsize >= 4:
         return step, torch.promote_types(linear_weight.dtype, torch.float32)
     # A sum of half the bytes needs half of the operations to hide its traffic.
-    rounded = max(-(-rows // MOST_ROUNDINGS), step // 2, 1)
+    rounded = max(-(-rows // MAX_HALF_CHUNKS), step // 2, 1)
     if rounded * dtype.itemsize <= step * dtype.itemsize + width * torch.float32.itemsize:
         return rounded, dtype
     return step, torch.float32

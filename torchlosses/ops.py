@@ -185,7 +185,7 @@ def layout_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
         if not tensor.is_contiguous():
             strides = tensor.stride()
             if 0 in strides and len(layout) < len(tensors) - 2:
-                return None  # A contiguous copy would take more memory than it does.
+                return None  # An expanded input, whose contiguous copy would be larger.
         layout.append(
             (tensor.dtype, shape, strides, tensor.device, address & 15, tensor.requires_grad)
         )
@@ -197,7 +197,7 @@ def key_of(kind: str, options: Any, tensors: Sequence[Tensor | None]) -> tuple[A
 
     Kernels serve plain tensors in eager mode.
     """
-    # Inlined: a function would cost as much as a question.
+    # Inlined: a call costs as much as one of these checks.
     if (
         is_compiling()
         or is_tracing()
@@ -454,45 +454,44 @@ CALL = (
 )
 
 
-# Returns the upstream gradient, as a function of other tensors too. A compiler without second
-# derivatives refuses them only if its backward reads those tensors, and a finished gradient does
-# not.
+# Identity on `upstream` that depends on `tensors`. AOTAutograd refuses a second derivative only if
+# the backward graph reads the inputs; multiplying a finished gradient does not.
 LIBRARY.define("depending(Tensor upstream, Tensor[] tensors) -> Tensor")
 LIBRARY.impl("depending", lambda upstream, tensors: upstream.clone(), "CompositeExplicitAutograd")
 
 
-TOKEN = 16  # Bytes.
-_Bytes: Any = ctypes.c_uint8 * TOKEN
+HANDLE_BYTES = 16
+_Bytes: Any = ctypes.c_uint8 * HANDLE_BYTES
 
 
-class Token(_Bytes):  # type: ignore[misc]
+class GradientHandle(_Bytes):  # type: ignore[misc]
     """Holds gradients between forward and backward of a compiled graph, in a tensor of 16 bytes.
 
-    Backward takes them from it once, and rescales them in place; in a graph, an operator that
-    returns its argument is an error, and a product is one more pass over memory. They live as long
-    as the tensor's storage. A copy of the tensor holds nothing, and backward computes again.
+    A functional operator must not return its argument, and a multiplication would be one more pass
+    over memory. So backward takes the gradients from this handle, once, and rescales them in place.
+    They live as long as the tensor's storage; for a copy of the tensor, backward computes again.
     """
 
     gradients: Sequence[Tensor | None] | None
 
 
-_tokens: "weakref.WeakValueDictionary[int, Token]" = weakref.WeakValueDictionary()
+_handles: "weakref.WeakValueDictionary[int, GradientHandle]" = weakref.WeakValueDictionary()
 
 
 def hold(gradients: Sequence[Tensor | None]) -> Tensor:
     """A tensor that holds gradients."""
-    token = Token()
-    token.gradients = gradients
-    _tokens[ctypes.addressof(token)] = token
-    return torch.frombuffer(token, dtype=torch.uint8)
+    handle = GradientHandle()
+    handle.gradients = gradients
+    _handles[ctypes.addressof(handle)] = handle
+    return torch.frombuffer(handle, dtype=torch.uint8)
 
 
 def take(tensor: Tensor) -> Sequence[Tensor | None] | None:
     """The gradients that a tensor holds, the first time."""
-    token = _tokens.get(tensor.data_ptr())
-    if token is None:
+    handle = _handles.get(tensor.data_ptr())
+    if handle is None:
         return None
-    gradients, token.gradients = token.gradients, None
+    gradients, handle.gradients = handle.gradients, None
     return gradients
 
 
@@ -500,10 +499,10 @@ class Operator:
     """A loss and its gradients as one operator of torch, by the same kernels as eager calls.
 
     Its first tensors are `layer`, which get gradients, the target last; then come weights. It
-    returns the loss and the needed gradients, on the CPU as a `Token`. Backward runs the operator
-    again with the upstream gradient, where gradients are late or a token holds them. `numbers`
-    holds δ and ε if the graph takes them as inputs: numbers of an operator are constants of a
-    graph. `bind` and `formula` are as in `prepare`, and both take `extra`.
+    returns the loss and the needed gradients, on the CPU as a `GradientHandle`. Backward runs the
+    operator again with the upstream gradient, where gradients are late or a handle holds them.
+    `numbers` holds δ and ε if the graph takes them as inputs: torch.compile would specialise on
+    float arguments. `bind` and `formula` are as in `prepare`, and both take `extra`.
     """
 
     def __init__(
@@ -519,7 +518,7 @@ class Operator:
         self.count, self.tensors, self.extra = len(layer), len(tensors), len(extra)
         self.bind, self.formula = bind, formula
         options = [
-            "Tensor? numbers", "Tensor? upstream", "Tensor? token", "bool[] needs", "bool is_late"
+            "Tensor? numbers", "Tensor? upstream", "Tensor? handle", "bool[] needs", "bool is_late"
         ]  # fmt: skip
         LIBRARY.define(f"{name}({', '.join([*tensors, *options, *extra, CALL])}) -> Tensor[]")
         for key in ("CPU", "CUDA"):
@@ -548,13 +547,13 @@ class Operator:
         return loss
 
     def _split(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """Unpacks tensors, numbers, upstream, token, needs, is_late, extra and call."""
+        """Unpacks tensors, numbers, upstream, handle, needs, is_late, extra and call."""
         options = inputs[self.tensors : self.tensors + 5]
         rest = inputs[self.tensors + 5 :]
         return inputs[: self.tensors], *options, rest[: self.extra], Call(*rest[self.extra :])
 
     def _run(self, *inputs: Any) -> list[Tensor]:
-        tensors, numbers, upstream, token, needs, is_late, extra, call = self._split(inputs)
+        tensors, numbers, upstream, handle, needs, is_late, extra, call = self._split(inputs)
         call = _with_numbers(call, numbers)
         if is_late and upstream is None:
             needs = (False,) * self.count
@@ -564,7 +563,7 @@ class Operator:
             layer = zip(tensors[: self.count], needs, strict=True)
             gradients = [t.new_zeros(t.shape) if needed else None for t, needed in layer]
         else:
-            loss, *gradients = self._launch(call, extra, tensors, needs, upstream, token)
+            loss, *gradients = self._launch(call, extra, tensors, needs, upstream, handle)
         if any(needs) and upstream is None and loss.is_cpu:
             gradients = [hold(gradients)]
         return [loss, *(gradient for gradient in gradients if gradient is not None)]
@@ -576,17 +575,19 @@ class Operator:
         tensors: Sequence[Any],
         needs: Sequence[bool],
         upstream: Tensor | None,
-        token: Tensor | None,
+        handle: Tensor | None,
     ) -> Any:
         device = tensors[0].device
-        if layout_of(tensors) is None:
+        layout = layout_of(tensors)
+        if layout is None:
             tensors = [None if t is None else t.resolve_neg().contiguous() for t in tensors]
-        key = (self.name, (call, *extra), layout_of(tensors))
+            layout = layout_of(tensors)
+        key = None if layout is None else (self.name, (call, *extra), layout)
         bind = functools.partial(self.bind, *extra)
         prepared = find(key) or prepare(key, call, tensors, bind)
         if prepared is not None:
             _, kernels, launch, *_ = prepared
-            gradients = None if token is None else take(token)
+            gradients = None if handle is None else take(handle)
             if gradients is not None:
                 made = (gradients, upstream, tensors[self.count - 1])
                 gradients = try_kernels(kernels, device, launch.rescale, *made)
@@ -616,7 +617,7 @@ class Operator:
         layer = zip(tensors[: self.count], needs, strict=True)
         gradients = [t.new_empty(t.shape) for t, needed in layer if needed]
         if gradients and upstream is None and input.device.type == "cpu":
-            gradients = [input.new_empty((TOKEN,), dtype=torch.uint8)]
+            gradients = [input.new_empty((HANDLE_BYTES,), dtype=torch.uint8)]
         return [loss, *gradients]
 
     def _save(self, ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
@@ -628,8 +629,8 @@ class Operator:
         saved, upstream = ctx.saved_tensors, grads[0]
         made = saved[self.tensors + 1 :]
         is_held = upstream.device.type == "cpu"
-        token = made[0] if made and is_held else None
-        inputs = (*saved[: self.tensors + 1], upstream, token, *ctx.options)
+        handle = made[0] if made and is_held else None
+        inputs = (*saved[: self.tensors + 1], upstream, handle, *ctx.options)
         tensors, numbers, _, _, needs, is_late, extra, call = self._split(inputs)
         if torch.is_grad_enabled():  # To be differentiated again.
             call = _with_numbers(call, numbers)

@@ -6,16 +6,16 @@ dense target. Nothing here waits for the device: what the host does not know is 
 
 A small loss is bound by launches. Forward and backward are two of them, whatever the reduction:
 `_loss_kernel`, and `_rescale_kernel` or, where the gradient waited for the upstream one,
-`_loss_kernel` again. `_count_kernel` is a third, ahead of a gradient of `'mean'` that is divided by
-what more than COUNT_ALONE samples, kept or weighted, add up to. Triton takes longer to look at the
-arguments than a small loss takes to run, so a `Launch` launches what was compiled for its calls
-without that look from then on. Beside the loss and its gradients it allocates nothing.
+`_loss_kernel` again. A third, `_count_kernel`, computes the divisor of `'mean'` before a pass that
+needs gradients, if there are more than COUNT_ALONE samples. Triton's argument processing takes
+longer than a small loss, so after the first call a `Launch` calls the compiled binary directly.
+Beside the loss and its gradients it allocates nothing.
 
 The input is seen as (outer, classes, inner). A tile has samples × classes elements, in the shape
-(per_thread, samples, threads, vector): what a thread holds of a sample is in the first and the last
-dimension. With inner = 1 samples are rows, and with classes = 1 too it is a flat vector; otherwise
-samples lie side by side, and a block of them lies in one place of outer. So a place within a block
-has 32 bits, counted from the block's first element, and nothing is divided but the block's number.
+(per_thread, samples, threads, vector): each thread holds the first and the last dimension. With
+inner = 1 samples are contiguous rows, and with classes = 1 too a flat vector. Otherwise samples are
+strided along inner, and a block never crosses an outer index. So offsets within a block fit in 32
+bits, and only the block's index needs a division.
 
 Programs take blocks of samples in turns. Each adds up its own in a fixed order, and whichever comes
 last adds up the partial sums in a fixed order too, so the same input gives the same bits.
@@ -131,7 +131,7 @@ class Launch:
             divisor = self.losses_shape.numel()
         self.by_divisor = 1.0 / divisor
 
-        # Elements of which each is a sample, or all have one factor, need no classes.
+        # If no factor depends on the class dimension, the tensor is flat: (numel, 1, 1).
         weights_shape = None if sample_weight is None else sample_weight.shape
         is_flat = self.body == "elements" and not (
             call.is_index or call.label_smoothing != 0 or self.has_weight
@@ -155,7 +155,7 @@ class Launch:
             and target.is_contiguous()
             and (weight is None or weight.is_contiguous())
         )
-        # The places of the gradient, where it is written over the input.
+        # Whether the gradient is aligned where it overwrites the input.
         self.is_aligned = not input.is_contiguous() or input.data_ptr() % 16 == 0
         self._passes: dict[Any, Pass] = {}
         self._rescalers: dict[Any, tuple[Any, tuple[int, ...]]] = {}
@@ -173,18 +173,15 @@ class Launch:
     ) -> Result:
         """The loss, and the gradients that `needs` asks for, times `upstream` if that is given.
 
-        Nobody looks at the classes, so a class that is none makes NaN of its sample and is no
-        error.
-
-        The gradient by a contiguous input may be written over it: a program is done with a tile
-        when it stores its slopes.
+        Labels are not validated on the host: an invalid one gives NaN for its sample. The gradient
+        may overwrite a contiguous input: a program stores a tile's gradient after its last read.
         """
         index, stream = self.device.index, None
         if index is not None:
             if torch.cuda.current_device() != index:
                 with torch.cuda.device(index):
                     return self.compute(
-                        input, target, weight, sample_weight, needs, upstream, over_input
+                        input, target, weight, sample_weight, needs, upstream, over_input, complains
                     )
             stream = triton.runtime.driver.active.get_current_stream(index)
         if self.copies:
@@ -288,18 +285,25 @@ class Launch:
         blocks = triton.cdiv(outer, tile.samples)
         if is_spatial:
             blocks = outer * triton.cdiv(inner, tile.samples)
-        divisor, counting = "known", 0
+        divisor, counting = "host", 0
         if self.is_counted:
-            divisor = "alone" if any(needs) else "along"
+            divisor = "each_program" if any(needs) else "last_program"
             if any(needs) and outer * inner > COUNT_ALONE:
-                divisor = "ahead"
+                divisor = "count_kernel"
                 counting = min(triton.cdiv(outer * inner, COUNT_BLOCK.value), COUNT_PROGRAMS)
         alignment = math.gcd(tile.alignment, inner if is_spatial else classes)
+        strides, copies_upstream = _strides(upstream, *self.upstream_layout)
+        weight_outer_stride, _, weight_inner_stride = self.weight_strides
+        _, class_stride, inner_stride = strides
+        reach = max(
+            classes * inner, classes * class_stride, inner * inner_stride,
+            inner * weight_inner_stride,
+        )  # fmt: skip
         plan = Plan(
             LOSS=call.kind,
             DTYPE=DTYPES[dtype],
             TILE=tile,
-            INDEX=tl.int32 if classes * inner < 2**31 - 2**16 else tl.int64,
+            INDEX=tl.int32 if reach < 2**31 - 2**16 else tl.int64,
             ALIGNMENT=alignment,
             DIVISOR=divisor,
             PER_ELEMENT=call.is_per_element,
@@ -311,13 +315,11 @@ class Launch:
             IS_EVEN=classes % tile.classes == 0,
             NUM_CLASSES=classes if classes <= FEW else 0,
         )
-        # One of them in units, so that Triton sees which loads and stores can be wide. The size of
-        # inner is odd: of an even one it would see more than the unit, and load more at a time.
+        # One size is divided by ALIGNMENT and multiplied back in the kernel, so Triton can prove
+        # divisibility and vectorise. An odd argument keeps it from inferring more than ALIGNMENT.
         sizes = (outer, classes // alignment, inner)
         if is_spatial:
             sizes = (outer, classes, inner // alignment * 2 + 1)
-        strides, copies_upstream = _strides(upstream, *self.upstream_layout)
-        weight_outer_stride, _, weight_inner_stride = self.weight_strides
         smoothing = call.label_smoothing
         return Pass(
             plan, min(blocks, tile.programs), counting, copies_upstream,

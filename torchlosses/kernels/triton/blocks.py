@@ -23,8 +23,8 @@ IS_INTERPRETED = triton.knobs.runtime.interpret
 # versions begin with the last, which the shape of a tile is made for.
 NEEDS_ORDER = tl.constexpr(TorchVersion(triton.__version__) < "3.7")
 
-# What a kernel is given, but for numbers: tensors, or None, and how they are seen. Strides are
-# fields of their own: Triton 3.6 loses a 1 in a tuple within a tuple.
+# Runtime arguments: pointers (or None), sizes and strides. Strides are fields of their own: Triton
+# 3.6 loses a 1 in a tuple within a tuple.
 Given = collections.namedtuple(
     "Given",
     "input_ptr target_ptr class_weight_ptr sample_weight_ptr upstream_ptr loss_ptr "
@@ -32,17 +32,20 @@ Given = collections.namedtuple(
     "sample_weight_inner_stride upstream_outer_stride upstream_class_stride upstream_inner_stride "
     "ignore_index",
 )
-# A block of samples: the number of the first, and theirs from there; the offset of the first, from
-# there those of all, and from class to class; which exist, are read, and count; their class; the
-# factors of their loss and gradient; what they count in a mean; where their upstream gradient is.
+# A block of samples.
+# first: index of its first sample; i: sample index within the block.
+# base: element offset of the block; row: each sample's offset from base; step: stride of classes.
+# is_there: the sample exists; is_read: load mask; is_used: not ignored, and its label is valid.
+# weight, slope_weight: factors of loss and gradient; counted: its part of the divisor of a mean.
+# upstream: offset of the upstream gradient; delta, kept, uniform: δ, 1 − ε, ε/C.
 Block = collections.namedtuple(
     "Block",
     "first i base row step classes is_there is_read is_used label weight slope_weight counted "
     "upstream delta kept uniform",
 )
-# What the weights of samples are lifted by, 1/divisor, and δ, 1 − ε and ε/C.
+# Factor of sample weights, 1/divisor, δ, 1 − ε and ε/C.
 Factors = collections.namedtuple("Factors", "lift by_divisor delta kept uniform")
-# What makes a loss in `losses`: of dense targets, or of all classes, and of one class.
+# The function in losses.py that computes a loss: for dense targets, and for class indices.
 BODIES = {
     "squares": ("elements", "elements"),
     "probabilities": ("elements", "element_of_class"),
@@ -52,14 +55,16 @@ BODIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of a call when its kernel is compiled."""
+    """Compile-time constants of a kernel."""
 
     LOSS: str
     DTYPE: Any
     TILE: Tile
-    INDEX: Any  # The type of what counts within a block.
-    ALIGNMENT: int  # The unit of the size that has one.
-    DIVISOR: str  # "known", "ahead", "alone" or "along": who counts that of a mean.
+    INDEX: Any  # Type of offsets within a block.
+    ALIGNMENT: int  # Known divisor of `classes`, or of `inner` if spatial.
+    DIVISOR: (
+        str  # Who computes that of a mean: "host", "count_kernel", "each_program", "last_program".
+    )
     PER_ELEMENT: bool
     IS_INDEX: bool
     IS_EXACT: bool  # δ is 0.
@@ -67,7 +72,7 @@ class Plan:
     IS_REDUCED: bool
     IS_SPATIAL: bool
     IS_EVEN: bool  # Classes fill every tile.
-    NUM_CLASSES: int  # How many there are if they are few, else 0.
+    NUM_CLASSES: int  # The number of classes if it is a constant, else 0.
 
     @property
     def BODY(self) -> str:  # noqa: N802
@@ -75,12 +80,12 @@ class Plan:
 
     @property
     def IS_EAGER(self) -> bool:  # noqa: N802
-        """Whether samples are loaded without a wait for their labels."""
+        """Whether loads of the input do not wait for the labels."""
         return self.IS_INDEX and (self.IS_SPATIAL or self.TILE.samples > 1)
 
     @property
     def IS_FAST(self) -> bool:  # noqa: N802
-        """Whether less exact instructions will do."""
+        """Whether approximate instructions are accurate enough."""
         # Probabilities can be too small for them where no δ is added.
         is_tiny = self.BODY == "elements" and self.IS_EXACT
         return not (IS_INTERPRETED or tl.float64 == self.DTYPE or is_tiny)
@@ -97,7 +102,7 @@ def find_body(loss: str, is_index: bool, is_smooth: bool) -> str:
 
 @triton.jit
 def _column(x):
-    """A number of each sample, to be used on their classes; of one sample it is a scalar.
+    """Broadcasts a per-sample value over classes (a scalar for one sample).
 
     A scalar has no layout, so nothing is exchanged between threads to bring it into another.
     """
@@ -137,7 +142,7 @@ def _classes(g, P: tl.constexpr):
 
 @triton.jit
 def _inner(g, P: tl.constexpr):
-    if P.IS_SPATIAL:
+    if P.IS_SPATIAL:  # Decodes the size that `Launch._plan` encodes.
         return tl.cast(g.inner >> 1, P.INDEX) * P.ALIGNMENT
     else:  # noqa: RET505 - Only one branch is compiled.
         return tl.cast(g.inner, P.INDEX)
@@ -164,8 +169,8 @@ def _is_ignored(label, ignore_index):
 def _block(g, f, block, P: tl.constexpr, SAMPLES: tl.constexpr):
     """A block of samples.
 
-    Their weight is that of their class too, but 0 if ignored, and NaN if of no class, which counts
-    in a mean as the first class, as in the formula.
+    `weight` is sample weight times class weight, 0 for ignored samples and NaN for invalid labels.
+    In the divisor an invalid label counts like class 0, as in the formula.
     """
     i = tl.cast(0, tl.int32) if SAMPLES == 1 else tl.arange(0, SAMPLES)
     classes, inner = _classes(g, P), _inner(g, P)
@@ -203,7 +208,7 @@ def _block(g, f, block, P: tl.constexpr, SAMPLES: tl.constexpr):
         if g.class_weight_ptr is not None:
             pointers = g.class_weight_ptr + tl.where(is_class, label, 0)
             counted *= tl.load(pointers, mask=is_kept, other=0).to(P.DTYPE)
-        if not P.IS_SMOOTH:  # Which has the weights of all classes, each at its place.
+        if not P.IS_SMOOTH:  # With smoothing, `_targets` applies class weights per element.
             weight = tl.where(is_kept & ~is_class, float("nan"), counted)
         label = tl.where(is_used, label, -1).to(P.INDEX)
     weight *= f.lift
@@ -260,7 +265,7 @@ def _load_of_class(g, b, P: tl.constexpr):
 
 @triton.jit
 def _targets(g, b, k, in_row, offsets, is_label, P: tl.constexpr):
-    """w·((1−ε)·t + ε/C), whether that is 0 but for w, and its derivative by t."""
+    """The weighted smoothed target, whether the unweighted one is 0, and the derivative by t."""
     mask = _column(b.is_used) & in_row
     if P.IS_INDEX:
         t = tl.where(is_label, 1, 0).to(P.DTYPE)
@@ -282,7 +287,7 @@ def _targets(g, b, k, in_row, offsets, is_label, P: tl.constexpr):
 
 @triton.jit
 def _store(pointer, b, offsets, in_row, value, P: tl.constexpr):
-    """Nothing reads it again here, so it shall not push from the cache what is looked at again."""
+    """Streaming store: gradients are not read again, inputs are."""
     if pointer is not None:
         mask = _column(b.is_there) & in_row
         pointers = _pointers(pointer + b.base, offsets, P)

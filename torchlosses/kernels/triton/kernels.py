@@ -1,4 +1,4 @@
-"""What is launched."""
+"""The Triton kernels."""
 
 import triton
 import triton.language as tl
@@ -93,9 +93,9 @@ def _loss_kernel(
     """Every loss: what all forms have in common. R a label, and weights if any, per sample."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     lift, by_divisor = 1, tl.full((), factor, P.DTYPE)
-    if P.DIVISOR == "ahead":
+    if P.DIVISOR == "count_kernel":
         lift, by_divisor = _lifted(tl.load(g.loss_ptr))
-    elif P.DIVISOR == "alone":
+    elif P.DIVISOR == "each_program":
         # Names of their own: in Triton 3.6 none is a scalar here and a block in the loop.
         all_weights, all_sizes = _count(g, 0, 1, P)
         lift, by_divisor = _lifted(_divisor(all_weights, all_sizes, g, P))
@@ -121,18 +121,18 @@ def _loss_kernel(
             total += loss
         elif not P.PER_ELEMENT:
             tl.store(g.loss_ptr + b.first + b.i, loss, mask=b.is_there)
-        if P.DIVISOR == "along":
+        if P.DIVISOR == "last_program":
             weights += b.counted
             sizes += tl.abs(b.counted)
 
     if P.IS_REDUCED:
         tl.store(sums_ptr + program, tl.sum(total))
-        if P.DIVISOR == "along":
+        if P.DIVISOR == "last_program":
             tl.store(sums_ptr + programs + program, tl.sum(weights))
             tl.store(sums_ptr + 2 * programs + program, tl.sum(sizes))
         if _is_last(counter_ptr):
             loss = _add_up(sums_ptr, P)
-            if P.DIVISOR == "along":
+            if P.DIVISOR == "last_program":
                 counted = _add_up(sums_ptr + programs, P)
                 size = _add_up(sums_ptr + 2 * programs, P)
                 last_lift, by_divisor = _lifted(_divisor(counted, size, g, P))
@@ -144,7 +144,10 @@ def _loss_kernel(
 def _rescale_kernel(
     gradient_ptr, grad_loss_ptr, target_ptr, numel, ignore_index, row, inner, BLOCK: tl.constexpr
 ):
-    """R and W the gradient, but R the factor alone if it is 1, and labels if it is not finite."""
+    """Multiplies the gradient in place, unless the factor is 1. R W the gradient.
+
+    Labels are read if the factor is not finite, to keep ignored rows 0.
+    """
     factor = tl.load(grad_loss_ptr)
     if factor != 1:
         first_block = tl.program_id(0).to(tl.int64)

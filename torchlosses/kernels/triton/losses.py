@@ -87,7 +87,7 @@ def _element_of_class(g, b, P: tl.constexpr):
     """−log(y_c + δ): R an entry per sample, W the gradient."""
     guarded = tl.where(b.is_used, _load_of_class(g, b, P) + b.delta, 1)
     if g.grad_input_ptr is not None:
-        slope = _column(-1 / guarded * b.slope_weight)
+        slope = _column(-b.slope_weight / guarded)  # 1/guarded may overflow.
         rest = _column(tl.where(b.is_used, 0, b.slope_weight))
         for start in range(0, b.classes, P.TILE.classes):
             _k, in_row, offsets, is_label = _tile(b, start, P)
@@ -102,7 +102,7 @@ def _normalizers(g, b, HAS_TERMS: tl.constexpr, P: tl.constexpr):
     What one thread holds of a tile is reduced first, in its registers: the thread keeps one maximum
     and sums by it, and no step waits for other threads.
     """
-    # Not from −inf, for −inf − (−inf) is NaN, but from what is least beside it.
+    # Start at the lowest finite value: −inf − (−inf) is NaN.
     maximum = tl.full((1, P.TILE.samples, P.TILE.threads, 1), P.LOWEST, P.DTYPE)
     normalizer = tl.full((1, P.TILE.samples, P.TILE.threads, 1), 0, P.DTYPE)
     targets = tl.full((1, P.TILE.samples, P.TILE.threads, 1), 0, P.DTYPE)

@@ -1,4 +1,4 @@
-"""Sizes of tiles, by what a call is."""
+"""Tile sizes."""
 
 import math
 from typing import NamedTuple
@@ -8,22 +8,22 @@ import triton
 
 # Programs of a launch at most, and so partial sums: enough to fill every GPU several times over.
 MAX_PROGRAMS = 2**12
-# So many classes at most lie in one thread or two, and are known when the kernel is compiled.
+# Up to this many classes are a compile-time constant.
 FEW = 32
 
 
 class Tile(NamedTuple):
-    """What a program holds at a time, and how."""
+    """The part of the input that a program holds at a time."""
 
     samples: int
     classes: int
     warps: int
-    registers: int  # Of a thread at most: the compiler's own choice spills, or fills no GPU.
+    registers: int  # Per thread at most; the default of ptxas spills, or limits occupancy.
     programs: int  # At most.
     is_whole: bool  # Whether it holds all classes, or moves over them.
-    vector: int  # Classes side by side in a thread, and how many times it has so many.
-    per_thread: int
-    alignment: int  # The most that may be known to divide the place of a sample.
+    vector: int  # Contiguous classes per thread,
+    per_thread: int  # and vectors per thread.
+    alignment: int  # Upper bound on the alignment that Triton is told.
 
     @property
     def threads(self) -> int:
@@ -53,9 +53,9 @@ def configure(
     """
     size = dtype.itemsize // 4
     whole = triton.next_power_of_2(classes)
-    w = whole * size  # The table is that of float32, and half as much of float64 fits.
+    w = whole * size  # The table is for float32; float64 halves its widths.
     is_spatial, is_odd = inner > 1, classes % 2 == 1
-    # What has single halves to load needs more registers.
+    # Scalar 16-bit loads need more registers.
     is_light = is_light and size == 1 and not (is_odd and itemsize == 2)
     is_softmax, is_class = body.startswith("softmax"), body == "softmax_of_class"
     is_few = is_class and not is_spatial and classes <= FEW
