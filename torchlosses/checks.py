@@ -121,21 +121,14 @@ def check_options(
 _cached_check = functools.lru_cache(maxsize=1024, typed=True)(check_options)
 
 
-def cached_options(
-    reduction: str,
-    dim: int | None,
-    ignore_index: int,
-    delta: float = 0.0,
-    label_smoothing: float = 0.0,
-    from_logits: bool = False,
-) -> Options:
+def cached_options(*options: Any) -> Options:
     """`check_options`, once for each set of options."""
     if not torch.compiler.is_compiling():
         try:
-            return _cached_check(reduction, dim, ignore_index, delta, label_smoothing, from_logits)
+            return _cached_check(*options)
         except TypeError:  # Unhashable, or of a wrong type.
             pass
-    return check_options(reduction, dim, ignore_index, delta, label_smoothing, from_logits)
+    return check_options(*options)
 
 
 def _integer(name: str, value: Any, expected: str) -> int:

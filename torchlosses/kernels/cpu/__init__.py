@@ -16,10 +16,8 @@ from torchlosses.formulas import Call, Result
 from torchlosses.kernels.cpu import _cpu
 
 CAN_FAIL = False  # What they raise is for the caller.
-# In the order of their numbers in job.h.
 LOSSES = _cpu.LOSSES
-REDUCTIONS = checks.REDUCTIONS
-STORAGES = (
+STORAGES = (  # Numbered as in job.h, like LOSSES and `checks.REDUCTIONS`.
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int8,
     torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64, torch.bool,
 )  # fmt: skip
@@ -36,10 +34,8 @@ def empty(like: Tensor) -> Tensor:
     return tensor
 
 
-def _contiguous(tensor: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, int]:
-    """A tensor in order and of that dtype, and its address."""
-    if tensor is None:
-        return None, 0
+def _contiguous(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """A contiguous tensor of that dtype, and its address."""
     tensor = tensor.to(dtype).contiguous()
     return tensor, tensor.data_ptr()
 
@@ -64,7 +60,7 @@ class Launch:
             if self.weights_dim >= 0 and sample_weight.shape[self.weights_dim] > 1:
                 self.weights_shape, self.weights_dim, weighs_elements = shape, -1, True
         self.prepared = _cpu.prepare(
-            LOSSES.index(call.kind), REDUCTIONS.index(call.reduction), call.is_index,
+            LOSSES.index(call.kind), checks.REDUCTIONS.index(call.reduction), call.is_index,
             call.dtype == torch.float64, weighs_elements, STORAGES.index(input.dtype),
             STORAGES.index(target.dtype), math.prod(shape[:dim]), math.prod(shape[dim : dim + 1]),
             math.prod(shape[dim + 1 :]), shape[0] if len(shape) > 1 else 1, call.ignore_index,
@@ -96,7 +92,7 @@ class Launch:
         if needs[1]:
             grad_target = empty(target)
             by_target = grad_target.data_ptr()
-        # Names hold what is at the addresses.
+        # The names keep the tensors at the addresses alive.
         if weight is not None:
             weight, weights = _contiguous(weight, self.call.dtype)
         if sample_weight is not None:
