@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,8 @@ pytestmark = pytest.mark.parametrize("path", ["kernels"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def _anew() -> Iterator[None]:
+def _anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(ops, "MIN_ELEMENTS", 0)
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -63,12 +65,23 @@ def test_a_graph_holds_an_operator(name: str, is_index: bool, device: str) -> No
     y, t = (x.to(device) for x in batch(is_index))
     loss = LOSSES[name]
     operator = "linear_loss" if name == "linear" else "loss"
-    assert operators(loss, y, t) == [f"torchlosses.{operator}_and_gradients.default"]
+    assert operators(loss, y, t) == [f"torchlosses.{operator}.default"]
     learned = torch.rand(6, device=device, requires_grad=True)
     if name != "squares" or is_index:  # A gradient by weights is the formula's.
         assert operators(lambda *args: loss(*args, sample_weight=learned), y, t) == []
         assert operators(lambda *args: loss(*args, sample_weight=learned.detach()), y, t) != []
     assert operators(torch.func.grad(loss), y, t) == []
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_small_loss_is_fused_with_what_is_around_it(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    y, t = (x.to(device) for x in batch(is_index=True))  # 30 elements.
+    for least, count in ((30, 1), (31, 0)):
+        monkeypatch.setattr(ops, "MIN_ELEMENTS", least)
+        torch.compiler.reset()
+        assert len(operators(LOSSES[name], y, t)) == count
 
 
 def test_a_loss_that_no_kernel_knows_goes_to_the_formula(
@@ -128,11 +141,9 @@ def test_the_operators_are_what_they_say(
         for size, needs in ((6, [True, True, False, False]), (0, [False, True, False, False])):
             x = y[:size].detach().requires_grad_(needs[0])
             torch.library.opcheck(
-                linear.LINEAR_LOSS.overload,
-                (x, w, b, t[:size], None, weights[1][:size], None, None, None, needs,
-                 is_late,
-                 torch.float32, *options),
-            )  # fmt: skip
+                linear.LINEAR_LOSS.loss,
+                (x, w, b, t[:size], None, weights[1][:size], None, torch.float32, *options),
+            )
         return
     if kind == "squares" and not is_index:
         weights = (None, torch.rand(6, 1, device=device))
@@ -141,10 +152,9 @@ def test_the_operators_are_what_they_say(
             x.detach().requires_grad_(needed) for x, needed in zip((y, t), wanted, strict=True)
         ]
         torch.library.opcheck(
-            ops.LOSS.overload,
-            (*leaves, *weights, None, None, None, list(wanted), is_late,
-             *options_of(kind, is_index, reduction)),
-        )  # fmt: skip
+            ops.LOSS.loss,
+            (*leaves, *weights, None, *options_of(kind, is_index, reduction)),
+        )
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
@@ -264,25 +274,39 @@ def test_a_bad_class_in_a_mean_spoils_its_own_sample(
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="handles are the CPU's")
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_handle_holds_gradients_until_backward_takes_them(name: str, path: str) -> None:
+def test_a_handle_holds_gradients_until_backward_takes_them(
+    name: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The caller may write to what backward returned; a copy of a handle holds nothing."""
     y, t = batch(is_index=True)
     (expected,) = torch.autograd.grad(LOSSES[name](y, t), y)
+    hold, held = ops.hold, []
+
+    def spy(prepared: Any, gradients: Any) -> Tensor:
+        held.append((weakref.ref(gradients[0]), gradients[0].data_ptr()))
+        return hold(prepared, gradients)
+
+    monkeypatch.setattr(ops, "hold", spy)
     compiled = torch.compile(LOSSES[name], fullgraph=True, backend="aot_eager")
     with torch._functorch.config.patch(donated_buffer=False):
         loss = compiled(y, t)
-        assert len(ops._handles) == 1
-        for _ in range(2):
+        ((alive, address),) = held
+        for is_first in (True, False):
             (gradient,) = torch.autograd.grad(loss, y, retain_graph=True)
             torch.testing.assert_close(gradient, expected)
+            assert (gradient.data_ptr() == address) == is_first
             gradient.zero_()
+        (again,) = torch.autograd.grad(compiled(y, t), y)
+        torch.testing.assert_close(again, expected)
+        loss = compiled(y, t)
+        alive, _ = held[-1]
+        assert alive() is not None
         del loss
-    assert not ops._handles
-    held = [torch.rand(3), None]
-    handle = ops.hold(held)
-    assert ops.take(handle.clone()) is None
-    assert ops.take(handle) is held
-    assert ops.take(handle) is None
+    assert alive() is None
+    handle = hold(None, [])
+    assert ops.take(handle.clone()) is ops.NOTHING
+    assert ops.take(handle) == (None, [])
+    assert ops.take(handle) is ops.NOTHING
 
 
 def test_a_layer_prepared_anew_between_forward_and_backward(path: str) -> None:

@@ -1,5 +1,8 @@
 """The losses as functions: check the call, then compute it."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +33,7 @@ def sum_squared_error(
     >>> sum_squared_error(y, torch.tensor(2))
     tensor(0.0975)
     """
-    options = checks.cached_options(reduction, dim, ignore_index)
+    options = (reduction, dim, ignore_index)
     return _compute("squares", options, input, target, None, sample_weight)
 
 
@@ -58,9 +61,7 @@ def cross_entropy_error(
     >>> cross_entropy_error(y, torch.tensor(2))
     tensor(0.5108)
     """
-    options = checks.cached_options(
-        reduction, dim, ignore_index, delta, label_smoothing, from_logits
-    )
+    options = (reduction, dim, ignore_index, delta, label_smoothing, from_logits)
     kind = "logits" if from_logits else "probabilities"
     return _compute(kind, options, input, target, weight, sample_weight)
 
@@ -131,37 +132,86 @@ def _call(
 
 def _compute(
     kind: str,
-    options: Options,
+    options: tuple[Any, ...],
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     sample_weight: Tensor | None,
 ) -> Tensor:
     tensors = (input, target, weight, sample_weight)
-    prepared = ops.find(ops.key_of(kind, options, tensors))
-    if prepared is not None and not torch.is_anomaly_enabled():  # Then values are checked too.
-        loss = ops.run(prepared, tensors)
-        if loss is not None:
+    if torch.compiler.is_compiling():
+        constants = ops.find_constants(options, tensors)
+        static = None if constants is None else _find_call(kind, *constants)
+        if static is not None:
+            loss: Tensor = ops.LOSS.loss(*tensors, None, *static)
             return loss
+    checked = checks.cached_options(*options)
+    prepared = ops.find(ops.key_of(kind, checked, tensors))
+    if prepared is not None and not torch.is_anomaly_enabled():  # Then values are checked too.
+        result = ops.run(prepared, tensors)
+        if result is not None:
+            return result
+    call, arguments, is_warned = _check(kind, checked, *tensors)
+    arguments = Arguments(*sharded.waited(arguments))
+    if sharded.is_sharded(*arguments):
+        return sharded.compute(call, arguments)
+    if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
+        classes = None
+        if call.is_index:
+            num_classes = arguments.input.shape[call.dim]
+            classes = checks.check_classes(arguments.target, num_classes, call.ignore_index)
+        checks.check_values(call, arguments, classes)
+    # A call that warns is never prepared, so it warns at each line of the user.
+    return ops.compute(call, arguments, ops.key_of(kind, checked, arguments), not is_warned)
+
+
+def _check(
+    kind: str,
+    options: Options,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+) -> tuple[Call, Arguments, bool]:
+    """The call, its tensors, and whether this has warned of it."""
     dim = checks.check_dim(input, options.dim)
     is_per_element = LOSSES[kind].is_per_element
     if not is_per_element and input.dim() == 0 and target.shape == input.shape:
         input, target = input.unsqueeze(0), target.unsqueeze(0)  # One class, and no dimension.
     is_index = checks.check_target(input, input.shape, target, dim, options.ignore_index)
     has_softmax = LOSSES[kind].domain == "logit" and not is_per_element
-    # Such a call is never prepared, so it warns at each line of the user.
     is_warned = has_softmax and _warn_of_one_class(input.shape[dim], dim, is_linear=False)
     if weight is not None or sample_weight is not None:
         is_like_target = is_index or is_per_element
         samples = target.shape if is_like_target else checks.samples_shape(input, dim)
         checks.check_weights(input, input.shape, weight, dim, sample_weight, samples)
     call = _call(kind, options, is_index, dim, input, target)
-    arguments = Arguments(*sharded.waited((input, target, weight, sample_weight)))
-    if sharded.is_sharded(*arguments):
-        return sharded.compute(call, arguments)
-    if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
-        classes = None
-        if is_index:
-            classes = checks.check_classes(target, input.shape[dim], options.ignore_index)
-        checks.check_values(call, arguments, classes)
-    return ops.compute(call, arguments, ops.key_of(kind, options, arguments), not is_warned)
+    return call, Arguments(input, target, weight, sample_weight), is_warned
+
+
+def _find_call(
+    kind: str, options: Sequence[Any], properties: Sequence[tuple[Any, ...] | None]
+) -> tuple[Any, ...] | None:
+    """The checked call of a graph, if its operator serves it.
+
+    This runs once, when the graph is compiled. All that the compiler traces instead it guards, and
+    checks at each call.
+    """
+    kinds, devices, *_ = zip(*[p for p in properties if p is not None], strict=True)
+    if set(devices) != {devices[0]} or not set(kinds) <= set(checks.PLAIN):
+        return None
+    tensors: list[Any] = [None if p is None else _make_meta(*p[2:]) for p in properties]
+    try:
+        call, arguments, _ = _check(kind, checks.check_options(*options), *tensors)
+    except (TypeError, ValueError):  # The graph raises it.
+        return None
+    is_served = ops.serves_graph(devices[0], call, arguments, arguments[0].numel())
+    return tuple(call) if is_served else None
+
+
+def _make_meta(dtype: torch.dtype, shape: Sequence[int], requires_grad: bool) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=requires_grad)
+
+
+# What torch.compiler.assume_constant_result sets, which would import the compiler.
+_find_call._dynamo_marked_constant = True  # type: ignore[attr-defined]

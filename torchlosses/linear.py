@@ -73,7 +73,9 @@ def compute(
     tensors = (input, linear_weight, linear_bias, target, weight, sample_weight)
     if (
         torch.compiler.is_compiling()
-        and ops.serves_graph(call, tensors)
+        and ops.serves_graph(
+            input.device, call, tensors, math.prod(input.shape[:-1]) * len(linear_weight)
+        )
         and 0 not in linear_weight.shape
     ):
         return LINEAR_LOSS(call, (dtype,), *tensors)
@@ -482,7 +484,7 @@ def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
 
 
 LINEAR_LOSS = ops.Operator(
-    "linear_loss_and_gradients",
+    "linear_loss",
     ["Tensor input", "Tensor linear_weight", "Tensor? linear_bias", "Tensor target"],
     ["ScalarType product_dtype"],
     LayerKernels,

@@ -11,11 +11,10 @@ The way of a call:
 - Anything beyond a first derivative is computed by the formula.
 """
 
-import ctypes
 import functools
-import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from operator import index
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -290,14 +289,14 @@ def compute(
     becomes_known: bool = True,
 ) -> Tensor:
     """The loss of a checked call."""
-    if torch.compiler.is_compiling() and serves_graph(call, arguments):
+    input, target, *_ = arguments
+    if is_compiling() and serves_graph(input.device, call, arguments, input.numel()):
         return LOSS(call, (), *arguments)
     prepared = find(key) or prepare(key, call, arguments, becomes_known=becomes_known)
     if prepared is not None:
         loss = run(prepared, arguments)
         if loss is not None:
             return loss
-    input, target, *_ = arguments
     classes = None
     if call.is_index:
         classes = checks.check_classes(target, input.shape[call.dim], call.ignore_index)
@@ -419,21 +418,27 @@ def formula_gradients(
 # ---- In compiled graphs
 
 
-def serves_graph(call: Call, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a graph that is being compiled gets the operator.
+# A loss of fewer elements is fused with what is around it: an operator takes the host longer.
+MIN_ELEMENTS = 2**13
+
+
+def serves_graph(
+    device: torch.device, call: Call, tensors: Sequence[Tensor | None], count: int
+) -> bool:
+    """Whether a graph that is being compiled gets the operator, for a loss of `count` elements.
 
     Exported graphs use plain operations: the package may not be installed where they run.
     """
-    input, *_, weight, sample_weight = tensors
+    *_, weight, sample_weight = tensors
     weights = [w for w in (weight, sample_weight) if w is not None]
     return (
-        input is not None
-        and not formulas.is_exporting()
+        not formulas.is_exporting()
         and not checks.is_transformed()
         and all(t is None or type(t) in checks.PLAIN for t in tensors)
         and not (torch.is_grad_enabled() and any(w.requires_grad for w in weights))
         and fits(call, tensors)
-        and _has_kernels(input.device, call.kind)
+        and (formulas.is_symbolic(count) or count >= MIN_ELEMENTS)
+        and _has_kernels(device, call.kind)
     )
 
 
@@ -444,6 +449,38 @@ def _has_kernels(device: torch.device, kind: str) -> bool:
 # What torch.compiler.assume_constant_result sets, which would import the compiler: Dynamo calls it
 # when a graph is compiled.
 _has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def find_constants(
+    options: Sequence[Any], tensors: Sequence[Tensor | None]
+) -> tuple[list[Any], list[Any]] | None:
+    """The options and properties of tensors, if all are constants of the graph."""
+    values: list[Any] = []
+    for option in options:
+        is_number = isinstance(option, (int, float)) and not isinstance(option, bool)
+        if is_number and formulas.is_symbolic(option):
+            return None
+        values.append(_plain_number(option) if is_number else option)
+    properties: list[Any] = []
+    for t in tensors:
+        if t is None:
+            properties.append(None)
+            continue
+        if not isinstance(t, Tensor):
+            return None
+        shape = []
+        for size in t.shape:
+            if formulas.is_symbolic(size):
+                return None
+            shape.append(_plain_number(size))
+        properties.append((type(t), t.device, t.dtype, shape, t.requires_grad))
+    return values, properties
+
+
+def _plain_number(number: Any) -> Any:
+    """A number that the compiler has specialised, and still keeps as a symbol, as a constant."""
+    return number.__float__() if isinstance(number, float) else index(number)
+
 
 # torch caches compiled graphs on disk by the names of their operators, with their backward. Rename
 # an operator whose backward changes.
@@ -460,47 +497,39 @@ LIBRARY.define("depending(Tensor upstream, Tensor[] tensors) -> Tensor")
 LIBRARY.impl("depending", lambda upstream, tensors: upstream.clone(), "CompositeExplicitAutograd")
 
 
-HANDLE_BYTES = 16
-_Bytes: Any = ctypes.c_uint8 * HANDLE_BYTES
+HANDLE = 1  # Elements of a handle.
+NOTHING = None, None
 
 
-class GradientHandle(_Bytes):  # type: ignore[misc]
-    """Holds gradients between forward and backward of a compiled graph, in a tensor of 16 bytes.
+def hold(*held: Any) -> Tensor:
+    """A handle: a small tensor that holds gradients between forward and backward of a graph.
 
-    A functional operator must not return its argument, and a multiplication would be one more pass
-    over memory. So backward takes the gradients from this handle, once, and rescales them in place.
-    They live as long as the tensor's storage; for a copy of the tensor, backward computes again.
+    An operator must not return its argument, and a multiplication would be one more pass over
+    memory. So backward takes the gradients from the handle, once, and rescales them in place. They
+    live as long as the tensor, which autograd saves; a copy of it holds nothing, and backward
+    computes again.
     """
-
-    gradients: Sequence[Tensor | None] | None
-
-
-_handles: "weakref.WeakValueDictionary[int, GradientHandle]" = weakref.WeakValueDictionary()
+    handle = torch.empty(HANDLE, dtype=torch.uint8, device="cpu")
+    handle.held = held  # type: ignore[attr-defined]
+    return handle
 
 
-def hold(gradients: Sequence[Tensor | None]) -> Tensor:
-    """A tensor that holds gradients."""
-    handle = GradientHandle()
-    handle.gradients = gradients
-    _handles[ctypes.addressof(handle)] = handle
-    return torch.frombuffer(handle, dtype=torch.uint8)
-
-
-def take(tensor: Tensor) -> Sequence[Tensor | None] | None:
-    """The gradients that a tensor holds, the first time."""
-    handle = _handles.get(tensor.data_ptr())
-    if handle is None:
-        return None
-    gradients, handle.gradients = handle.gradients, None
-    return gradients
+def take(handle: Tensor | None) -> Any:
+    """What a handle holds, the first time."""
+    held = getattr(handle, "held", NOTHING)
+    if held is not NOTHING:
+        handle.held = NOTHING  # type: ignore[union-attr]
+    return held
 
 
 class Operator:
-    """A loss and its gradients as one operator of torch, by the same kernels as eager calls.
+    """A loss in compiled graphs, by the same kernels as eager calls.
 
-    Its first tensors are `layer`, which get gradients, the target last; then come weights. It
-    returns the loss and the needed gradients, on the CPU as a `GradientHandle`. Backward runs the
-    operator again with the upstream gradient, where gradients are late or a handle holds them.
+    Graphs call the operator `loss`. It decomposes into `GraphNode`, an autograd node around two
+    operators that run the kernels: `loss_and_gradients`, whose gradients a handle holds on the CPU,
+    and `gradients`, which rescales those of a handle or computes them from the upstream gradient.
+
+    The first tensors are `layer`, which get gradients, the target last; then come weights.
     `numbers` holds δ and ε if the graph takes them as inputs: torch.compile would specialise on
     float arguments. `bind` and `formula` are as in `prepare`, and both take `extra`.
     """
@@ -513,141 +542,169 @@ class Operator:
         bind: Callable[..., Kernels],
         formula: Callable[..., Callable[..., Tensor]],
     ) -> None:
+        self.name, self.bind, self.formula = name, bind, formula
+        self.layer, self.tensors = len(layer), len(layer) + 2
+        self.call = self.tensors + 1 + len(extra)
         tensors = [*layer, "Tensor? weight", "Tensor? sample_weight"]
-        self.name = name
-        self.count, self.tensors, self.extra = len(layer), len(tensors), len(extra)
-        self.bind, self.formula = bind, formula
-        options = [
-            "Tensor? numbers", "Tensor? upstream", "Tensor? handle", "bool[] needs", "bool is_late"
-        ]  # fmt: skip
-        LIBRARY.define(f"{name}({', '.join([*tensors, *options, *extra, CALL])}) -> Tensor[]")
-        for key in ("CPU", "CUDA"):
-            LIBRARY.impl(name, self._run, key)
-        qualified = f"torchlosses::{name}"
-        torch.library.register_fake(qualified, self._fake, lib=LIBRARY)
-        torch.library.register_autograd(
-            qualified, self._backward, setup_context=self._save, lib=LIBRARY
-        )
-        self.overload = getattr(torch.ops.torchlosses, name).default
+        inputs = ", ".join([*tensors, "Tensor? numbers", *extra, CALL])
+        self.loss = self._define(name, f"{inputs}) -> Tensor", self._decompose)
+        self.loss_and_gradients = self._define(
+            f"{name}_and_gradients", f"{inputs}, bool[] needs) -> Tensor[]",
+            self._compute_loss, self._fake_loss,
+        )  # fmt: skip
+        self.gradients = self._define(
+            f"{name}_gradients",
+            f"{inputs}, bool[] needs, Tensor upstream, Tensor? handle) -> Tensor[]",
+            self._compute_gradients, self._fake_gradients,
+        )  # fmt: skip
+
+    def _define(
+        self,
+        name: str,
+        signature: str,
+        function: Callable[..., Any],
+        fake: Callable[..., Any] | None = None,
+    ) -> Any:
+        LIBRARY.define(f"{name}({signature}")
+        if fake is None:
+            LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+        else:
+            LIBRARY.impl(name, function, "CPU")
+            LIBRARY.impl(name, function, "CUDA")
+            LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+            torch.library.register_fake(f"torchlosses::{name}", fake, lib=LIBRARY)
+        return getattr(torch.ops.torchlosses, name).default
 
     def __call__(self, call: Call, extra: Sequence[Any], *tensors: Any) -> Tensor:
         """The loss, in a graph."""
-        layer = tensors[: self.count]
-        needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in layer]
-        dtypes = [t.dtype for t in layer if t is not None]
-        is_late = needs_upstream(call, *extra, *dtypes)
         numbers = None
         if formulas.is_symbolic(call.delta) or formulas.is_symbolic(call.label_smoothing):
             numbers = torch.stack(
                 [formulas.scalar(call.delta), formulas.scalar(call.label_smoothing)]
             )
             call = call._replace(delta=0.0, label_smoothing=0.0)
-        options = (numbers, None, None, needs, is_late)
-        loss: Tensor = self.overload(*tensors, *options, *extra, *call)[0]
-        return loss
+        return cast("Tensor", self.loss(*tensors, numbers, *extra, *call))
 
-    def _split(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """Unpacks tensors, numbers, upstream, handle, needs, is_late, extra and call."""
-        options = inputs[self.tensors : self.tensors + 5]
-        rest = inputs[self.tensors + 5 :]
-        return inputs[: self.tensors], *options, rest[: self.extra], Call(*rest[self.extra :])
+    def call_of(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Call]:
+        """The extra arguments and the call."""
+        call = Call(*inputs[self.call : self.call + len(Call._fields)])
+        return inputs[self.tensors + 1 : self.call], call
 
-    def _run(self, *inputs: Any) -> list[Tensor]:
-        tensors, numbers, upstream, handle, needs, is_late, extra, call = self._split(inputs)
-        call = _with_numbers(call, numbers)
-        if is_late and upstream is None:
-            needs = (False,) * self.count
-        gradients: Sequence[Tensor | None]
-        if tensors[0].numel() == 0:  # Nothing to launch a kernel for: a sum, and no slopes.
-            loss = self.formula(*extra)(call, *tensors)
-            layer = zip(tensors[: self.count], needs, strict=True)
-            gradients = [t.new_zeros(t.shape) if needed else None for t, needed in layer]
-        else:
-            loss, *gradients = self._launch(call, extra, tensors, needs, upstream, handle)
-        if any(needs) and upstream is None and loss.is_cpu:
-            gradients = [hold(gradients)]
-        return [loss, *(gradient for gradient in gradients if gradient is not None)]
+    def _decompose(self, *inputs: Any) -> Tensor:
+        layer = inputs[: self.layer]
+        needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in layer]
+        if True in needs:
+            return cast("Tensor", GraphNode.apply(self, needs, *inputs))
+        return cast("Tensor", self.loss_and_gradients(*inputs, needs)[0])
+
+    def _compute_loss(self, *inputs: Any) -> list[Tensor]:
+        needs = inputs[-1]
+        prepared, loss, *gradients = self._launch(inputs, needs)
+        if True in needs and loss.is_cpu:
+            return [loss, hold(prepared, gradients)]
+        return [loss, *[gradient for gradient in gradients if gradient is not None]]
+
+    def _compute_gradients(self, *inputs: Any) -> list[Tensor]:
+        needs, upstream, handle = inputs[-3:]
+        prepared, gradients = take(handle)
+        if prepared is not None:
+            _, kernels, launch, device, *_ = prepared
+            made = (gradients, upstream, inputs[self.layer - 1])
+            gradients = try_kernels(kernels, device, launch.rescale, *made)
+        if gradients is None:
+            _, _, *gradients = self._launch(inputs, needs, upstream)
+        return [gradient for gradient in gradients if gradient is not None]
 
     def _launch(
-        self,
-        call: Call,
-        extra: Sequence[Any],
-        tensors: Sequence[Any],
-        needs: Sequence[bool],
-        upstream: Tensor | None,
-        handle: Tensor | None,
+        self, inputs: Sequence[Any], needs: Sequence[bool], upstream: Tensor | None = None
     ) -> Any:
+        """The prepared call, and the loss and gradients by kernels."""
+        tensors = inputs[: self.tensors]
+        extra, call = self.call_of(inputs)
+        call = _with_numbers(call, inputs[self.tensors])
+        if tensors[0].numel() == 0:  # Kernels launch nothing: a sum of nothing, and zeros.
+            layer = zip(tensors, needs, strict=False)
+            zeros = [t.new_zeros(t.shape) if needed else None for t, needed in layer]
+            return None, self.formula(*extra)(call, *tensors), *zeros
         device = tensors[0].device
         layout = layout_of(tensors)
         if layout is None:
-            tensors = [None if t is None else t.resolve_neg().contiguous() for t in tensors]
+            tensors = tuple(None if t is None else t.resolve_neg().contiguous() for t in tensors)
             layout = layout_of(tensors)
-        key = None if layout is None else (self.name, (call, *extra), layout)
-        bind = functools.partial(self.bind, *extra)
-        prepared = find(key) or prepare(key, call, tensors, bind)
+        key = None if layout is None else (self.name, call, extra, layout)
+        prepared = find(key) or prepare(key, call, tensors, functools.partial(self.bind, *extra))
+        results = None
         if prepared is not None:
             _, kernels, launch, *_ = prepared
-            gradients = None if handle is None else take(handle)
-            if gradients is not None:
-                made = (gradients, upstream, tensors[self.count - 1])
-                gradients = try_kernels(kernels, device, launch.rescale, *made)
-            if gradients is not None:
-                return [tensors[0].new_empty((), dtype=call.dtype), *gradients]
-            options = (tuple(needs), upstream, False, False)  # No class is an error in a graph.
-            results: Any = try_kernels(kernels, device, launch.compute, *tensors, *options)
-            if results is not None:
-                return results
-        # Within an operator there is no autograd, and so no gradient by a formula.
-        raise RuntimeError(
-            f"a kernel of torchlosses has failed on {device}, and this graph was compiled for it; "
-            f"torch.compiler.reset(), and compile it again: it is then compiled for the formula"
-        )
+            options = (tuple(needs), upstream, False, False)  # A graph raises no IndexError.
+            results = try_kernels(kernels, device, launch.compute, *tensors, *options)
+        if results is None:  # Within an operator there is no autograd, so no formula.
+            raise RuntimeError(
+                f"a kernel of torchlosses has failed on {device}, and this graph was compiled for "
+                f"it; torch.compiler.reset(), and compile it again: it is then compiled for the "
+                f"formula"
+            )
+        return prepared, *results
 
-    def _fake(self, *inputs: Any) -> list[Tensor]:
-        tensors, _, upstream, _, needs, is_late, _, call = self._split(inputs)
-        input = tensors[0]
+    def _fake_loss(self, *inputs: Any) -> list[Tensor]:
+        input, needs, (_, call) = inputs[0], inputs[-1], self.call_of(inputs)
         shape: Sequence[int] = ()
         if call.reduction == "none":
             shape = list(input.shape)
             if not call.is_per_element:
                 del shape[call.dim]
         loss = input.new_empty(shape, dtype=call.dtype)
-        if is_late and upstream is None:
-            return [loss]
-        layer = zip(tensors[: self.count], needs, strict=True)
-        gradients = [t.new_empty(t.shape) for t, needed in layer if needed]
-        if gradients and upstream is None and input.device.type == "cpu":
-            gradients = [input.new_empty((HANDLE_BYTES,), dtype=torch.uint8)]
-        return [loss, *gradients]
+        if True in needs and input.device.type == "cpu":
+            return [loss, input.new_empty((HANDLE,), dtype=torch.uint8)]
+        return [loss, *_fake_like(inputs, needs)]
 
-    def _save(self, ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-        tensors = inputs[: self.tensors + 1]  # And numbers.
-        ctx.options = inputs[self.tensors + 3 :]
-        ctx.save_for_backward(*tensors, *output[1:])
+    def _fake_gradients(self, *inputs: Any) -> list[Tensor]:
+        return _fake_like(inputs, inputs[-3])
 
-    def _backward(self, ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        saved, upstream = ctx.saved_tensors, grads[0]
-        made = saved[self.tensors + 1 :]
-        is_held = upstream.device.type == "cpu"
-        handle = made[0] if made and is_held else None
-        inputs = (*saved[: self.tensors + 1], upstream, handle, *ctx.options)
-        tensors, numbers, _, _, needs, is_late, extra, call = self._split(inputs)
+
+def _fake_like(tensors: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t, needed in zip(tensors, needs, strict=False) if needed]
+
+
+class GraphNode(Function):
+    """The autograd node of a loss in a compiled graph."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, needs: list[bool], *inputs: Any) -> Tensor:
+        extra, call = operator.call_of(inputs)
+        dtypes = [t.dtype for t in inputs[: operator.layer] if t is not None]
+        is_late = needs_upstream(call, *extra, *dtypes)
+        loss: Tensor
+        loss, *made = operator.loss_and_gradients(*inputs, [n and not is_late for n in needs])
+        ctx.operator, ctx.needs = operator, needs
+        ctx.options = inputs[operator.tensors + 1 :]
+        ctx.save_for_backward(*inputs[: operator.tensors + 1], *made)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        operator, needs = ctx.operator, ctx.needs
+        count = operator.tensors + 1
+        inputs = (*ctx.saved_tensors[:count], *ctx.options)
+        made = ctx.saved_tensors[count:]
+        tensors, (extra, call) = inputs[: operator.tensors], operator.call_of(inputs)
         if torch.is_grad_enabled():  # To be differentiated again.
-            call = _with_numbers(call, numbers)
-            gradients = formula_gradients(self.formula(*extra), call, tensors, needs, upstream)
+            call, formula = _with_numbers(call, inputs[count - 1]), operator.formula(*extra)
+            gradients = formula_gradients(formula, call, tensors, needs, upstream)
+            made = [gradient for gradient in gradients if gradient is not None]
+        elif not made or upstream.device.type == "cpu":
+            made = operator.gradients(*inputs, needs, upstream, made[0] if made else None)
         else:
-            if is_late or is_held:
-                made = self.overload(*inputs)[1:]
-            else:
-                layer = zip(tensors[: self.count], needs, strict=True)
-                upstream = torch.ops.torchlosses.depending(upstream, [t for t, n in layer if n])
-                made = [gradient * upstream for gradient in made]
-                if needs[0] and call.is_index:  # 0 times what is not finite is NaN.
-                    kept: Any = Classes(tensors[self.count - 1], 1, call.ignore_index).kept
-                    made[0] = made[0].where(kept.unsqueeze(call.dim), 0)
-            remaining = iter(made)
-            gradients = [next(remaining) if needed else None for needed in needs]
-        return (*gradients, *[None] * (len(inputs) - self.count))
+            layer = [t for t, needed in zip(tensors, needs, strict=False) if needed]
+            upstream = torch.ops.torchlosses.depending(upstream, layer)
+            made = [gradient * upstream for gradient in made]
+            if needs[0] and call.is_index:  # 0 times what is not finite is NaN.
+                target = tensors[operator.layer - 1]
+                kept: Any = Classes(target, 1, call.ignore_index).kept
+                made[0] = made[0].where(kept.unsqueeze(call.dim), 0)
+        remaining = iter(made)
+        by_layer = [next(remaining) if needed else None for needed in needs]
+        return (None, None, *by_layer, *[None] * (len(inputs) - len(needs)))
 
 
 def _with_numbers(call: Call, numbers: Tensor | None) -> Call:
@@ -658,7 +715,7 @@ def _with_numbers(call: Call, numbers: Tensor | None) -> Call:
 
 
 LOSS = Operator(
-    "loss_and_gradients",
+    "loss",
     ["Tensor input", "Tensor target"],
     [],
     lambda kernels: kernels,
