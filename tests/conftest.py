@@ -24,9 +24,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py has such a proce
         def compute(self, *arguments: Any) -> Any:
             """Complains of a bad class, as the kernels of a CPU do."""
             input, target, *_ = arguments
-            complains = arguments[7] if len(arguments) > 7 else True
+            raise_on_invalid = arguments[7] if len(arguments) > 7 else True
             call = self.call
-            if call.is_index and complains:
+            if call.is_index and raise_on_invalid:
                 checks.check_classes(target, input.shape[call.dim], call.ignore_index)
             return super().compute(*arguments)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from torchlosses import checks, linear, ops, sharded
 from torchlosses.checks import Options, Reduction
@@ -102,7 +103,7 @@ def linear_cross_entropy_error(
     arguments = sharded.waited(arguments)
     if sharded.is_sharded(*arguments):
         return sharded.compute_linear(call, *arguments)
-    if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
+    if not is_compiling() and torch.is_anomaly_enabled():
         checks.check_target_values(call, target, sample_weight)
     return linear.compute(call, *arguments)
 
@@ -139,7 +140,7 @@ def _compute(
     sample_weight: Tensor | None,
 ) -> Tensor:
     tensors = (input, target, weight, sample_weight)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         constants = ops.find_constants(options, tensors)
         static = None if constants is None else _find_call(kind, *constants)
         if static is not None:
@@ -155,7 +156,7 @@ def _compute(
     arguments = Arguments(*sharded.waited(arguments))
     if sharded.is_sharded(*arguments):
         return sharded.compute(call, arguments)
-    if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
+    if not is_compiling() and torch.is_anomaly_enabled():
         classes = None
         if call.is_index:
             num_classes = arguments.input.shape[call.dim]
@@ -192,10 +193,10 @@ def _check(
 def _find_call(
     kind: str, options: Sequence[Any], properties: Sequence[tuple[Any, ...] | None]
 ) -> tuple[Any, ...] | None:
-    """The checked call of a graph, if its operator serves it.
+    """The checked call of a graph, or None if the operator does not serve it.
 
-    This runs once, when the graph is compiled. All that the compiler traces instead it guards, and
-    checks at each call.
+    Dynamo runs this once per graph. Traced code would cost a guard, at each call, for everything it
+    reads.
     """
     kinds, devices, *_ = zip(*[p for p in properties if p is not None], strict=True)
     if set(devices) != {devices[0]} or not set(kinds) <= set(checks.PLAIN):
@@ -213,5 +214,5 @@ def _make_meta(dtype: torch.dtype, shape: Sequence[int], requires_grad: bool) ->
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=requires_grad)
 
 
-# What torch.compiler.assume_constant_result sets, which would import the compiler.
+# Set by torch.compiler.assume_constant_result, which would import the compiler.
 _find_call._dynamo_marked_constant = True  # type: ignore[attr-defined]

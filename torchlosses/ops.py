@@ -1,14 +1,20 @@
 """Dispatch to the kernels, which compute loss and gradient in one pass over the data.
 
-The way of a call:
+An eager call:
 
     public function ─ key_of ─ prepared? ─ yes ───────────── run ─ Launch.compute ─ OnePass
                                   └─ no ─ checks ─ prepare ──┘└─ formulas.compute, without kernels
 
-- `key_of` decides whether kernels may serve a call, and by what it is looked up.
-- `Launch` is what the kernels of a device prepared for such calls: `kernels/cpu`, `kernels/triton`.
-- `OnePass` is the autograd node of eager calls, and `Operator` the operator in compiled graphs.
-- Anything beyond a first derivative is computed by the formula.
+- `key_of` returns the cache key of a call, or None if kernels cannot serve it.
+- `Launch` is prepared by the kernels of a device, in `kernels/cpu` or `kernels/triton`.
+- `OnePass` is the autograd node.
+
+A compiled graph:
+
+    public function ─ serves_graph ─ yes ─ Operator ─ GraphNode ─ Launch.compute
+                                  └─ no ── checks ─ formulas.compute
+
+Anything beyond a first derivative is computed by the formula.
 """
 
 import functools
@@ -156,7 +162,7 @@ class Prepared(NamedTuple):
     launch: Launch
     device: torch.device
     needs: tuple[bool, ...]  # Which tensors get a gradient; weights never do.
-    is_late: bool  # Gradients are computed in backward.
+    is_deferred: bool  # Gradients are computed in backward.
     formula: Callable[..., Tensor]
 
 
@@ -214,33 +220,34 @@ def prepare(
     key: tuple[Any, ...] | None,
     call: Call,
     tensors: Sequence[Any],
-    bind: Callable[[Kernels], Kernels] | None = None,
+    wrap: Callable[[Kernels], Kernels] | None = None,
     formula: Callable[..., Tensor] | None = None,
     dtypes: Sequence[torch.dtype] = (),
-    becomes_known: bool = True,
+    is_cached: bool = True,
 ) -> Prepared | None:
     """Prepares a checked call, or returns None if no kernels serve it.
 
-    They compute gradients for all tensors but the weights. For the linear loss, `bind` wraps the
+    They compute gradients for all tensors but the weights. For the linear loss, `wrap` wraps the
     kernels of a device, `formula` is its formula, and `dtypes` are those of intermediate results.
     """
-    layer = tensors[:-2]
+    differentiable = tensors[:-2]
     needs = tuple(is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
     if key is None or not fits(call, tensors) or True in needs[-2:]:
         return None
-    device = layer[0].device
+    device = differentiable[0].device
     kernels = kernels_of(device, call.kind)
     if kernels is None:
         return None
-    kernels = kernels if bind is None else bind(kernels)
+    kernels = kernels if wrap is None else wrap(kernels)
     launch = try_kernels(kernels, device, kernels.prepare, call, *tensors)
     if launch is None:
         return None
-    is_late = needs_upstream(call, *dtypes, *[t.dtype for t in layer if t is not None])
     prepared = Prepared(
-        call, kernels, launch, device, needs[:-2], is_late, formula or formula_of_tensors
-    )
-    if becomes_known:
+        call, kernels, launch, device, needs[:-2],
+        is_deferred(call, *dtypes, *[t.dtype for t in differentiable if t is not None]),
+        formula or formula_of_tensors,
+    )  # fmt: skip
+    if is_cached:
         if len(_prepared) >= MAX_PREPARED:
             _prepared.clear()
         _prepared[key] = prepared
@@ -258,27 +265,28 @@ def formula_of_tensors(call: Call, *tensors: Any) -> Tensor:
 
 def fits(call: Call, tensors: Sequence[Tensor | None]) -> bool:
     """Whether kernels support the dtypes of a call, and float32 holds its δ."""
-    *layer, target, _, _ = tensors
+    *inputs, target, _, _ = tensors
     is_known = target is not None and (target.dtype in DTYPES or not target.is_floating_point())
-    return is_known and call.is_plain_delta and all(t is None or t.dtype in DTYPES for t in layer)
+    are_known = all(t is None or t.dtype in DTYPES for t in inputs)
+    return is_known and are_known and call.is_plain_delta
 
 
-def needs_upstream(call: Call, *dtypes: torch.dtype) -> bool:
+def is_deferred(call: Call, *dtypes: torch.dtype) -> bool:
     """Whether gradients of these dtypes are computed in backward; see `OnePass`."""
     return call.reduction == "none" or torch.float16 in dtypes
 
 
 def run(prepared: Prepared, tensors: Sequence[Tensor | None]) -> Tensor | None:
     """The loss by kernels, or None if they fail."""
-    _, kernels, launch, device, needs, is_late, _ = prepared
-    learns = True in needs
-    is_hooked = learns and bool(checks.find_saving_hooks(True))
-    if is_late or is_hooked:
+    _, kernels, launch, device, needs, deferred, _ = prepared
+    needs_grad = True in needs
+    has_hooks = needs_grad and bool(checks.find_saving_hooks(True))
+    if deferred or has_hooks:
         needs = (False,) * len(needs)
-    made = try_kernels(kernels, device, launch.compute, *tensors, needs)
-    loss: Tensor | None = made and made[0]
-    if made and learns:
-        loss = OnePass.apply(prepared, is_hooked, made, *tensors)
+    results = try_kernels(kernels, device, launch.compute, *tensors, needs)
+    loss: Tensor | None = results and results[0]
+    if results and needs_grad:
+        loss = OnePass.apply(prepared, has_hooks, results, *tensors)
     return loss
 
 
@@ -286,13 +294,13 @@ def compute(
     call: Call,
     arguments: Arguments,
     key: tuple[Any, ...] | None,
-    becomes_known: bool = True,
+    is_cached: bool = True,
 ) -> Tensor:
     """The loss of a checked call."""
     input, target, *_ = arguments
     if is_compiling() and serves_graph(input.device, call, arguments, input.numel()):
         return LOSS(call, (), *arguments)
-    prepared = find(key) or prepare(key, call, arguments, becomes_known=becomes_known)
+    prepared = find(key) or prepare(key, call, arguments, is_cached=is_cached)
     if prepared is not None:
         loss = run(prepared, arguments)
         if loss is not None:
@@ -315,11 +323,11 @@ class OnePass(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, prepared: Prepared, is_hooked: bool, made: Result, *tensors: Tensor | None
+        ctx: Any, prepared: Prepared, has_hooks: bool, results: Result, *tensors: Tensor | None
     ) -> Tensor:
-        loss, *gradients = made
-        ctx.prepared, ctx.is_hooked = prepared, is_hooked
-        ctx.is_made = not (prepared.is_late or is_hooked)
+        loss, *gradients = results
+        ctx.prepared, ctx.has_hooks = prepared, has_hooks
+        ctx.has_gradients = not (prepared.is_deferred or has_hooks)
         ctx.save_for_backward(*tensors, *gradients)
         return loss
 
@@ -337,9 +345,9 @@ class OnePass(Function):
             or (count_modes() and checks.is_traced())
             or not _has_memory(grad_loss)
         ):
-            made = saved[len(tensors) :]
+            results = saved[len(tensors) :]
             gradients = try_kernels(
-                kernels, device, _gradients, ctx, tensors, needs, made, grad_loss
+                kernels, device, _gradients, ctx, tensors, needs, results, grad_loss
             )
         if gradients is None:
             gradients = formula_gradients(formula, call, tensors, needs, grad_loss)
@@ -350,23 +358,23 @@ def _gradients(
     ctx: Any,
     tensors: Sequence[Tensor | None],
     needs: Sequence[bool],
-    made: Sequence[Tensor | None],
+    results: Sequence[Tensor | None],
     grad_loss: Tensor,
 ) -> Any:
     """The gradients by kernels."""
-    call, kernels, launch, _, _, is_late, _ = ctx.prepared
-    if ctx.is_hooked:  # Hooks may return other strides.
+    call, kernels, launch, _, _, deferred, _ = ctx.prepared
+    if ctx.has_hooks:  # Hooks may return other strides.
         launch = kernels.prepare(call, *tensors)
-    if not is_late:
-        if not ctx.is_made:
-            _, *made = launch.compute(*tensors, needs)
-        ctx.is_made = False  # Returned once: the caller may write to them.
+    if not deferred:
+        if not ctx.has_gradients:
+            _, *results = launch.compute(*tensors, needs)
+        ctx.has_gradients = False  # Returned once: the caller may write to them.
         target: Any = tensors[-3]
-        rescaled = launch.rescale(made, grad_loss, target)
+        rescaled = launch.rescale(results, grad_loss, target)
         if rescaled is not None:
             return rescaled
-    _, *made = launch.compute(*tensors, needs, grad_loss.resolve_neg())
-    return made
+    _, *results = launch.compute(*tensors, needs, grad_loss.resolve_neg())
+    return results
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -378,7 +386,7 @@ def _has_memory(tensor: Tensor) -> bool:
 
 def _show_saved(node: Any) -> Any:
     """The saved tensors of a node. A caller may set hooks on them, so backward computes anew."""
-    node.is_made, node.is_hooked = False, True
+    node.has_gradients, node.has_hooks = False, True
     return super(_nodes, node)._raw_saved_tensors
 
 
@@ -418,7 +426,7 @@ def formula_gradients(
 # ---- In compiled graphs
 
 
-# A loss of fewer elements is fused with what is around it: an operator takes the host longer.
+# Below this the compiler fuses the formula with its surroundings, which is faster than an operator.
 MIN_ELEMENTS = 2**13
 
 
@@ -446,8 +454,8 @@ def _has_kernels(device: torch.device, kind: str) -> bool:
     return kernels_of(device, kind) is not None
 
 
-# What torch.compiler.assume_constant_result sets, which would import the compiler: Dynamo calls it
-# when a graph is compiled.
+# Set by torch.compiler.assume_constant_result, which would import the compiler: Dynamo calls the
+# function when it compiles a graph, and does not trace it.
 _has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -478,7 +486,7 @@ def find_constants(
 
 
 def _plain_number(number: Any) -> Any:
-    """A number that the compiler has specialised, and still keeps as a symbol, as a constant."""
+    """A constant: the compiler may have specialised a number, and still hold a symbol."""
     return number.__float__() if isinstance(number, float) else index(number)
 
 
@@ -529,23 +537,23 @@ class Operator:
     operators that run the kernels: `loss_and_gradients`, whose gradients a handle holds on the CPU,
     and `gradients`, which rescales those of a handle or computes them from the upstream gradient.
 
-    The first tensors are `layer`, which get gradients, the target last; then come weights.
+    The first tensors are `differentiable`, which get gradients, the target last; then come weights.
     `numbers` holds δ and ε if the graph takes them as inputs: torch.compile would specialise on
-    float arguments. `bind` and `formula` are as in `prepare`, and both take `extra`.
+    float arguments. `wrap` and `formula` are as in `prepare`, and both take `extra`.
     """
 
     def __init__(
         self,
         name: str,
-        layer: Sequence[str],
+        differentiable: Sequence[str],
         extra: Sequence[str],
-        bind: Callable[..., Kernels],
+        wrap: Callable[..., Kernels],
         formula: Callable[..., Callable[..., Tensor]],
     ) -> None:
-        self.name, self.bind, self.formula = name, bind, formula
-        self.layer, self.tensors = len(layer), len(layer) + 2
+        self.name, self.wrap, self.formula = name, wrap, formula
+        self.differentiable, self.tensors = len(differentiable), len(differentiable) + 2
         self.call = self.tensors + 1 + len(extra)
-        tensors = [*layer, "Tensor? weight", "Tensor? sample_weight"]
+        tensors = [*differentiable, "Tensor? weight", "Tensor? sample_weight"]
         inputs = ", ".join([*tensors, "Tensor? numbers", *extra, CALL])
         self.loss = self._define(name, f"{inputs}) -> Tensor", self._decompose)
         self.loss_and_gradients = self._define(
@@ -591,8 +599,9 @@ class Operator:
         return inputs[self.tensors + 1 : self.call], call
 
     def _decompose(self, *inputs: Any) -> Tensor:
-        layer = inputs[: self.layer]
-        needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in layer]
+        is_enabled = torch.is_grad_enabled()
+        tensors = inputs[: self.differentiable]
+        needs = [is_enabled and t is not None and t.requires_grad for t in tensors]
         if True in needs:
             return cast("Tensor", GraphNode.apply(self, needs, *inputs))
         return cast("Tensor", self.loss_and_gradients(*inputs, needs)[0])
@@ -609,8 +618,8 @@ class Operator:
         prepared, gradients = take(handle)
         if prepared is not None:
             _, kernels, launch, device, *_ = prepared
-            made = (gradients, upstream, inputs[self.layer - 1])
-            gradients = try_kernels(kernels, device, launch.rescale, *made)
+            results = (gradients, upstream, inputs[self.differentiable - 1])
+            gradients = try_kernels(kernels, device, launch.rescale, *results)
         if gradients is None:
             _, _, *gradients = self._launch(inputs, needs, upstream)
         return [gradient for gradient in gradients if gradient is not None]
@@ -623,8 +632,8 @@ class Operator:
         extra, call = self.call_of(inputs)
         call = _with_numbers(call, inputs[self.tensors])
         if tensors[0].numel() == 0:  # Kernels launch nothing: a sum of nothing, and zeros.
-            layer = zip(tensors, needs, strict=False)
-            zeros = [t.new_zeros(t.shape) if needed else None for t, needed in layer]
+            pairs = zip(tensors, needs, strict=False)
+            zeros = [t.new_zeros(t.shape) if needed else None for t, needed in pairs]
             return None, self.formula(*extra)(call, *tensors), *zeros
         device = tensors[0].device
         layout = layout_of(tensors)
@@ -632,7 +641,7 @@ class Operator:
             tensors = tuple(None if t is None else t.resolve_neg().contiguous() for t in tensors)
             layout = layout_of(tensors)
         key = None if layout is None else (self.name, call, extra, layout)
-        prepared = find(key) or prepare(key, call, tensors, functools.partial(self.bind, *extra))
+        prepared = find(key) or prepare(key, call, tensors, functools.partial(self.wrap, *extra))
         results = None
         if prepared is not None:
             _, kernels, launch, *_ = prepared
@@ -672,13 +681,14 @@ class GraphNode(Function):
     @staticmethod
     def forward(ctx: Any, operator: Operator, needs: list[bool], *inputs: Any) -> Tensor:
         extra, call = operator.call_of(inputs)
-        dtypes = [t.dtype for t in inputs[: operator.layer] if t is not None]
-        is_late = needs_upstream(call, *extra, *dtypes)
-        loss: Tensor
-        loss, *made = operator.loss_and_gradients(*inputs, [n and not is_late for n in needs])
+        dtypes = [t.dtype for t in inputs[: operator.differentiable] if t is not None]
         ctx.operator, ctx.needs = operator, needs
         ctx.options = inputs[operator.tensors + 1 :]
-        ctx.save_for_backward(*inputs[: operator.tensors + 1], *made)
+        if is_deferred(call, *extra, *dtypes):
+            needs = [False] * len(needs)
+        loss: Tensor
+        loss, *gradients = operator.loss_and_gradients(*inputs, needs)
+        ctx.save_for_backward(*inputs[: operator.tensors + 1], *gradients)
         return loss
 
     @staticmethod
@@ -686,25 +696,26 @@ class GraphNode(Function):
         operator, needs = ctx.operator, ctx.needs
         count = operator.tensors + 1
         inputs = (*ctx.saved_tensors[:count], *ctx.options)
-        made = ctx.saved_tensors[count:]
+        gradients = ctx.saved_tensors[count:]  # On the CPU, their handle.
         tensors, (extra, call) = inputs[: operator.tensors], operator.call_of(inputs)
         if torch.is_grad_enabled():  # To be differentiated again.
             call, formula = _with_numbers(call, inputs[count - 1]), operator.formula(*extra)
-            gradients = formula_gradients(formula, call, tensors, needs, upstream)
-            made = [gradient for gradient in gradients if gradient is not None]
-        elif not made or upstream.device.type == "cpu":
-            made = operator.gradients(*inputs, needs, upstream, made[0] if made else None)
+            by_needs = formula_gradients(formula, call, tensors, needs, upstream)
+            gradients = [gradient for gradient in by_needs if gradient is not None]
+        elif not gradients or upstream.device.type == "cpu":
+            handle = gradients[0] if gradients else None
+            gradients = operator.gradients(*inputs, needs, upstream, handle)
         else:
-            layer = [t for t, needed in zip(tensors, needs, strict=False) if needed]
-            upstream = torch.ops.torchlosses.depending(upstream, layer)
-            made = [gradient * upstream for gradient in made]
+            read = [t for t, needed in zip(tensors, needs, strict=False) if needed]
+            upstream = torch.ops.torchlosses.depending(upstream, read)
+            gradients = [gradient * upstream for gradient in gradients]
             if needs[0] and call.is_index:  # 0 times what is not finite is NaN.
-                target = tensors[operator.layer - 1]
+                target = tensors[operator.differentiable - 1]
                 kept: Any = Classes(target, 1, call.ignore_index).kept
-                made[0] = made[0].where(kept.unsqueeze(call.dim), 0)
-        remaining = iter(made)
-        by_layer = [next(remaining) if needed else None for needed in needs]
-        return (None, None, *by_layer, *[None] * (len(inputs) - len(needs)))
+                gradients[0] = gradients[0].where(kept.unsqueeze(call.dim), 0)
+        remaining = iter(gradients)
+        padded = [next(remaining) if needed else None for needed in needs]
+        return (None, None, *padded, *[None] * (len(inputs) - len(needs)))
 
 
 def _with_numbers(call: Call, numbers: Tensor | None) -> Call:

@@ -75,8 +75,8 @@ class Launch:
         sample_weight: Tensor | None,
         needs: Sequence[bool],
         upstream: Tensor | None = None,
-        over_input: bool = False,
-        complains: bool = True,
+        in_place: bool = False,
+        raise_on_invalid: bool = True,
     ) -> Result:
         if not self.are_contiguous:
             input, target = input.contiguous(), target.contiguous()
@@ -87,7 +87,7 @@ class Launch:
         grad_input = grad_target = None
         by_input = by_target = weights = sample_weights = upstreams = 0
         if needs[0]:
-            grad_input = input if over_input else empty(input)
+            grad_input = input if in_place else empty(input)
             by_input = grad_input.data_ptr()
         if needs[1]:
             grad_target = empty(target)
@@ -106,7 +106,7 @@ class Launch:
             self.prepared, input.data_ptr(), target.data_ptr(), weights, sample_weights, upstreams,
             loss.data_ptr(), by_input, by_target,
         )  # fmt: skip
-        if bad >= 0 and complains:
+        if bad >= 0 and raise_on_invalid:
             call = self.call
             raise checks.invalid_class(target, bad, input.shape[call.dim], call.ignore_index)
         return loss, grad_input, grad_target
