@@ -362,14 +362,14 @@ def check_values(
         return
     dim, from_logits = call.dim, domain == "logit"
     input = input.detach()
-    kept = None if classes is None else classes.kept
-    if kept is None:
-        kept = torch.ones(samples_shape(input, dim), dtype=torch.bool, device=input.device)
-    counts = kept if sample_weight is None else kept & (sample_weight.detach() != 0)
+    not_ignored = None if classes is None else classes.counts
+    if not_ignored is None:
+        not_ignored = torch.ones(samples_shape(input, dim), dtype=torch.bool, device=input.device)
+    counts = not_ignored if sample_weight is None else not_ignored & (sample_weight.detach() != 0)
     if not from_logits:
         rounding = 4 * torch.finfo(input.dtype).eps
         # log(y + δ) is NaN below −δ, and 0 · NaN is NaN, so samples of weight 0 are checked too.
-        is_negative = (input < -min(rounding, call.delta)) & kept.unsqueeze(dim)
+        is_negative = (input < -min(rounding, call.delta)) & not_ignored.unsqueeze(dim)
         position = _first(is_negative | (input > 1 + rounding) & counts.unsqueeze(dim))
         if position is not None:
             raise ValueError(

@@ -72,7 +72,7 @@ class Classes(NamedTuple):
     is_valid: bool = False
 
     @property
-    def kept(self) -> Tensor | None:
+    def counts(self) -> Tensor | None:
         """False where a sample is ignored; None if no sample is."""
         if self.ignore_index is None:
             return None
@@ -83,8 +83,8 @@ class Classes(NamedTuple):
         """False where the index of a counted sample is out of range; None if none is."""
         if self.is_valid:
             return None
-        kept = self.kept
-        return self._within if kept is None else self._within | ~kept
+        counts = self.counts
+        return self._within if counts is None else self._within | ~counts
 
     @property
     def label(self) -> Tensor:
@@ -120,7 +120,7 @@ class Rows:
         """All-reduces over the processes that hold other classes (here: none)."""
         return values
 
-    def counted(self, call: Call, weights: Tensor, place: "ClassPosition | None") -> Tensor:
+    def own_weights(self, call: Call, weights: Tensor, position: "ClassPosition | None") -> Tensor:
         """The weights of samples that this process counts, and 0 for others."""
         return weights
 
@@ -132,7 +132,7 @@ class Rows:
 class ClassPosition(NamedTuple):
     """The index of each sample's class; `is_here` is False where another process holds it."""
 
-    position: Tensor
+    indices: Tensor
     dim: int
     is_here: Tensor | None = None
 
@@ -140,7 +140,7 @@ class ClassPosition(NamedTuple):
         """The value of each sample's class, or `otherwise` if another process holds it."""
         # With no classes, use the empty sum: 0, and differentiable.
         if values.shape[self.dim]:
-            picked = values.gather(self.dim, self.position).squeeze(self.dim)
+            picked = values.gather(self.dim, self.indices).squeeze(self.dim)
         else:
             picked = values.sum(self.dim)
         return picked if self.is_here is None else picked.where(self.is_here, otherwise)
@@ -148,7 +148,7 @@ class ClassPosition(NamedTuple):
     def weight(self, weight: Tensor) -> Tensor:
         """The class weight of each sample, or 0 if another process holds its class."""
         # Under vmap torch would read the value of a 0-D index, and fail.
-        picked = weight[self.position] if len(weight) else weight.new_zeros(self.position.shape)
+        picked = weight[self.indices] if len(weight) else weight.new_zeros(self.indices.shape)
         picked = picked.squeeze(self.dim)
         return picked if self.is_here is None else picked.where(self.is_here, 0)
 
@@ -159,9 +159,9 @@ def compute(call: Call, arguments: Arguments, classes: Classes | None = None) ->
     rows = Rows(input.shape, call.dim)
     if call.is_index and classes is None:
         classes = Classes(target, rows.num_classes, call.ignore_index)
-    place = None if classes is None else rows.find(classes)
-    losses = unreduced_losses(call, arguments, rows, classes, place)
-    return reduce(call, losses, rows, arguments, classes, place)
+    position = None if classes is None else rows.find(classes)
+    losses = unreduced_losses(call, arguments, rows, classes, position)
+    return reduce(call, losses, rows, arguments, classes, position)
 
 
 def reduce(
@@ -170,16 +170,16 @@ def reduce(
     rows: Rows,
     arguments: Arguments,
     classes: Classes | None,
-    place: "ClassPosition | None",
+    position: "ClassPosition | None",
 ) -> Tensor:
     """Weights the losses by sample and reduces them."""
-    divisor = find_divisor(call, losses, rows, arguments, classes, place)
+    divisor = find_divisor(call, losses, rows, arguments, classes, position)
     if arguments.sample_weight is not None:
         weights = arguments.sample_weight.to(losses.dtype)
         if classes is not None:  # One weight per sample.
-            kept = classes.kept
-            if kept is not None:
-                weights = weights.where(kept, 0)
+            counts = classes.counts
+            if counts is not None:
+                weights = weights.where(counts, 0)
             if call.is_per_element:
                 weights = weights.expand(classes.target.shape).unsqueeze(call.dim)
         if call.reduction == "mean":
@@ -200,7 +200,7 @@ def find_divisor(
     rows: Rows,
     arguments: Arguments,
     classes: Classes | None,
-    place: "ClassPosition | None",
+    position: "ClassPosition | None",
 ) -> Any:
     """The divisor of the summed losses, in the dtype and on the device of `like`; None for none."""
     if call.reduction == "batchmean" and len(rows.shape) > 1:
@@ -210,10 +210,10 @@ def find_divisor(
     weights = arguments.sample_weight
     if weights is not None:
         weights = weights.to(like.dtype)
-    if arguments.weight is not None and place is not None:
-        of_class = place.weight(arguments.weight.to(like.dtype))
+    if arguments.weight is not None and position is not None:
+        of_class = position.weight(arguments.weight.to(like.dtype))
         weights = of_class if weights is None else of_class * weights
-    return _count(call, like, rows, weights, classes, place)
+    return _count(call, like, rows, weights, classes, position)
 
 
 def unreduced_losses(
@@ -221,20 +221,20 @@ def unreduced_losses(
     arguments: Arguments,
     rows: Rows,
     classes: Classes | None,
-    place: "ClassPosition | None",
+    position: "ClassPosition | None",
 ) -> Tensor:
     """The losses per element or sample, before sample weights."""
     dtype = call.dtype if call.is_plain_delta else torch.float64
     input, weight = arguments.input.to(dtype), arguments.weight
     if weight is not None:
         weight = weight.to(dtype)
-    if classes is None or place is None:
+    if classes is None or position is None:
         return call.loss.formula(call, input, arguments.target.to(dtype), weight, rows)
-    kept = classes.kept
-    losses = call.loss.formula(call, _masked(input, classes, call.dim), place, weight, rows)
-    if kept is None:
+    counts = classes.counts
+    losses = call.loss.formula(call, _masked(input, classes, call.dim), position, weight, rows)
+    if counts is None:
         return losses
-    return losses.where(kept.unsqueeze(call.dim) if call.is_per_element else kept, 0)
+    return losses.where(counts.unsqueeze(call.dim) if call.is_per_element else counts, 0)
 
 
 def squared_error(
@@ -246,10 +246,10 @@ def squared_error(
     elif input.shape[target.dim] == 0:
         return input
     else:  # y − t differs from y in one element per row, so the one-hot row is never made.
-        minus_one = input.new_full((), -1).expand(target.position.shape)
+        minus_one = input.new_full((), -1).expand(target.indices.shape)
         if target.is_here is not None:
             minus_one = minus_one.where(target.is_here.unsqueeze(target.dim), 0)
-        difference = input.scatter_add(target.dim, target.position, minus_one)
+        difference = input.scatter_add(target.dim, target.indices, minus_one)
     return difference * (difference / 2)  # difference² would overflow first.
 
 
@@ -274,10 +274,10 @@ def cross_entropy(
     if rows.num_classes == 0 and isinstance(target, ClassPosition):
         return input.sum(dim)
     share = number(smoothing, input) if smoothing else 0.0
-    kept, uniform = 1 - share, share / max(rows.num_classes, 1)
+    remaining, uniform = 1 - share, share / max(rows.num_classes, 1)
     if isinstance(target, Tensor):
         if smoothing:
-            target = kept * target + uniform
+            target = remaining * target + uniform
         if call.delta == 0:  # 0·log 0 is 0.
             zero, one = (0, 1) if log_normalizer is None else (-torch.inf, log_normalizer)
             input = torch.where((target == 0) & (input == zero), one, input)
@@ -298,7 +298,7 @@ def cross_entropy(
             rest = rest * broadcast_along(weight, rest, dim)
         rest = uniform * rest.sum(dim, keepdim=True)
         # With ε = 1 drop the class term, or 0·∞ would give NaN.
-        losses = rest if smoothing == 1 else kept * losses + rest
+        losses = rest if smoothing == 1 else remaining * losses + rest
     return losses.squeeze(dim)
 
 
@@ -413,12 +413,12 @@ def to_int64(target: Tensor, ignore_index: int | None = None) -> Tensor:
 
 def _masked(input: Tensor, classes: Classes, dim: int) -> Tensor:
     """`input` with NaN in invalid rows, and without gradient in ignored rows."""
-    kept, valid = classes.kept, classes.valid
+    counts, valid = classes.counts, classes.valid
     if valid is not None:  # A factor makes the gradient of the whole row NaN too.
         one_or_nan = torch.where(valid, 1.0, torch.nan).to(input.dtype)
         input = input * one_or_nan.unsqueeze(dim)
-    if kept is not None:  # Not a factor of 0: 0 · NaN and 0 · ∞ are NaN.
-        input = input.where(kept.unsqueeze(dim), 1)
+    if counts is not None:  # Not a factor of 0: 0 · NaN and 0 · ∞ are NaN.
+        input = input.where(counts.unsqueeze(dim), 1)
     return input
 
 
@@ -428,14 +428,14 @@ def _count(
     rows: Rows,
     weights: Tensor | None,
     classes: Classes | None,
-    place: ClassPosition | None,
+    position: ClassPosition | None,
 ) -> Any:
     """The divisor of `'mean'`: the sum of the weights, or 1 if all are 0."""
-    kept = None if classes is None else classes.kept
-    if kept is None and classes is not None and rows.are_shared:
+    counts = None if classes is None else classes.counts
+    if counts is None and classes is not None and rows.are_shared:
         # Every process takes part in the sum, and another may have samples to ignore.
-        kept = torch.ones_like(classes.target, dtype=torch.bool)
-    sizes = list(rows.shape if weights is None and kept is None else rows.own)
+        counts = torch.ones_like(classes.target, dtype=torch.bool)
+    sizes = list(rows.shape if weights is None and counts is None else rows.own)
     num_classes: Any = 1
     if not call.is_per_element or call.is_index:
         along_classes = sizes[call.dim : call.dim + 1]
@@ -443,13 +443,13 @@ def _count(
         if call.is_per_element:
             num_classes = math.prod(along_classes)
     if weights is None:
-        if kept is None:
+        if counts is None:
             return at_least_one(math.prod(sizes) * num_classes, like, call.dtype)
-        counted = rows.counted(call, kept, place).sum(dtype=call.dtype)
+        counted = rows.own_weights(call, counts, position).sum(dtype=call.dtype)
         return rows.total(counted * num_classes).clamp(min=1)
-    if kept is not None:
-        weights = weights.where(kept, 0)
-    weights = rows.counted(call, weights, place)
+    if counts is not None:
+        weights = weights.where(counts, 0)
+    weights = rows.own_weights(call, weights, position)
     # Not expanded: torch would add repeated values one by one, with an error of 1% at 10⁸.
     repeats = num_classes
     for d, size in enumerate(reversed(sizes)):

@@ -1,5 +1,6 @@
 """The losses as functions: check the call, then compute it."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -198,20 +199,26 @@ def _find_call(
     Dynamo runs this once per graph. Traced code would cost a guard, at each call, for everything it
     reads.
     """
-    kinds, devices, *_ = zip(*[p for p in properties if p is not None], strict=True)
-    if set(devices) != {devices[0]} or not set(kinds) <= set(checks.PLAIN):
+    types, devices, *_ = zip(*[p for p in properties if p is not None], strict=True)
+    if len(set(devices)) > 1 or not set(types) <= set(checks.PLAIN):
         return None
     tensors: list[Any] = [None if p is None else _make_meta(*p[2:]) for p in properties]
     try:
-        call, arguments, _ = _check(kind, checks.check_options(*options), *tensors)
-    except (TypeError, ValueError):  # The graph raises it.
-        return None
-    is_served = ops.serves_graph(devices[0], call, arguments, arguments[0].numel())
+        with warnings.catch_warnings(action="ignore"):
+            call, arguments, is_warned = _check(kind, checks.check_options(*options), *tensors)
+    except (TypeError, ValueError):
+        return None  # The traced code raises it, with the user's tensors.
+    size = arguments.input.numel()
+    is_served = not is_warned and ops.serves_graph(devices[0], call, arguments, size)
     return tuple(call) if is_served else None
 
 
-def _make_meta(dtype: torch.dtype, shape: Sequence[int], requires_grad: bool) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=requires_grad)
+def _make_meta(
+    layout: torch.layout, dtype: torch.dtype, shape: Sequence[int], requires_grad: bool
+) -> Tensor:
+    return torch.empty(
+        shape, dtype=dtype, layout=layout, device="meta", requires_grad=requires_grad
+    )
 
 
 # Set by torch.compiler.assume_constant_result, which would import the compiler.

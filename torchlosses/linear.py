@@ -95,12 +95,12 @@ def compute(
     if not checks.is_eager():
         return formula(dtype, call, *tensors)
     rows = Rows(input.shape[:-1] + linear_weight.shape[:1], call.dim)
-    place = None if classes is None else rows.find(classes)
+    position = None if classes is None else rows.find(classes)
     losses = unreduced_losses(
-        call, input, linear_weight, linear_bias, target, weight, rows, classes, place
+        call, input, linear_weight, linear_bias, target, weight, rows, classes, position
     )
     arguments = Arguments(input, target, weight, sample_weight)
-    return formulas.reduce(call, losses, rows, arguments, classes, place)
+    return formulas.reduce(call, losses, rows, arguments, classes, position)
 
 
 class LayerKernels(NamedTuple):
@@ -171,12 +171,12 @@ class LayerLaunch:
         batch, divisor = _batch_of(call, num_classes, arguments, upstream)
         w = linear_weight.to(dtype)
         b = None if linear_bias is None else linear_bias.to(dtype)
-        step, sums = find_sums(batch.num_counted, linear_weight, dtype, needs[1])
+        step, sums = find_sums(batch.num_rows, linear_weight, dtype, needs[1])
         gradients = LayerGradients(needs, batch, w, sums)
         logits = input.new_empty((step, num_classes), dtype=dtype)
         losses = []
         x = z = grad_z = logits
-        for start in range(0, batch.num_counted, step):
+        for start in range(0, batch.num_rows, step):
             x, t, s, u = batch.part(start, step, dtype)
             z = logits[: len(x)]
             if b is None:
@@ -208,7 +208,7 @@ class LayerLaunch:
             return formulas.divided(total, divisor)
         whole = like.new_zeros(len(batch.x))
         if losses:
-            whole[slice(None) if batch.counted is None else batch.counted] = torch.cat(losses)
+            whole[slice(None) if batch.kept_rows is None else batch.kept_rows] = torch.cat(losses)
         return whole.view(batch.samples)
 
 
@@ -220,25 +220,25 @@ class Batch(NamedTuple):
     target: Tensor
     sample_weight: Tensor | None
     upstream: Tensor | None  # Per row, or one for all.
-    kept: Tensor | None  # Mask of the rows that are not ignored, where reading it would sync.
-    counted: Tensor | None  # On the CPU, indices of the rows that are not ignored; None for all.
+    counts: Tensor | None  # On a GPU, a mask of the rows that are not ignored; None for all.
+    kept_rows: Tensor | None  # On the CPU, their indices; None for all.
 
     @property
-    def num_counted(self) -> int:
-        return len(self.x if self.counted is None else self.counted)
+    def num_rows(self) -> int:
+        return len(self.x if self.kept_rows is None else self.kept_rows)
 
     def rows(self, start: int, step: int) -> Any:
         """The index of a chunk."""
-        if self.counted is None:
+        if self.kept_rows is None:
             return slice(start, min(start + step, len(self.x)))
-        return self.counted[start : start + step]
+        return self.kept_rows[start : start + step]
 
     def part(self, start: int, step: int, dtype: torch.dtype) -> tuple[Any, ...]:
         """Inputs, targets, sample weights and upstream gradients of a chunk."""
         rows = self.rows(start, step)
         x, s, u = self.x[rows].to(dtype), self.sample_weight, self.upstream
-        if self.kept is not None:  # 0 · ∞ of an ignored row is NaN.
-            x = x.where(self.kept[rows], 0)
+        if self.counts is not None:  # 0 · ∞ of an ignored row is NaN.
+            x = x.where(self.counts[rows], 0)
         s = None if s is None else s[rows]
         return x, self.target[rows], s, u if u is None or u.dim() == 0 else u[rows]
 
@@ -254,22 +254,22 @@ def _batch_of(
     t = target.reshape(len(x), *target.shape[len(samples) :])
     s = None if sample_weight is None else sample_weight.expand(samples).reshape(-1)
     rows = Rows((*samples, num_classes), call.dim)
-    classes = place = kept = counted = None
+    classes = position = counts = kept_rows = None
     if call.is_index:
         classes = Classes(target, num_classes, call.ignore_index)
-        place = rows.find(classes)
-        kept = (formulas.to_int64(t, call.ignore_index) != call.ignore_index).unsqueeze(1)
+        position = rows.find(classes)
+        counts = (formulas.to_int64(t, call.ignore_index) != call.ignore_index).unsqueeze(1)
         if checks.can_read_values(t):
-            counted = None if kept.all() else kept.nonzero()[:, 0]
-            kept = None
-    divisor = formulas.find_divisor(call, like, rows, arguments, classes, place)
+            kept_rows = None if counts.all() else counts.nonzero()[:, 0]
+            counts = None
+    divisor = formulas.find_divisor(call, like, rows, arguments, classes, position)
     if s is not None and call.reduction == "mean":
         s, divisor = formulas.lifted(s.to(like.dtype), divisor)
     if divisor is not None:
         upstream = (like.new_ones(()) if upstream is None else upstream) / divisor
     elif upstream is not None and call.reduction == "none":
         upstream = upstream.reshape(-1)
-    return Batch(samples, x, t, s, upstream, kept, counted), divisor
+    return Batch(samples, x, t, s, upstream, counts, kept_rows), divisor
 
 
 class LayerGradients:
@@ -280,9 +280,9 @@ class LayerGradients:
 
     def __init__(self, needs: Sequence[bool], batch: Batch, w: Tensor, sums: torch.dtype) -> None:
         self.batch, self.w = batch, w
-        new_x = batch.x.new_empty if batch.counted is None else batch.x.new_zeros
+        new_x = batch.x.new_empty if batch.kept_rows is None else batch.x.new_zeros
         self.x = new_x(batch.x.shape) if needs[0] else None
-        new_w = w.new_empty if batch.num_counted else w.new_zeros
+        new_w = w.new_empty if batch.num_rows else w.new_zeros
         self.w_sum = new_w(w.shape, dtype=sums) if needs[1] else None
         single = torch.promote_types(w.dtype, torch.float32)
         self.b_sum = w.new_zeros(len(w), dtype=single) if needs[2] else None
@@ -291,7 +291,7 @@ class LayerGradients:
     def add(self, start: int, step: int, x: Tensor, grad_z: Any, grad_t: Any) -> None:
         rows = self.batch.rows(start, step)
         if self.x is not None:
-            if self.batch.counted is None and self.x.dtype == self.w.dtype:
+            if self.batch.kept_rows is None and self.x.dtype == self.w.dtype:
                 torch.mm(grad_z, self.w, out=self.x[rows])
             else:
                 self.x[rows] = torch.mm(grad_z, self.w).to(self.x.dtype)
@@ -408,9 +408,9 @@ def _logits(
     linear_bias: Tensor | None,
     classes: Classes | None,
 ) -> Tensor:
-    kept = None if classes is None else classes.kept
-    if kept is not None:  # 0 · ∞ of an ignored row would make the weight's gradient NaN.
-        input = input.where(kept.unsqueeze(-1), 0)
+    counts = None if classes is None else classes.counts
+    if counts is not None:  # 0 · ∞ of an ignored row would make the weight's gradient NaN.
+        input = input.where(counts.unsqueeze(-1), 0)
     bias = None if linear_bias is None else linear_bias.to(dtype)
     return F.linear(input.to(dtype), linear_weight.to(dtype), bias)
 
@@ -435,7 +435,7 @@ def unreduced_losses(
     weight: Tensor | None,
     rows: Rows,
     classes: Classes | None,
-    place: ClassPosition | None,
+    position: ClassPosition | None,
 ) -> Tensor:
     """`formulas.unreduced_losses` in chunks of rows, whose logits backward computes again."""
     samples = input.shape[:-1]
@@ -448,11 +448,11 @@ def unreduced_losses(
     step = rows_per_chunk(count, linear_weight.shape[0], dtype, x.device)
 
     def part(chunk: slice) -> Tensor:
-        of, at = classes, place
+        of, at = classes, position
         if of is not None and at is not None:
             of = of._replace(target=t[chunk])
             is_here = None if at.is_here is None else at.is_here.reshape(-1)[chunk]
-            at = ClassPosition(at.position.reshape(-1, 1)[chunk], 1, is_here)
+            at = ClassPosition(at.indices.reshape(-1, 1)[chunk], 1, is_here)
         logits = _logits(dtype, x[chunk], linear_weight, linear_bias, of)
         return formulas.unreduced_losses(call, Arguments(logits, t[chunk], weight), flat, of, at)
 

@@ -481,7 +481,7 @@ def find_constants(
             if formulas.is_symbolic(size):
                 return None
             shape.append(_plain_number(size))
-        properties.append((type(t), t.device, t.dtype, shape, t.requires_grad))
+        properties.append((type(t), t.device, t.layout, t.dtype, shape, t.requires_grad))
     return values, properties
 
 
@@ -711,8 +711,8 @@ class GraphNode(Function):
             gradients = [gradient * upstream for gradient in gradients]
             if needs[0] and call.is_index:  # 0 times what is not finite is NaN.
                 target = tensors[operator.differentiable - 1]
-                kept: Any = Classes(target, 1, call.ignore_index).kept
-                gradients[0] = gradients[0].where(kept.unsqueeze(call.dim), 0)
+                counts: Any = Classes(target, 1, call.ignore_index).counts
+                gradients[0] = gradients[0].where(counts.unsqueeze(call.dim), 0)
         remaining = iter(gradients)
         padded = [next(remaining) if needed else None for needed in needs]
         return (None, None, *padded, *[None] * (len(inputs) - len(needs)))

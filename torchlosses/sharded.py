@@ -162,18 +162,18 @@ def _compute(call: Call, arguments: Arguments, layer: "Layer | None" = None) -> 
     shards = Shards(arguments.input, call.dim)
     arguments = shards.parts(call, arguments)
     is_whole = not any(shards.is_cut) or (call.is_per_element and not call.is_index)
-    classes = place = None
+    classes = position = None
     try:
         if call.is_index:
             classes = checks.check_classes(arguments.target, shards.num_classes, call.ignore_index)
-            place = shards.find(classes)
+            position = shards.find(classes)
         if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
             if layer is None:
                 checks.check_values(call, arguments, classes, is_whole=is_whole)
             elif is_whole:
                 checks.check_target_values(call, arguments.target, arguments.sample_weight)
         compute = _compute_whole_rows if is_whole else _compute_cut_rows
-        loss = compute(call, arguments, shards, classes, place, layer)
+        loss = compute(call, arguments, shards, classes, position, layer)
     except (IndexError, ValueError) as error:
         error.add_note("The position is one in the shard of this process.")
         raise
@@ -187,12 +187,12 @@ def _compute_whole_rows(
     arguments: Arguments,
     shards: "Shards",
     classes: Classes | None,
-    place: ClassPosition | None,
+    position: ClassPosition | None,
     layer: "Layer | None",
 ) -> Tensor:
     """The loss if each process has whole rows: its shard is a batch of its own."""
     like = arguments.input.new_empty((), dtype=call.dtype)
-    divisor = formulas.find_divisor(call, like, shards, arguments, classes, place)
+    divisor = formulas.find_divisor(call, like, shards, arguments, classes, position)
     if arguments.sample_weight is not None and call.reduction == "mean":
         weights, divisor = formulas.lifted(arguments.sample_weight.to(call.dtype), divisor)
         arguments = arguments._replace(sample_weight=weights)
@@ -209,15 +209,15 @@ def _compute_cut_rows(
     arguments: Arguments,
     shards: "Shards",
     classes: Classes | None,
-    place: ClassPosition | None,
+    position: ClassPosition | None,
     layer: "Layer | None",
 ) -> Tensor:
     """The loss if several processes share the classes of a row."""
     if layer is None:
-        losses = formulas.unreduced_losses(call, arguments, shards, classes, place)
+        losses = formulas.unreduced_losses(call, arguments, shards, classes, position)
     else:
-        losses = linear.unreduced_losses(call, *layer, *arguments[1:3], shards, classes, place)
-    return formulas.reduce(call, losses, shards, arguments, classes, place)
+        losses = linear.unreduced_losses(call, *layer, *arguments[1:3], shards, classes, position)
+    return formulas.reduce(call, losses, shards, arguments, classes, position)
 
 
 def _compute_linear(
@@ -390,8 +390,8 @@ class Shards(formulas.Rows):
         is_here = (index >= 0) & (index < len(ids))
         if classes.valid is not None:
             is_here = is_here | ~classes.valid
-        if classes.kept is not None:
-            is_here = is_here & classes.kept
+        if classes.counts is not None:
+            is_here = is_here & classes.counts
         index = index.clamp(0, max(len(ids) - 1, 0))
         return ClassPosition(index.unsqueeze(self.dim), self.dim, is_here)
 
@@ -406,12 +406,12 @@ class Shards(formulas.Rows):
         gradients = [Partial() if cut else Replicate() for cut in self.is_cut]
         return whole.to_local(grad_placements=gradients)
 
-    def counted(self, call: Call, weights: Tensor, place: ClassPosition | None) -> Tensor:
+    def own_weights(self, call: Call, weights: Tensor, position: ClassPosition | None) -> Tensor:
         """The process that holds its class counts a sample, or the first of its processes."""
         if call.is_per_element:
             return weights
-        if place is not None and place.is_here is not None:
-            return weights.where(place.is_here, 0)
+        if position is not None and position.is_here is not None:
+            return weights.where(position.is_here, 0)
         return weights if self.is_first else torch.zeros_like(weights)
 
     def total(self, parts: Tensor) -> Tensor:
