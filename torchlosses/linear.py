@@ -1,8 +1,8 @@
 """Cross-entropy of a linear layer without holding all logits in memory.
 
 For each chunk of rows: compute the logits into a reused buffer, overwrite them with their gradient,
-and accumulate the gradients of input, weight and bias. Where no kernel serves, the formula computes
-chunks too in eager mode, and backward computes their logits again.
+and accumulate the gradients of input, weight and bias. Without kernels, eager mode computes the
+formula in chunks, whose logits backward computes again.
 """
 
 import functools
@@ -21,19 +21,18 @@ from torchlosses.formulas import Arguments, Call, Classes, ClassPosition, Rows
 
 # Bytes per class in a chunk of logits: 1024 rows in float32, 2048 in half precision. On a GPU, 1024
 # rows by 32000 classes are 2000 tiles of 128 by 128 for some 130 processors. Each chunk reads and
-# writes the weight's gradient, in float32 8 bytes for 2 operations a row: with 2048 rows that is
-# 512 operations a byte, where a GPU needs some 300 in half precision to be busy.
+# writes the weight's gradient, 8 bytes an element in float32 for 2 operations a row. With 2048 rows
+# that is 512 operations a byte; a GPU is busy from about 300 on in half precision.
 CHUNK = 2**12
 # Bytes of a chunk of logits on a CPU. With more classes a chunk has fewer rows, which takes a few
 # percent longer, but at least LEAST_ROWS: half as many take 10 to 15% longer.
 CHUNK_ON_CPU = 48 * 10**6
 LEAST_ROWS = 256
-# Chunks at most whose weight gradients add up in half precision. Each rounds the sum once; partial
-# sums of random signs grow as the square root, so six roundings at most double the error of one.
+# The most chunks whose weight gradients are accumulated in half precision. Each rounds the sum once.
+# A sum of random terms grows as a square root, so six roundings at most double the error of one.
 MAX_HALF_CHUNKS = 6
 MAX_LAUNCHES = 64
-# Classes at a time whose products in half precision are added to float32: the product is still in
-# the cache when it is added.
+# Classes per block when a product in half precision is added to float32: it is still in the cache.
 BLOCK = 4096
 
 
@@ -168,11 +167,11 @@ class LayerLaunch:
     ) -> list[Any]:
         call, dtype, num_classes = self.call, self.dtype, len(linear_weight)
         arguments = Arguments(input, target, weight, sample_weight)
-        batch, divisor = _batch_of(call, num_classes, arguments, upstream)
+        batch, divisor = _make_batch(call, num_classes, arguments, upstream)
         w = linear_weight.to(dtype)
         b = None if linear_bias is None else linear_bias.to(dtype)
-        step, sums = find_sums(batch.num_rows, linear_weight, dtype, needs[1])
-        gradients = LayerGradients(needs, batch, w, sums)
+        step, sum_dtype = plan_chunks(batch.num_rows, linear_weight, dtype, needs[1])
+        gradients = LayerGradients(needs, batch, w, sum_dtype)
         logits = input.new_empty((step, num_classes), dtype=dtype)
         losses = []
         x = z = grad_z = logits
@@ -190,7 +189,7 @@ class LayerLaunch:
             gradients.add(start, step, x, grad_z, grad_t)
         del logits, w, x, z, grad_z  # Before the cast of the weight's gradient.
         loss = self._loss(batch, losses, divisor)
-        return [loss, *gradients.of(input, linear_weight, linear_bias, target)]
+        return [loss, *gradients.finish(input, linear_weight, linear_bias, target)]
 
     def _launch(self, z: Tensor, t: Tensor, weight: Tensor | None, s: Tensor | None) -> ops.Launch:
         layout = ops.layout_of((z, t, weight, s))
@@ -243,7 +242,7 @@ class Batch(NamedTuple):
         return x, self.target[rows], s, u if u is None or u.dim() == 0 else u[rows]
 
 
-def _batch_of(
+def _make_batch(
     call: Call, num_classes: int, arguments: Arguments, upstream: Tensor | None
 ) -> tuple[Batch, Any]:
     """The rows of a call, with upstream gradients divided by the divisor, and the divisor."""
@@ -275,15 +274,17 @@ def _batch_of(
 class LayerGradients:
     """Accumulates the needed gradients of input, weight, bias and target, chunk by chunk.
 
-    The weight's adds up in the dtype `sums`, and the bias's in float32 at least.
+    The weight's is accumulated in `sum_dtype`, and the bias's in float32 at least.
     """
 
-    def __init__(self, needs: Sequence[bool], batch: Batch, w: Tensor, sums: torch.dtype) -> None:
+    def __init__(
+        self, needs: Sequence[bool], batch: Batch, w: Tensor, sum_dtype: torch.dtype
+    ) -> None:
         self.batch, self.w = batch, w
         new_x = batch.x.new_empty if batch.kept_rows is None else batch.x.new_zeros
         self.x = new_x(batch.x.shape) if needs[0] else None
         new_w = w.new_empty if batch.num_rows else w.new_zeros
-        self.w_sum = new_w(w.shape, dtype=sums) if needs[1] else None
+        self.w_sum = new_w(w.shape, dtype=sum_dtype) if needs[1] else None
         single = torch.promote_types(w.dtype, torch.float32)
         self.b_sum = w.new_zeros(len(w), dtype=single) if needs[2] else None
         self.target = batch.target.new_empty(batch.target.shape) if needs[3] else None
@@ -302,11 +303,11 @@ class LayerGradients:
         if self.target is not None:
             self.target[rows] = grad_t
 
-    def of(self, *layer: Tensor | None) -> list[Tensor | None]:
-        """The gradients in the dtypes and shapes of the tensors."""
+    def finish(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        """The gradients in the dtypes and shapes of these tensors."""
         gradients = [self.x, self.w_sum, self.b_sum, self.target]
         del self.w  # Before the cast of the weight's gradient.
-        for k, tensor in enumerate(layer):
+        for k, tensor in enumerate(tensors):
             gradient = gradients[k]
             if gradient is not None and tensor is not None:
                 gradients[k] = gradient.to(tensor.dtype).view(tensor.shape)
@@ -331,19 +332,19 @@ def rows_per_chunk(rows: int, num_classes: int, dtype: torch.dtype, device: torc
     return -(-rows // -(-rows // most)) if rows else 1
 
 
-def find_sums(
+def plan_chunks(
     rows: int, linear_weight: Tensor, dtype: torch.dtype, is_needed: bool
 ) -> tuple[int, torch.dtype]:
-    """Rows per chunk, and the dtype in which the weight's gradient adds up.
+    """Rows per chunk, and the dtype in which the weight's gradient is accumulated.
 
     In half precision each chunk rounds the sum, so there are at most MAX_HALF_CHUNKS chunks. They
-    may grow by the memory that a sum in float32 would take.
+    may be larger by the memory that a sum in float32 would take; else the sum is in float32.
     """
     num_classes, width = linear_weight.shape
     step = rows_per_chunk(rows, num_classes, dtype, linear_weight.device)
     if not is_needed or linear_weight.dtype != dtype or dtype.itemsize >= 4:
         return step, torch.promote_types(linear_weight.dtype, torch.float32)
-    # A sum of half the bytes needs half of the operations to hide its traffic.
+    # A sum of half the bytes has half the traffic, so half the rows hide it.
     rounded = max(-(-rows // MAX_HALF_CHUNKS), step // 2, 1)
     if rounded * dtype.itemsize <= step * dtype.itemsize + width * torch.float32.itemsize:
         return rounded, dtype
@@ -448,19 +449,20 @@ def unreduced_losses(
     step = rows_per_chunk(count, linear_weight.shape[0], dtype, x.device)
 
     def part(chunk: slice) -> Tensor:
-        of, at = classes, position
-        if of is not None and at is not None:
-            of = of._replace(target=t[chunk])
-            is_here = None if at.is_here is None else at.is_here.reshape(-1)[chunk]
-            at = ClassPosition(at.indices.reshape(-1, 1)[chunk], 1, is_here)
-        logits = _logits(dtype, x[chunk], linear_weight, linear_bias, of)
-        return formulas.unreduced_losses(call, Arguments(logits, t[chunk], weight), flat, of, at)
+        part_classes, part_position = classes, position
+        if classes is not None and position is not None:
+            part_classes = classes._replace(target=t[chunk])
+            is_here = None if position.is_here is None else position.is_here.reshape(-1)[chunk]
+            part_position = ClassPosition(position.indices.reshape(-1, 1)[chunk], 1, is_here)
+        logits = _logits(dtype, x[chunk], linear_weight, linear_bias, part_classes)
+        arguments = Arguments(logits, t[chunk], weight)
+        return formulas.unreduced_losses(call, arguments, flat, part_classes, part_position)
 
     if torch.compiler.is_compiling() or step >= count:
         return part(slice(None)).view(samples)
     tensors = (input, linear_weight, linear_bias, target, weight)
     versions = _versions(tensors)
-    if linear_weight.dtype.itemsize < 4:  # Autograd then adds up their gradients in float32.
+    if linear_weight.dtype.itemsize < 4:  # So autograd accumulates their gradients in float32.
         linear_weight = linear_weight.float()
         linear_bias = None if linear_bias is None else linear_bias.float()
 
