@@ -28,8 +28,8 @@ CHUNK = 2**12
 # percent longer, but at least LEAST_ROWS: half as many take 10 to 15% longer.
 CHUNK_ON_CPU = 48 * 10**6
 LEAST_ROWS = 256
-# The most chunks whose weight gradients are accumulated in half precision. Each rounds the sum once.
-# A sum of random terms grows as a square root, so six roundings at most double the error of one.
+# The most chunks whose weight gradients are accumulated in half precision. Each rounds the sum; a
+# sum of random terms grows as a square root, so six roundings at most double the error of one.
 MAX_HALF_CHUNKS = 6
 MAX_LAUNCHES = 64
 # Classes per block when a product in half precision is added to float32: it is still in the cache.

@@ -35,7 +35,7 @@ def _is_dtensor(argument: Any) -> bool:
     return _is_a(argument, "torch.distributed.tensor", "DTensor")
 
 
-def _is_under_way(argument: Any) -> bool:
+def _is_pending(argument: Any) -> bool:
     # Private, but `to_local` returns it while a collective runs.
     return _is_a(argument, "torch.distributed._functional_collectives", "AsyncCollectiveTensor")
 
@@ -63,10 +63,9 @@ def _unwrapped(tensor: Tensor | None) -> Tensor | None:
 
 
 class _Wait(Function):
-    """Waits for a tensor that a collective is computing.
+    """Waits for a tensor that a collective is computing, with a gradient: `wait` detaches.
 
-    Its own `wait` detaches. What is written to it does not show in what it holds, so it is saved
-    itself.
+    Writes to the tensor do not change the version of what it holds, so it is saved itself.
     """
 
     @staticmethod
@@ -85,13 +84,10 @@ Tensors = TypeVar("Tensors", bound=tuple[Any, ...])
 
 
 def waited(arguments: Tensors) -> Tensors:
-    """The arguments, with results of running collectives as plain tensors.
-
-    So kernels serve them.
-    """
-    if not any(_is_under_way(a) for a in arguments if type(a) not in _PLAIN):
+    """The arguments, with results of pending collectives as plain tensors, which kernels serve."""
+    if not any(_is_pending(a) for a in arguments if type(a) not in _PLAIN):
         return arguments
-    return cast("Tensors", tuple(_waited(a) if _is_under_way(a) else a for a in arguments))
+    return cast("Tensors", tuple(_waited(a) if _is_pending(a) else a for a in arguments))
 
 
 def _waited(tensor: Tensor) -> Tensor:
@@ -104,8 +100,8 @@ def _waited(tensor: Tensor) -> Tensor:
 class _Saved(Function):
     """Saves the arguments of a loss themselves.
 
-    What is written to a DTensor does not show in the shard that the loss was computed from, so
-    without this autograd would not notice it.
+    Writes to a DTensor do not change the version of the shard that the loss was computed from, so
+    autograd would miss them.
     """
 
     @staticmethod
@@ -129,16 +125,16 @@ def compute_linear(call: Call, *arguments: Any) -> Tensor:
     return _compute_by(_compute_linear, call, arguments)
 
 
-def _compute_by(way: Callable[..., Tensor], call: Call, arguments: Sequence[Any]) -> Tensor:
+def _compute_by(function: Callable[..., Tensor], call: Call, arguments: Sequence[Any]) -> Tensor:
     if _are_transformed():
         raise NotImplementedError(
             "torch.func: got a transform of a loss of DTensors; expected backward or "
-            "torch.autograd.grad, since only its first derivative is there"
+            "torch.autograd.grad, which give its first derivative"
         )
     meshes = [argument.device_mesh for argument in arguments if _is_dtensor(argument)]
     if all(mesh.get_coordinate() is None for mesh in meshes):
-        way = _compute_outside
-    loss = way(call, *arguments)
+        function = _compute_outside
+    loss = function(call, *arguments)
     if loss.requires_grad and checks.is_eager():
         loss = _Saved.apply(loss, *arguments)
     return loss
@@ -158,7 +154,7 @@ def _compute_outside(call: Call, input: Tensor, *rest: Any) -> Tensor:
 
 
 def _compute(call: Call, arguments: Arguments, layer: "Layer | None" = None) -> Tensor:
-    """If there is a `layer`, the input is a stand-in for its logits, without values."""
+    """The loss. With a `layer`, the input stands in for its logits and has no values."""
     shards = Shards(arguments.input, call.dim)
     arguments = shards.parts(call, arguments)
     is_whole = not any(shards.is_cut) or (call.is_per_element and not call.is_index)
@@ -486,7 +482,7 @@ def _local(
             lambda grad: _from_local(grad.to_local(), grad.device_mesh, grad.placements, grad.shape)
         )
     local = placed.to_local(grad_placements=gradients)
-    return _waited(local) if _is_under_way(local) else local
+    return _waited(local) if _is_pending(local) else local
 
 
 def _reduced(tensor: "DTensor") -> "DTensor":
