@@ -985,7 +985,7 @@ def check_at_random(seed: int) -> None:
 
     def laid_out(tensor: Tensor) -> Tensor:
         layout = one_of("contiguous", "contiguous", "permuted", "sliced", "offset", "expanded")
-        return calls.laid_out(tensor, layout, rng)
+        return calls.with_layout(tensor, layout, rng)
 
     dtype = one_of(torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.float16)
     wide = torch.promote_types(dtype, torch.float32)
