@@ -86,7 +86,7 @@ def positive(dtype: Any, number: int) -> Array:
 def test_exponential_and_logarithm(dtype: Any, wide: Any, lowest: float) -> None:
     x = positive(dtype, 500_000)
     check_ulps(apply(True, x), np.log(x.astype(wide)))
-    with np.errstate(invalid="ignore"):  # NumPy warns where it widens subnormal numbers.
+    with np.errstate(invalid="ignore"):  # NumPy may warn of subnormal numbers.
         x = -np.concatenate((x[x < -lowest], np.linspace(0, -lowest, 500_000, dtype=dtype)))
     check_ulps(apply(False, x), np.exp(x.astype(wide)))
     inf, nan, tiny = np.inf, np.nan, np.finfo(dtype).smallest_subnormal

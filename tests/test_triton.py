@@ -411,7 +411,7 @@ def launch_all(shape: tuple[int, ...], dtype: torch.dtype, *, has_all_options: b
 def test_compiles_without_spills(
     capability: int, binaries: Callable[[int], list[Any]], tmp_path: Path
 ) -> None:
-    made = binaries(capability)
+    built = binaries(capability)
     # Rows of one tile and of several; few classes; images, whose samples are contiguous.
     for shape, dtype, has_all_options in (
         ((4096, 4096), torch.float32, True),
@@ -427,13 +427,13 @@ def test_compiles_without_spills(
     y, target = tensor((4096, 10), torch.float32), tensor((4096,), torch.int64)
     for call in calls("mean", is_index=True):
         run(call, y, target, None, None, (False, False))
-    assert {name for name, _ in made} == {"_loss_kernel", "_count_kernel", "_rescale_kernel"}
-    assert_no_spills(made, tmp_path)
+    assert {name for name, _ in built} == {"_loss_kernel", "_count_kernel", "_rescale_kernel"}
+    assert_no_spills(built, tmp_path)
 
 
-def assert_no_spills(made: list[Any], folder: Path) -> None:
+def assert_no_spills(built: list[Any], folder: Path) -> None:
     path = folder / "kernel.cubin"
-    for name, binary in {id(binary): (name, binary) for name, binary in made}.values():
+    for name, binary in {id(binary): (name, binary) for name, binary in built}.values():
         path.write_bytes(binary.asm["cubin"])
         usage = subprocess.run(
             [triton.knobs.nvidia.cuobjdump.path, "-res-usage", path],
@@ -449,20 +449,20 @@ def test_one_thread_holds_all_classes_of_two_pixels(
     capability: int, binaries: Callable[[int], list[Any]], tmp_path: Path
 ) -> None:
     """One load per class serves both pixels, and threads exchange nothing before the sum."""
-    made = binaries(capability)
+    built = binaries(capability)
     for classes in (3, 21, 32):
         for dtype in (torch.bfloat16, torch.float16):
             for delta in (1e-7, 0.0):
                 call = Call("logits", True, 1, "sum", -100, torch.float32, delta)
                 x = tensor((16, classes, 512, 512), dtype)
                 target = tensor((16, 512, 512), torch.int64)
-                before = len(made)
+                before = len(built)
                 run(call, x, target, None, None, (True, False))
-                for _, binary in made[before:]:
+                for _, binary in built[before:]:
                     code = binary.asm["ptx"]
                     assert len(re.findall(r"\bbar(rier)?\.sync\b", code)) <= 8
                     assert len(re.findall(r"\bld\.global(\.\w+)*\.b32\b", code)) >= classes
-    assert_no_spills(made, tmp_path)
+    assert_no_spills(built, tmp_path)
 
 
 class FakeBinary:
@@ -579,21 +579,21 @@ def test_concurrent_launches_share_no_workspace(monkeypatch: pytest.MonkeyPatch)
 
     with FakeTensorMode():
         is_captured = True
-        made = [find()]  # Captured before any eager launch.
+        found = [find()]  # Captured before any eager launch.
         is_captured = False
         first = find()
         assert find() is first
-        made += [first, find(torch.float64)]
+        found += [first, find(torch.float64)]
         stream = 2
-        made.append(find())
-        assert find() is made[-1]
+        found.append(find())
+        assert find() is found[-1]
         is_captured = True
-        made += [find() for _ in range(3)]
-        counters = [counter for _, counter in made]
+        found += [find() for _ in range(3)]
+        counters = [counter for _, counter in found]
         assert [counter._is_view() for counter in counters] == [False] * 4 + [True, True, False]
         assert counters[4].storage_offset() != counters[5].storage_offset()
-        for tensors in zip(*made, strict=True):
-            assert len(set(map(id, tensors))) == len(made)
+        for tensors in zip(*found, strict=True):
+            assert len(set(map(id, tensors))) == len(found)
 
 
 class Operations(TorchDispatchMode):
