@@ -1,36 +1,39 @@
-"""How fast the losses are on this machine, beside torch's own and beside what its memory allows.
+"""Measure the time and memory of the losses, relative to torch's own losses and to a memory bound.
 
-    python examples/benchmark.py                          # every workload, in two ways of malloc
+    python examples/benchmark.py                          # every workload, both malloc settings
     python examples/benchmark.py --shapes 4096x8192 --dtypes float32 --rounds 15
     python examples/benchmark.py --device cuda --steps backward "backward of 0.5" --rounds 5
 
-The contenders of a workload take turns within one run, so that a machine whose speed drifts treats
-all alike, and the table gives ratios first: how many times as long as torchlosses another takes, by
-the medians. The others are torch's own loss ("torch"), the formula by operations of torch
-("eager"), what torch.compile makes of it ("compiled") and of torch's own loss ("torch compiled"),
-and torchlosses in a compiled graph ("ours compiled"); "both compiled" is the ratio of the last two.
-Liger-Kernel and quack, where they are installed, are beside it from logits. The floor reads each
-argument once, and allocates and writes the gradient once; beside it stands how many times as long
-as the floor torchlosses takes. `memory` is the peak of what is allocated beyond the arguments, in
-units of the input's size. `GB/s` counts the same bytes as the floor, over the time of torchlosses,
-and `of copy` divides that by what a plain copy reads and writes a second. A CSV with all times, and
-a picture, go to `runs/`.
+The contenders of a workload take turns, so that a drift in the machine's speed affects all alike.
+The columns of the table, all of medians:
 
-On the CPU all is measured twice, in processes of their own: with malloc as it is ("default"), where
-the C library gives large tensors back at once and each new one pays for fresh pages, and with freed
-memory kept ("kept", by two variables of the C library's environment), where the losses themselves
-show. The floor has its gradient in pages like those of torchlosses.
+- "torch" to "quack": time relative to torchlosses (above 1: torchlosses is faster). "torch" is
+  torch's own loss, "eager" the formula in torch operations, "compiled" that formula under
+  torch.compile, "torch compiled" torch's loss under torch.compile, "ours compiled" torchlosses in a
+  compiled graph. Liger-Kernel and quack, if installed, compute logits with class indices.
+- "both compiled": torch's loss relative to torchlosses, both under torch.compile.
+- "of the floor": time of torchlosses relative to the floor, which reads each argument once, and
+  allocates and writes the gradient once, in pages like those of torchlosses.
+- "memory": peak of the bytes allocated beyond the arguments, relative to the bytes of the input.
+- "ms", "GB/s": time of torchlosses, and the bytes of the floor per second of that time.
+- "of copy": these GB/s relative to those of a plain copy.
 
-With --linear the loss of a linear layer is timed, and its gradients by input and weight, beside the
-layer and torch's loss apart ("plain"), torch's own in one call ("chunked"), and Liger's:
+A CSV of all times and a picture go to `runs/`.
+
+On the CPU everything is measured twice, in new processes. With malloc "default" the C library
+returns large freed blocks to the system, so each new tensor pays for fresh pages. With "kept", set
+by two environment variables, it reuses freed memory, so the times are those of the losses.
+
+--linear measures the linear loss with its gradients by input and weight, relative to the layer
+followed by torch's loss ("plain"), torch's linear loss ("chunked") and Liger's:
 
     python examples/benchmark.py --linear --malloc kept
     python examples/benchmark.py --linear --device cuda --shapes 8192x4096x128256
 
-There `MB` are the peak of what is allocated beyond the arguments, of each.
+Its "MB" columns are the peak of the bytes that each contender allocates beyond the arguments.
 
-On CUDA, times are those between two events on the device, with its cache emptied before; what is
-too small to fill the device is bound by calls, and timed on the host, as on the CPU.
+On CUDA, times are taken between two events on the device, with its cache flushed before. Workloads
+too small to fill the device are bound by the host and timed on the host, as on the CPU.
 """
 
 import argparse
@@ -68,15 +71,15 @@ SHAPES = {
         "16384x1000", "16384x4096", "16384x32768", "16384x131072",
     ),
 }  # fmt: skip
-SMALL = 2**20  # Bytes, of an input that is bound by calls on CUDA.
+SMALL = 2**20  # Bytes of an input up to which CUDA times are bound by the host.
 DTYPES = ("float32", "bfloat16", "float64")
 STEPS = {"forward": None, "backward": 1.0, "backward of 0.5": 0.5}  # Names and upstream gradients.
-# Modules and functions of others that serve one workload, rows of logits: one overwrites them.
+# Other libraries' cross-entropy of logits (N, C) with class indices. Liger's overwrites the logits.
 PEERS = {
     "liger": ("liger_kernel.transformers.functional", "liger_cross_entropy"),
     "quack": ("quack.cross_entropy", "cross_entropy"),
 }
-# What the C library reads when a process starts: from this size on, memory goes back when freed.
+# Environment variables of the C library: sizes from which freed memory returns to the system.
 MALLOC: dict[str, dict[str, str]] = {
     "default": {},
     "kept": {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"},
@@ -87,7 +90,7 @@ RIVALS = ("torch", "eager", "compiled", "torch compiled", "ours compiled", *PEER
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-# For each workload: torchlosses, torch's own expression, and the formula in plain operations.
+# For each workload: torchlosses, torch's own loss, and the formula in torch operations.
 WORKLOADS: dict[str, tuple[Loss, Loss, Loss]] = {
     "squares, dense": (
         sum_squared_error,
@@ -144,7 +147,7 @@ def arguments(
 
 
 def step(loss: Loss, input: Tensor, target: Tensor, upstream: float | None) -> Callable[[], Any]:
-    """What is timed: the loss, or the loss and its gradient by the input."""
+    """The call to time: the loss, or the loss and its gradient by the input."""
     if upstream is None:
 
         def forward() -> Any:
@@ -168,17 +171,19 @@ def peer(name: str) -> Loss:
 
 
 def read_once(workload: str, input: Tensor, target: Tensor) -> list[Tensor]:
-    """The arguments, as far as they are of the input's size and every element counts."""
+    """The arguments of the input's size of which the loss reads every element."""
     reads = [target] if "dense" in workload else []
     return reads if workload == "probabilities, index" else [*reads, input]
 
 
 def floor(reads: list[Tensor], input: Tensor, upstream: float | None) -> Callable[[], Any]:
-    """The same memory: each argument read once, the gradient allocated and written once."""
+    """Reads each argument once, and allocates and writes the gradient once."""
     rows = len(input) if input.is_cuda else max(2**19 // input[0].numel(), 1)
     empty = torch.empty_like
     if input.is_cpu:
-        with contextlib.suppress(ImportError):  # Without the extension it has plain pages too.
+        with contextlib.suppress(
+            ImportError
+        ):  # Without the extension torchlosses uses plain pages.
             empty = importlib.import_module("torchlosses.kernels.cpu").empty
 
     def touch() -> Any:
@@ -200,7 +205,7 @@ def floor(reads: list[Tensor], input: Tensor, upstream: float | None) -> Callabl
 
 
 def turn(call: Callable[[], Any], *, on_device: bool) -> Callable[[], float]:
-    """A turn of a contender: the seconds that a call takes."""
+    """A function that returns the seconds per call, for one turn of a contender."""
     if on_device:
         from triton.testing import do_bench
 
@@ -211,15 +216,15 @@ def turn(call: Callable[[], Any], *, on_device: bool) -> Callable[[], float]:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes that a copy reads and writes a second."""
+    """Bytes that a copy reads and writes per second."""
     source = torch.ones(2**26, device=device)
     copy = torch.empty_like(source)
-    once = turn(lambda: copy.copy_(source), on_device=device == "cuda")
-    return 2 * source.nbytes / statistics.median(once() for _ in range(5))
+    seconds = turn(lambda: copy.copy_(source), on_device=device == "cuda")
+    return 2 * source.nbytes / statistics.median(seconds() for _ in range(5))
 
 
 def peak_memory(call: Callable[[], Any], device: str) -> int:
-    """Bytes at the peak of what the call allocates."""
+    """Peak of the bytes that the call allocates."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -227,7 +232,7 @@ def peak_memory(call: Callable[[], Any], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(profile_memory=True) as profiler:
         call()
-    # The profiler's own summaries lack those of the autograd engine's thread.
+    # The profiler's own summaries lack allocations of the autograd engine's thread.
     events = getattr(profiler.profiler, "kineto_results").events()  # noqa: B009
     sizes = (event.nbytes() for event in events if event.name() == "[memory]")
     return max(itertools.accumulate(sizes), default=0)
@@ -236,7 +241,7 @@ def peak_memory(call: Callable[[], Any], device: str) -> int:
 def measure(
     workload: str, shape: Sequence[int], dtype: torch.dtype, upstream: float | None, options: Any
 ) -> dict[str, float]:
-    """Median seconds of each contender, the bytes that count, and the peak of memory of ours."""
+    """Median seconds of each contender, bytes of the floor, and peak memory of torchlosses."""
     input, target = arguments(workload, shape, dtype, options.device)
     ours, theirs, formula = WORKLOADS[workload]
     reads = read_once(workload, input, target)
@@ -255,10 +260,10 @@ def measure(
     turns = {"floor": turn(floor(reads, input, upstream), on_device=on_device)}
     for name, make in contenders.items():
         try:
-            own = input.clone() if name in PEERS else input  # All others can share what is large.
+            own = input.clone() if name in PEERS else input  # A peer may overwrite its input.
             call = step(make(), own, target, upstream)
             call()
-        except Exception as error:  # Whatever stops one contender shall not end a long run.
+        except Exception as error:  # A contender that fails must not end a long run.
             print(
                 f"  left out: {name} ({next(iter(str(error).splitlines()), type(error).__name__)})"
             )
@@ -300,13 +305,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """For loss and gradient in float32: each rival's time over that of torchlosses."""
-    first = rows[-1]  # Of freed memory that is kept, where both ways were measured.
+    """Bars of each rival's time relative to torchlosses, for loss and gradient."""
+    last = rows[-1]  # With malloc "kept", if both settings were measured.
     rows = [
         row
         for row in rows
         if row["step"] == "backward"
-        and all(row[name] == first[name] for name in ("dtype", "malloc"))
+        and all(row[name] == last[name] for name in ("dtype", "malloc"))
     ]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     rivals = [name for name in RIVALS if any(name in row for row in rows)]
@@ -317,18 +322,18 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axes, shape in zip(grid[0], shapes, strict=True):
         part = [row for row in rows if row["shape"] == shape]
         for index, name in enumerate(rivals):
-            places = [place + 0.8 / len(rivals) * index for place in range(len(part))]
+            positions = [group + 0.8 / len(rivals) * index for group in range(len(part))]
             ratios = [row.get(name, 0) / row["torchlosses"] for row in part]
-            axes.barh(places, ratios, 0.8 / len(rivals), label=name)
+            axes.barh(positions, ratios, 0.8 / len(rivals), label=name)
         axes.axvline(1, color="black", lw=0.8)
-        axes.set_yticks([place + 0.3 for place in range(len(part))], [r["workload"] for r in part])
-        axes.set(title=shape.replace("x", " × "), xlabel="time over that of torchlosses")
+        axes.set_yticks([group + 0.3 for group in range(len(part))], [r["workload"] for r in part])
+        axes.set(title=shape.replace("x", " × "), xlabel="time relative to torchlosses")
         axes.spines[["top", "right"]].set_visible(False)
     grid[0][0].invert_yaxis()
     grid[0][-1].legend(fontsize=8)
     figure.suptitle(
-        f"Loss and gradient, {first['dtype']}, malloc {first['malloc']}: "
-        "right of the line torchlosses is faster"
+        f"Loss and gradient, {last['dtype']}, malloc {last['malloc']} "
+        "(right of the line: torchlosses is faster)"
     )
     figure.savefig(path, dpi=100)
 
@@ -370,7 +375,7 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
         writer.writerows(rows)
 
 
-# ---- A linear layer and its loss
+# ---- The linear loss
 
 LINEAR_SHAPES = {  # Rows, features, classes.
     "cpu": ("8192x256x10000", "4096x512x32000"),
@@ -384,7 +389,7 @@ def linear_arguments(
     workload: str, shape: Sequence[int], dtype: torch.dtype, device: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, features, classes = shape
-    if "soft" in workload:  # As large as the logits themselves.
+    if "soft" in workload:  # The target is as large as the logits.
         rows = max(rows // 4, 1)
         target = torch.randn(rows, classes, device=device).softmax(1).to(dtype)
     else:
@@ -426,7 +431,7 @@ def measure_linear(
         try:
             call()
             result[f"{name} MB"] = peak_memory(call, options.device) / 1e6
-        except Exception as error:  # Whatever stops one contender shall not end a long run.
+        except Exception as error:  # A contender that fails must not end a long run.
             print(f"  left out: {name} ({type(error).__name__})")
             continue
         if options.device == "cuda":
@@ -467,7 +472,7 @@ def linear_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-# ---- The command
+# ---- Command line
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -476,16 +481,14 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--device", default="cpu", choices=SHAPES)
     parser.add_argument(
-        "--linear", action="store_true", help="of a linear layer, with shapes NxDxC"
+        "--linear", action="store_true", help="measure the linear loss, with shapes NxDxC"
     )
     parser.add_argument("--shapes", nargs="+", metavar="NxC")
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=STEPS)
     parser.add_argument("--malloc", nargs="+", default=list(MALLOC), choices=MALLOC)
-    parser.add_argument(
-        "--rounds", type=int, default=9, help="times that each contender's turn comes"
-    )
+    parser.add_argument("--rounds", type=int, default=9, help="number of turns of each contender")
     parser.add_argument("--output-dir", type=Path, default=Path("runs"))
     options = parser.parse_args(arguments)
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -497,10 +500,9 @@ def main(arguments: Sequence[str]) -> None:
         if len(options.malloc) == 1 and MALLOC[malloc].items() <= os.environ.items():
             rows = (measure_linears if options.linear else measure_all)(options, malloc)
             write(rows, path)
-        else:  # The C library reads its environment but once.
-            again = (*arguments, "--malloc", malloc)
+        else:  # The C library reads its environment once, when a process starts.
+            command = (sys.executable, __file__, *arguments, "--malloc", malloc)
             environment = os.environ | MALLOC[malloc]
-            command = (sys.executable, __file__, *again)
             subprocess.run(command, env=environment, check=True)  # noqa: S603 - It is this file.
             rows += read(path)
     if options.linear:

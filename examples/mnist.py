@@ -1,4 +1,4 @@
-"""Train one small network on handwritten digits with each loss of torchlosses, and compare them.
+"""Train a small network on handwritten digits with two losses of torchlosses, and compare them.
 
     python examples/mnist.py                         # both losses, 5 epochs each
     python examples/mnist.py --data digits           # without MNIST, on scikit-learn's 1,797 digits
@@ -9,10 +9,10 @@
     python examples/mnist.py --trainer.devices 2 --trainer.strategy ddp --trainer.accelerator cpu
     python examples/mnist.py --print_config > my.yaml; python examples/mnist.py --config my.yaml
 
-Several processes share each batch, so their steps are as large as those of one.
-Logs, a checkpoint for each loss and the picture `mnist.png` go to `runs/`. A run goes on from its
-checkpoint with `--ckpt_path FILE` beside the same `--model.criterion`. `--trainer.logger false`
-writes no log, so the picture shows no curves.
+Several processes share each batch, so the batch size does not depend on their number. Logs, a
+checkpoint for each loss and the picture `mnist.png` go to `runs/`. `--ckpt_path FILE` with the same
+`--model.criterion` resumes a run. With `--trainer.logger false` there is no log, and the picture
+shows no curves.
 """
 
 import csv
@@ -45,12 +45,12 @@ from torchvision.datasets import MNIST
 from torchlosses import SumSquaredError
 
 BOTH = ("torchlosses.SumSquaredError", "torchlosses.CrossEntropyError")
-DOWNLOAD_TIMEOUT = 5.0  # Seconds; torchvision itself would wait for ever.
+DOWNLOAD_TIMEOUT = 5.0  # Seconds; torchvision sets no timeout.
 DIGITS = "scikit-learn's 1,797 digits"
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):
-    """Images and labels in memory, of which a whole batch is taken by one indexing."""
+    """Images and labels in memory, which give a whole batch by one indexing."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images = images
@@ -66,13 +66,13 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         return self.images[indices], self.labels[indices]
 
 
-def as_it_is(batch: Any) -> Any:
-    """Collate nothing: `Images` hands out batches."""
+def no_collate(batch: Any) -> Any:
+    """The batch itself, since `Images` returns whole batches."""
     return batch
 
 
 class Data(L.LightningDataModule):
-    """Images for training and for the test, and what suits their number."""
+    """Training and test images, with a batch size and a number of epochs for their number."""
 
     name: str
 
@@ -87,10 +87,10 @@ class Data(L.LightningDataModule):
         self.max_epochs = max_epochs
 
     def loader(self, images: Images, batch_size: int, **options: Any) -> DataLoader[Any]:
-        """Of each batch, the share of one process."""
+        """A loader of this process's share of each batch."""
         trainer: Any = self.trainer
         share = max(batch_size // trainer.world_size, 1)
-        return DataLoader(images, share, collate_fn=as_it_is, **options)
+        return DataLoader(images, share, collate_fn=no_collate, **options)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self.loader(self.train, self.batch_size, shuffle=True)
@@ -99,13 +99,13 @@ class Data(L.LightningDataModule):
         trainer: Any = self.trainer
         own = slice(trainer.global_rank, None, trainer.world_size)
         test = Images(self.test.images[own], self.test.labels[own])
-        # The sampler that Lightning would put here makes shares equal by taking digits twice.
+        # Lightning's default sampler would repeat digits to make the shares equal.
         sampler: Any = DistributedSampler(test, num_replicas=1, rank=0, shuffle=False)
         return self.loader(test, 500, sampler=sampler)
 
 
 def load(data: str, data_dir: str) -> Data:
-    """MNIST if it is there or can be downloaded, and else the digits that scikit-learn carries."""
+    """MNIST from `data_dir` or by download; with "auto", scikit-learn's digits if both fail."""
     if data == "digits":
         return load_scikit_learn_digits()
     timeout = socket.getdefaulttimeout()
@@ -127,7 +127,7 @@ def load(data: str, data_dir: str) -> Data:
 
 
 def is_first_process() -> bool:
-    """Whether this is the one that starts the others, which it does when training starts."""
+    """Whether this process starts the others, which it does when training starts."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
@@ -141,7 +141,7 @@ def load_scikit_learn_digits() -> Data:
     images, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
     images = images.view(-1, 1, 8, 8).float() / 16
     images = nn.functional.interpolate(images, (20, 20), mode="bilinear")
-    images = nn.functional.pad(images, (4, 4, 4, 4))  # MNIST's digits have this margin too.
+    images = nn.functional.pad(images, (4, 4, 4, 4))  # MNIST's margin.
     train_images, test_images, train_labels, test_labels = train_test_split(
         images, labels, test_size=0.2, random_state=0, stratify=labels
     )
@@ -154,9 +154,9 @@ class Classifier(L.LightningModule):
 
     Args:
         criterion: the loss; `--model.criterion.help torchlosses.CrossEntropyError` lists its
-            options. Without one, both losses are trained one after the other. A loss gets logits,
-            but for SumSquaredError and one whose `from_logits` is false: these get probabilities.
-        lr: the learning rate of Adam at the first step, from where it falls to 0 in a line.
+            options. Without one, the script trains with both losses in turn. SumSquaredError and
+            losses whose `from_logits` is false get probabilities, other losses get logits.
+        lr: the initial learning rate of Adam, which decays linearly to 0.
     """
 
     def __init__(self, criterion: nn.Module | None = None, lr: float = 0.002) -> None:
@@ -184,7 +184,7 @@ class Classifier(L.LightningModule):
         from_logits = getattr(self.criterion, "from_logits", not is_squares)
         loss = self.criterion(logits if from_logits else probabilities, labels)
         if getattr(self.criterion, "reduction", None) == "sum":
-            # Gradients are averaged over the processes, which makes a mean of a sum.
+            # Averaging the gradients over the processes divides the sum by their number.
             loss = loss * self.trainer.world_size
         return loss, probabilities
 
@@ -195,7 +195,7 @@ class Classifier(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         loss, probabilities = self.loss(*batch)
-        # Metrics, because Lightning's own mean rounds a share of a batch to whole samples.
+        # Metrics, because Lightning's own mean rounds the average batch size of the processes.
         self.test_loss(loss, len(batch[1]))
         self.accuracy(probabilities, batch[1])
         self.log("test_loss", self.test_loss)
@@ -209,18 +209,18 @@ class Classifier(L.LightningModule):
 
 
 class CLI(LightningCLI):
-    """Lightning's command line, with the data by their name instead of by a class."""
+    """Lightning's command line, with data sets by name instead of a class."""
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--data",
             type=Literal["auto", "mnist", "digits"],
             default="auto",
-            help=f"MNIST, {DIGITS}, or the second where the first cannot be had",
+            help=f"MNIST, {DIGITS}, or (auto) MNIST if it can be loaded, else the digits",
         )
-        parser.add_argument("--data-dir", default="data", help="where MNIST lies or comes to lie")
+        parser.add_argument("--data-dir", default="data", help="folder of MNIST or its download")
         parser.add_argument("--output-dir", default="runs", help="for logs, checkpoints, picture")
-        parser.add_argument("--ckpt_path", type=str | None, help="a checkpoint to go on from")
+        parser.add_argument("--ckpt_path", type=str | None, help="a checkpoint to resume from")
         parser.add_lightning_class_args(L.Trainer, "trainer")
         parser.set_defaults({"trainer.num_sanity_val_steps": 0})
         parser.add_lightning_class_args(Classifier, "model")
@@ -229,7 +229,7 @@ class CLI(LightningCLI):
         options = self.config.trainer
         options.default_root_dir = options.default_root_dir or self.config.output_dir
         if options.logger is False or options.barebones:
-            self.save_config_callback = None  # Part of a log.
+            self.save_config_callback = None  # It writes to the log's folder.
 
 
 def parse(arguments: Sequence[str]) -> CLI:
@@ -237,7 +237,7 @@ def parse(arguments: Sequence[str]) -> CLI:
 
 
 def train(cli: CLI, data: Data) -> dict[str, Any]:
-    """One run: what the table and the picture show of it."""
+    """Trains, and returns what the table and the picture show."""
     name = type(cli.model.criterion).__name__
     options = cli.config.trainer
     if options.logger in (None, True) and not options.barebones:
@@ -248,9 +248,9 @@ def train(cli: CLI, data: Data) -> dict[str, Any]:
     accuracy = cli.trainer.callback_metrics.get("test_accuracy")
     metrics = []
     log = cli.trainer.logger
-    if isinstance(log, CSVLogger) and cli.trainer.is_global_zero:  # Which alone writes.
+    if isinstance(log, CSVLogger) and cli.trainer.is_global_zero:  # Only the first process writes.
         path = Path(log.log_dir, "metrics.csv")
-        if path.exists():  # Something was logged.
+        if path.exists():  # Missing if nothing was logged.
             with path.open() as file:
                 metrics = list(csv.DictReader(file))
     return {
@@ -312,16 +312,16 @@ def draw_mistakes(grid: Sequence[Axes], run: dict[str, Any], test: Images) -> No
         if index is None:
             continue
         axes.imshow(test.images[index, 0], cmap="gray_r")
-        right, taken = int(test.labels[index]), int(probabilities[index].argmax())
-        shares = (f"{digit}: {probabilities[index, digit]:.0%}" for digit in (taken, right))
-        axes.set_title(f"a {right}, taken for {taken}\n" + ", ".join(shares), fontsize=8)
+        label, predicted = int(test.labels[index]), int(probabilities[index].argmax())
+        shares = (f"{digit}: {probabilities[index, digit]:.0%}" for digit in (predicted, label))
+        axes.set_title(f"a {label}, taken for {predicted}\n" + ", ".join(shares), fontsize=8)
 
 
 def main(arguments: Sequence[str]) -> None:
     cli = parse(arguments)
     options = cli.config
     if options.ckpt_path and options.model.criterion is None:
-        cli.parser.error("--ckpt_path goes on with one loss: name it with --model.criterion")
+        cli.parser.error("--ckpt_path resumes with one loss: name it with --model.criterion")
     data = load(options.data, options.data_dir)
     criteria: Sequence[Sequence[str]] = [()]
     if options.model.criterion is None:
@@ -343,7 +343,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    # The data lie in memory: worker processes would only copy them.
+    # The data are in memory: worker processes would only copy them.
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
     main(sys.argv[1:])

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torch 2.13.0: the disk cache of torch.compile should notice that an operator's backward changed.
 # It keys the operator by name: the next process silently gets the gradient of the old backward.
-# Hurts whoever mends or switches a custom operator's backward and reruns a training script.
+# Hurts whoever fixes or switches a custom operator's backward and reruns a training script.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

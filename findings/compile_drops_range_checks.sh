@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torch 2.13.0, CPU: F.binary_cross_entropy raises for inputs or targets outside [0, 1].
 # Compiled by Inductor it checks nothing: a target of 2 gives a plausible loss, an input of 1.5
-# NaN. Hurts whoever trusts the check with labels of 1 and 2, or 0 and 255.
+# gives NaN. Hurts whoever relies on the check with labels of 1 and 2, or 0 and 255.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# torch 2.13.0: a compiled loss should refuse create_graph=True, or serve it. F.mse_loss refuses.
-# F.cross_entropy and its kin give a gradient with requires_grad=True and no path to the input:
-# the second derivative is None. Hurts gradient penalties, which lose a term with allow_unused=True.
+# torch 2.13.0: a compiled loss should support create_graph=True or refuse it, as F.mse_loss does.
+# F.cross_entropy and similar losses return a gradient that requires grad but has no path to the
+# input: its derivative is None. Hurts gradient penalties, which lose a term with allow_unused=True.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torch 2.11.0: torch.compiler.is_exporting() should be True within torch.export only.
-# It is True within a plain torch.compile too (2.13.0 says False), so code that takes a slower,
-# portable path for exports takes it in every compiled model. Hurts libraries that branch on it.
+# It is True within torch.compile too (False in 2.13.0), so code with a slower, portable path for
+# exports takes that path in every compiled model. Hurts libraries that branch on it.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

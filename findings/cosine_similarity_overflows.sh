@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torch 2.13.0: parallel vectors have a cosine similarity of 1, whatever their length.
-# From a length of 2e19 on the squared norm overflows float32 and F.cosine_similarity is 0.0, with a
-# gradient of 0 and no NaN to see. Hurts embeddings that grow: their loss stops without a sign.
+# From a length of 2e19 on, the squared norm overflows float32 and F.cosine_similarity is 0.0, with
+# a gradient of 0 and no NaN. Hurts embeddings that grow: they silently stop learning.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

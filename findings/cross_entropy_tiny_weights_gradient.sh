@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# torch 2.13.0: equal class weights should cancel from the mean of F.cross_entropy, of any size.
-# With weights of 5e-40 (float32 subnormals) the loss is right and its gradient inf and NaN.
-# Hurts class weights made as products of frequencies: the loss looks healthy, the weights turn NaN.
+# torch 2.13.0: equal class weights of any size should cancel in the mean of F.cross_entropy.
+# With weights of 5e-40 (float32 subnormals) the loss is right, but its gradient is inf and NaN.
+# Hurts class weights that are products of frequencies: the loss looks right, the model turns NaN.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

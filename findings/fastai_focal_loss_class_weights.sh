@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # fastai 2.8.12: FocalLoss(weight=w) should be w (1 - p)^gamma (-log p), 10 times as large with
-# weights of 10. It takes p from the weighted loss, p^w: 15 times here, and 424 times where p = 0.9.
-# Hurts class weights: they undo the focus on hard samples, which gamma asks for.
+# weights of 10. It computes p from the weighted loss, as p^w: 15 times here, 424 times at p = 0.9.
+# Hurts class weights: they undo the focus on hard samples that gamma sets.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

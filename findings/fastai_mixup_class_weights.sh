@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# fastai 2.8.12: equal class weights should cancel from the mean of a cross-entropy, as they do
-# without MixUp. With it the mean divides by the samples, not the weights: weights of 10 make loss
-# and gradient 10 times as large. Hurts the learning rate that was found before MixUp or CutMix.
+# fastai 2.8.12: equal class weights should cancel in the mean of a cross-entropy, as they do
+# without MixUp. With MixUp the mean divides by the samples, not by the weights: weights of 10 make
+# loss and gradient 10 times as large. Hurts learning rates tuned without MixUp or CutMix.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# pytorch-ignite 0.5.5: MeanSquaredError and MeanAbsoluteError of (N, K) outputs should be those of
-# torch and scikit-learn, over N K numbers. They divide by N: K times as large, and their root is
-# sqrt(K) times. Hurts multi-output regression that is compared with a validation loss.
+# pytorch-ignite 0.5.5: MeanSquaredError and MeanAbsoluteError of (N, K) outputs should divide by
+# N K, as torch and scikit-learn do. They divide by N, so they are K times as large, and the root of
+# the first sqrt(K) times. Hurts multi-output regression that is compared with a validation loss.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # keras 3.15.1: CategoricalCrossentropy(axis=1, label_smoothing=0.3) should give each of the C
-# classes 0.3 / C, as it does with axis=-1. It divides by the size of the last dimension, so targets
-# of (N, C, W) no longer sum to 1, silently; the focal one too. Hurts channels-first segmentation.
+# classes 0.3 / C, as with axis=-1. It divides by the size of the last dimension, so targets of
+# (N, C, W) no longer sum to 1. The focal loss does the same. Hurts channels-first segmentation.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # torch 2.13.0: F.kl_div should give 0 where the target probability is 0, as it does for targets
-# given as probabilities. With log_target=True such an entry (-inf) is 0 * -inf = NaN, in the loss,
+# given as probabilities. With log_target=True such an entry (-inf) makes the loss 0 * -inf = NaN,
 # with a finite gradient. Hurts distillation from a teacher with masked logits (log_softmax: -inf).
 set -euo pipefail
 tmp=$(mktemp -d)

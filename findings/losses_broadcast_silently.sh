@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torch 2.13.0: a prediction of shape (3, 1) and a target of shape (3,) make F.mse_loss warn.
 # F.poisson_nll_loss, F.kl_div, F.hinge_embedding_loss and F.margin_ranking_loss (target (1, 3))
-# average all 9 pairs without a word. Hurts models whose last layer gives (N, 1).
+# average all 9 pairs without a warning. Hurts models whose output has shape (N, 1).
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # torch 2.13.0, CPU: a NaN score should make F.multi_margin_loss and F.multilabel_margin_loss NaN.
-# Eager they are 0.0, as for a perfect score; compiled they are NaN. At the margin itself the
+# In eager mode they are 0.0, as for a perfect score; compiled they are NaN. At the margin the
 # gradients differ too (0 eager, -2/3 compiled). Hurts whoever watches the loss for NaN.
 set -euo pipefail
 tmp=$(mktemp -d)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # paddlepaddle 3.3.1: the mean of F.cross_entropy should not change with class weights of 1.
-# Labels of ignore_index=-100, the default, cost nothing, yet count in the mean unless there are
-# weights; with an ignore_index of 7 they never count. Hurts padded batches: a loss 4/6 as large.
+# Without weights the mean also divides by labels of ignore_index=-100, the default. With weights,
+# or with an ignore_index of 7, it does not. Hurts padded batches: here the loss is 4/6 as large.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

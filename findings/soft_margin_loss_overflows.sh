@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torch 2.13.0: F.soft_margin_loss is log(1 + exp(-y x)): 200 at -200, with a gradient of -1.
-# It takes exp literally: inf with a NaN gradient in float32 from about 89 on (float16: from 12 on),
-# where F.multilabel_soft_margin_loss, the same formula, is right. Hurts early training, float16.
+# It computes exp itself, so in float32 it is inf with a NaN gradient from about -89 on (float16:
+# -12). F.multilabel_soft_margin_loss, the same formula, is right. Hurts early training and float16.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

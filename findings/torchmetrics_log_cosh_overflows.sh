@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # torchmetrics 1.9.0: log_cosh_error should be |d| - log 2 for a large difference d.
-# It takes exp(d) literally: inf in float32 from d = 89 on.
+# It computes exp(d) itself: inf in float32 from d = 89 on.
 # Hurts regression with targets that are not normalized, whose metric is inf from one outlier.
 set -euo pipefail
 tmp=$(mktemp -d)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torchmetrics 1.9.0: Perplexity should be exp of the cross-entropy of the logits.
-# It takes the softmax and then its logarithm: one token of probability below 1e-45 (a gap of 104
-# between logits) makes it inf for the whole data set. Hurts peaked models: one bad token ends it.
+# It computes the softmax and then its logarithm: one token of probability below 1e-45 (a gap of 104
+# between logits) makes it inf for the whole data set. Hurts confident models: one token suffices.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

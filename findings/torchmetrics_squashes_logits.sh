@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# torchmetrics 1.9.0: a rank metric should not change under a shift, nor a hinge loss see a sigmoid.
+# torchmetrics 1.9.0: rank metrics and the hinge loss should not apply a sigmoid to scores.
 # Scores outside [0, 1] get a float32 sigmoid first: large logits tie at 1.0, so a perfect AUROC of
 # logits is 0.5, and the hinge loss of right answers is 0.37 instead of 0. Hurts raw model outputs.
 set -euo pipefail

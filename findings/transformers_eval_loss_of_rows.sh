@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # transformers 5.24.0: Trainer.evaluate should give one eval_loss for one model and one data set.
-# It weighs the mean of each batch by its rows, not by its labels: with rows of unequal length the
+# It weights the mean of each batch by its rows, not by its labels: with rows of unequal length the
 # loss depends on per_device_eval_batch_size. Hurts perplexities that are compared between runs.
 set -euo pipefail
 tmp=$(mktemp -d)

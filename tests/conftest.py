@@ -1,11 +1,11 @@
-"""Every test that takes a `device` runs on each one that is there, by formula and by kernels."""
+"""Every test with a `device` runs on each available device, by the formula and by the kernels."""
 
 import gc
 import os
 from types import SimpleNamespace
 from typing import Any
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # Its processes share the cores, as torch must know early.
+if "PYTEST_XDIST_WORKER" in os.environ:  # Workers share the cores; torch reads this at import.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -15,14 +15,14 @@ from paths import use_kernels
 from torchlosses import checks, ops
 
 DEVICES = ["cpu"]
-if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py has such a process.
+if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py starts such a process.
     from triton.runtime import interpreter
 
     from torchlosses.kernels import triton
 
-    class Complaining(triton.Launch):
+    class CheckedLaunch(triton.Launch):
         def compute(self, *arguments: Any) -> Any:
-            """Complains of a bad class, as the kernels of a CPU do."""
+            """Raises IndexError for an invalid class, as the CPU kernels do."""
             input, target, *_ = arguments
             raise_on_invalid = arguments[7] if len(arguments) > 7 else True
             call = self.call
@@ -31,24 +31,23 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py has such a proce
             return super().compute(*arguments)
 
     interpreted = SimpleNamespace(
-        LOSSES=triton.LOSSES, CAN_FAIL=True, prepare=Complaining, Launch=Complaining
+        LOSSES=triton.LOSSES, CAN_FAIL=True, prepare=CheckedLaunch, Launch=CheckedLaunch
     )
     ops.KERNELS["cpu"] = lambda device: interpreted
 
-    # With every call within a kernel the interpreter replaces Triton's whole language again, and
-    # spends most of its time there. Other versions than those with such a scope are as slow as
-    # they are.
+    # For every call inside a kernel the interpreter patches the whole of `triton.language` again,
+    # which takes most of its time. Patch once instead, in the versions that have a scope for it.
     if hasattr(interpreter, "_LangPatchScope"):
-        replace_all = interpreter._patch_lang
+        patch_all = interpreter._patch_lang
         tl = interpreter.tl
         language = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
-        def replace_once(kernel: Any) -> Any:
+        def patch_once(kernel: Any) -> Any:
             if tl.core.is_builtin(tl.core.load):
-                return replace_all(language)
-            return interpreter._LangPatchScope()  # Nothing to put back.
+                return patch_all(language)
+            return interpreter._LangPatchScope()  # Nothing to restore.
 
-        interpreter._patch_lang = replace_once
+        interpreter._patch_lang = patch_once
 elif torch.cuda.is_available():
     DEVICES.append("cuda")
 
@@ -57,23 +56,23 @@ def pytest_report_header() -> str:
     return f"torch {torch.__version__}; devices under test: {', '.join(DEVICES)}"
 
 
-# The files whose tests take longest, which start first, so that no process ends long after another.
-LONGEST = ("triton", "distributed", "mnist", "export", "transforms", "benchmark")
+# The slowest files start first, so that all workers finish at about the same time.
+SLOWEST = ("triton", "distributed", "mnist", "export", "transforms", "benchmark")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    order = {f"test_{name}": position for position, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_collection_finish() -> None:
     gc.collect()
-    gc.freeze()  # What is loaded stays, and is not looked through again with every collection.
+    gc.freeze()  # Garbage collections skip the modules that are loaded by now.
 
 
 @pytest.fixture(params=["formula", "kernels"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which way is taken wherever there is a choice."""
+    """Whether losses are computed by the formula or, where a kernel serves, by the kernels."""
     if request.param == "formula":
         use_kernels(monkeypatch, {})
     return str(request.param)
@@ -85,6 +84,6 @@ def device(request: pytest.FixtureRequest, path: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _start_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def _reset_state(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(ops, "_failed", set())  # Of one test's kernels the next knows nothing.
+    monkeypatch.setattr(ops, "_failed", set())  # A kernel that fails in one test serves the next.

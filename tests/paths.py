@@ -1,4 +1,4 @@
-"""The ways to a loss."""
+"""Which kernels the losses use."""
 
 from typing import Any
 
@@ -8,6 +8,6 @@ from torchlosses import ops
 
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch, kernels: dict[str, Any]) -> None:
-    """Replaces `ops.KERNELS`, and forgets the calls that are known of it."""
+    """Replaces `ops.KERNELS` and clears the cache of prepared calls."""
     monkeypatch.setattr(ops, "KERNELS", kernels)
     monkeypatch.setattr(ops, "_prepared", {})

@@ -1,6 +1,6 @@
-"""One list of named samples for each loss, which the tests by property iterate over.
+"""A list of named samples for each loss, shared by the tests of parity, gradients and transforms.
 
-A sample is plain NumPy in float64, so one serves every dtype, device and implementation.
+A sample holds NumPy arrays in float64, so it serves every dtype, device and implementation.
 """
 
 import itertools
@@ -23,7 +23,7 @@ REDUCTIONS = ("sum", "mean", "batchmean", "none")
 
 @dataclass(frozen=True)
 class Sample:
-    """A call of a loss: its name in `torchlosses.functional`, two arguments and the options."""
+    """A call of a loss: its name in `torchlosses.functional`, input, target and options."""
 
     name: str
     loss: str
@@ -48,11 +48,11 @@ class Sample:
     def tensors(
         self, dtype: torch.dtype, device: str = "cpu"
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Fresh tensors: floating arrays in `dtype`, all others as they are."""
+        """Fresh tensors: floating arrays in `dtype`, others in their own dtype."""
 
         def tensor(array: Array) -> Tensor:
-            made = torch.tensor(array, device=device)
-            return made.to(dtype) if made.is_floating_point() else made
+            result = torch.tensor(array, device=device)
+            return result.to(dtype) if result.is_floating_point() else result
 
         options = {
             name: tensor(value) if isinstance(value, np.ndarray) else value
@@ -61,28 +61,28 @@ class Sample:
         return tensor(self.input), tensor(self.target), options
 
     def reference(self, dtype: torch.dtype = torch.float64) -> tuple[Array, Array]:
-        """Value and gradient in float64, of arguments that were rounded to `dtype` before."""
+        """Value and gradient in float64, for arguments rounded to `dtype`."""
         input, target, options = self.tensors(dtype)
         return reference(self.loss, {"input": input, "target": target} | options)
 
 
 def reference(loss: str, arguments: dict[str, Any]) -> tuple[Array, Array]:
-    """Value and gradient in float64, of what tensors hold."""
+    """Value and gradient by the NumPy reference in float64, for tensors of any dtype."""
 
-    def exact(value: Any) -> Any:
+    def to_numpy(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         value = value.detach().cpu()
         return (value.double() if value.is_floating_point() else value).numpy()
 
-    arguments = {name: exact(value) for name, value in arguments.items()}
+    arguments = {name: to_numpy(value) for name, value in arguments.items()}
     value, grad = (
         getattr(torchlosses.reference, loss + suffix)(**arguments) for suffix in ("", "_grad")
     )
     return value, grad
 
 
-# The class dimension is the default one, first, last, and in the middle of three others.
+# Shape and class dimension: by default, first, last, and second of four.
 LAYOUTS: tuple[tuple[tuple[int, ...], int | None], ...] = (
     ((5,), None),
     ((4, 5), None),
@@ -90,7 +90,7 @@ LAYOUTS: tuple[tuple[tuple[int, ...], int | None], ...] = (
     ((3, 4, 5), -1),
     ((2, 5, 3, 4), 1),
 )
-USUAL = 1
+DEFAULT_LAYOUT = 1
 
 
 def _rng(name: str) -> np.random.Generator:
@@ -111,8 +111,8 @@ def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return (*shape[:axis], *shape[axis + 1 :])
 
 
-def _side_by_side(rows: Array, index: Array) -> tuple[Array, Array]:
-    """Rows and their classes, twice, where samples, not classes, lie next to each other."""
+def _channels_first(rows: Array, index: Array) -> tuple[Array, Array]:
+    """Rows and their classes, twice, in the layout (N, C, H): samples are contiguous."""
     return np.tile(rows.T, 2)[None], np.tile(index, 2)[None]
 
 
@@ -126,9 +126,9 @@ def _squared_errors() -> Iterator[Sample]:
             yield Sample(name, loss, input, target, {"reduction": reduction})
     rng = _rng(loss)
     input = rng.normal(size=(4, 5))
-    for kind in ("int8", "uint8", "int64", "bool"):
-        target = (np.arange(5) == rng.integers(0, 5, (4, 1))).astype(kind)
-        yield Sample(f"sse-onehot-{kind}", loss, input, target)
+    for dtype in ("int8", "uint8", "int64", "bool"):
+        target = (np.arange(5) == rng.integers(0, 5, (4, 1))).astype(dtype)
+        yield Sample(f"sse-onehot-{dtype}", loss, input, target)
     for shape in ((), (1,), (5,), (4, 1), (4, 5)):
         for reduction in REDUCTIONS:
             options = {"sample_weight": rng.uniform(0, 2, shape), "reduction": reduction}
@@ -153,8 +153,8 @@ def _squared_errors() -> Iterator[Sample]:
         options = {"reduction": reduction}
         ignored = np.array([-100, -100, 2])
         yield Sample(f"sse-nan-ignored-{reduction}", loss, hard, ignored, options)
-        name = f"sse-nan-ignored-side-by-side-{reduction}"
-        yield Sample(name, loss, *_side_by_side(hard, ignored), options)
+        name = f"sse-nan-ignored-channels-first-{reduction}"
+        yield Sample(name, loss, *_channels_first(hard, ignored), options)
         ignored = np.full(3, -100)
         yield Sample(f"sse-all-ignored-{reduction}", loss, hard, ignored, options)
         no_classes = np.zeros((3, 0))
@@ -167,12 +167,12 @@ EXTRAS = ("plain", "exact", "weight", "smooth", "sample_weight", "all")
 
 
 def _extras_and_reductions(layout: int) -> Iterator[tuple[str, str]]:
-    """All for the usual layout, and two in five for others: each extra and each reduction is there.
+    """All pairs for the default layout; for others two in five, with every extra and reduction.
 
-    The fuzz covers the other combinations.
+    The fuzz tests cover the remaining combinations.
     """
     for (e, extra), (r, reduction) in itertools.product(enumerate(EXTRAS), enumerate(REDUCTIONS)):
-        if layout == USUAL or (layout - e - r) % len(LAYOUTS) in (0, 2):
+        if layout == DEFAULT_LAYOUT or (layout - e - r) % len(LAYOUTS) in (0, 2):
             yield extra, reduction
 
 
@@ -235,36 +235,36 @@ def _hard_cross_entropies() -> Iterator[Sample]:
                 f"ce-hard-logits-index-{end}", loss, logits, np.array([2, 0, 0, 1]), guarded
             )
         for from_logits in (False, True):
-            form = options | {"from_logits": from_logits}
+            common = options | {"from_logits": from_logits}
             end = f"from_logits={from_logits}-{reduction}"
             hard = np.array([[np.nan, 0.2, 0.3], [inf, 0.0, -inf], [0.3, 0.3, 0.4]])
             ignored = np.array([-100, -100, 1])
-            yield Sample(f"ce-nan-ignored-{end}", loss, hard, ignored, form)
-            name = f"ce-nan-ignored-side-by-side-{end}"
-            yield Sample(name, loss, *_side_by_side(hard, ignored), form)
-            yield Sample(f"ce-all-ignored-{end}", loss, hard, np.full(3, -100), form)
-            yield Sample(f"ce-no-samples-index-{end}", loss, np.zeros((0, 3)), index[:0], form)
+            yield Sample(f"ce-nan-ignored-{end}", loss, hard, ignored, common)
+            name = f"ce-nan-ignored-channels-first-{end}"
+            yield Sample(name, loss, *_channels_first(hard, ignored), common)
+            yield Sample(f"ce-all-ignored-{end}", loss, hard, np.full(3, -100), common)
+            yield Sample(f"ce-no-samples-index-{end}", loss, np.zeros((0, 3)), index[:0], common)
             yield Sample(
-                f"ce-no-samples-soft-{end}", loss, np.zeros((0, 3)), np.zeros((0, 3)), form
+                f"ce-no-samples-soft-{end}", loss, np.zeros((0, 3)), np.zeros((0, 3)), common
             )
             yield Sample(
-                f"ce-no-classes-soft-{end}", loss, np.zeros((2, 0)), np.zeros((2, 0)), form
+                f"ce-no-classes-soft-{end}", loss, np.zeros((2, 0)), np.zeros((2, 0)), common
             )
             yield Sample(
-                f"ce-no-classes-index-{end}", loss, np.zeros((2, 0)), np.full(2, -100), form
+                f"ce-no-classes-index-{end}", loss, np.zeros((2, 0)), np.full(2, -100), common
             )
-            weights = form | {"weight": np.zeros(0), "label_smoothing": 0.1}
+            weights = common | {"weight": np.zeros(0), "label_smoothing": 0.1}
             for name, classes in (("soft", np.zeros((2, 0))), ("index", np.full(2, -100))):
                 name = f"ce-no-classes-weight-{name}-{end}"
                 yield Sample(name, loss, np.zeros((2, 0)), classes, weights)
-            yield Sample(f"ce-one-class-{end}", loss, np.ones((3, 1)), np.zeros(3, int), form)
-            yield Sample(f"ce-scalar-{end}", loss, np.array(0.3), np.array(0.7), form)
-    for kind in ("int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64"):
-        yield Sample(f"ce-corners-index-{kind}", loss, corners, index.astype(kind))
-    for kind in ("bool", "int8", "int64"):
-        yield Sample(f"ce-corners-onehot-{kind}", loss, corners, onehot.astype(kind))
-    rounded = {"delta": 1e-300}  # 0 in float32, where 0·log 0 must still be 0.
-    yield Sample("ce-corners-delta-of-1e-300", loss, onehot + 0.0, onehot, rounded)
+            yield Sample(f"ce-one-class-{end}", loss, np.ones((3, 1)), np.zeros(3, int), common)
+            yield Sample(f"ce-scalar-{end}", loss, np.array(0.3), np.array(0.7), common)
+    for dtype in ("int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64"):
+        yield Sample(f"ce-corners-index-{dtype}", loss, corners, index.astype(dtype))
+    for dtype in ("bool", "int8", "int64"):
+        yield Sample(f"ce-corners-onehot-{dtype}", loss, corners, onehot.astype(dtype))
+    tiny = {"delta": 1e-300}  # 0 in float32, where 0·log 0 must still be 0.
+    yield Sample("ce-corners-delta-of-1e-300", loss, onehot + 0.0, onehot, tiny)
     for kind, target in (("onehot", onehot), ("index", index)):
         negative = np.where(corners == 0, -0.0, corners)  # −0.0 + 0 is 0, and its slope −∞.
         yield Sample(f"ce-corners-negative-zero-{kind}", loss, negative, target, {"delta": 0})
@@ -272,17 +272,18 @@ def _hard_cross_entropies() -> Iterator[Sample]:
         if kind == "index":
             smoothed["ignore_index"] = 0
         yield Sample(f"ce-smoothed-without-guard-{kind}", loss, soft + 0.1, target, smoothed)
-    elsewhere = np.array([[np.nan, 0.5, -0.0], [0.5, inf, 0.5]])
-    named, zero_weight = np.array([2, 0, 1, 1]), np.array([1.0, 0.0, 1.0])
-    for delta in (1e-7, 0):  # What an index does not name is not there; log 0, if named, is.
+    other_classes = np.array([[np.nan, 0.5, -0.0], [0.5, inf, 0.5]])
+    labels, zero_weight = np.array([2, 0, 1, 1]), np.array([1.0, 0.0, 1.0])
+    for delta in (1e-7, 0):  # Only the target's class counts: a NaN elsewhere does not, log 0 does.
         options = {"delta": delta, "reduction": "none"}
-        yield Sample(f"ce-nan-elsewhere-delta={delta}", loss, elsewhere, np.array([1, 2]), options)
+        name = f"ce-nan-in-other-classes-delta={delta}"
+        yield Sample(name, loss, other_classes, np.array([1, 2]), options)
         options = options | {"weight": zero_weight}
-        yield Sample(f"ce-corners-zero-class-weight-delta={delta}", loss, corners, named, options)
-    smooth = {"delta": 0, "label_smoothing": 1.0, "reduction": "none"}  # 0 of the class, and of ∞.
-    yield Sample("ce-corners-all-smooth", loss, corners, named, smooth)
+        yield Sample(f"ce-corners-zero-class-weight-delta={delta}", loss, corners, labels, options)
+    smooth = {"delta": 0, "label_smoothing": 1.0, "reduction": "none"}  # The class has weight 0.
+    yield Sample("ce-corners-all-smooth", loss, corners, labels, smooth)
     odd = np.array([[0.1, -0.2, 2.0], [3.0, 0.2, 0.5]])
-    yield Sample("ce-targets-that-are-no-distribution", loss, np.abs(odd), odd)
+    yield Sample("ce-targets-not-a-distribution", loss, np.abs(odd), odd)
     yield Sample(
         "ce-corners-ignored-uint8", loss, corners, index.astype("uint8"), {"ignore_index": 1}
     )
@@ -296,7 +297,7 @@ def _hard_cross_entropies() -> Iterator[Sample]:
 
 
 def _linear_cross_entropies() -> Iterator[Sample]:
-    """Calls whose options have the layer's weight too, and its bias."""
+    """Calls whose options include the layer's weight and bias."""
     for shape, is_index, extra, reduction in itertools.product(
         ((4,), (7, 4), (2, 3, 4)),
         (False, True),
@@ -329,4 +330,4 @@ def _linear_cross_entropies() -> Iterator[Sample]:
 SQUARED_ERRORS = list(_squared_errors())
 CROSS_ENTROPIES = list(_cross_entropies())
 SAMPLES = SQUARED_ERRORS + CROSS_ENTROPIES
-LINEAR_CROSS_ENTROPIES = list(_linear_cross_entropies())  # Of other arguments: test_linear.py.
+LINEAR_CROSS_ENTROPIES = list(_linear_cross_entropies())  # Other arguments, so not in SAMPLES.

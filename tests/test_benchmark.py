@@ -1,4 +1,4 @@
-"""The benchmark runs, and what the losses allocate is what it says."""
+"""The benchmark runs, and the losses allocate their gradient and at most 1 MB."""
 
 import csv
 import sys
@@ -18,7 +18,7 @@ import benchmark
 def test_benchmark_measures_every_workload(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # To compile takes half a minute, and is left out here as it is where there is no compiler.
+    # Compiling takes half a minute, so this test leaves it out, as if no compiler were installed.
     def no_compiler(loss: benchmark.Loss) -> benchmark.Loss:
         raise RuntimeError("no compiler")
 
@@ -42,17 +42,21 @@ def test_benchmark_measures_every_workload(
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
 
 
-def test_both_ways_of_malloc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmark_runs_with_both_settings_of_malloc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     arguments = ["--shapes=4x3", "--dtypes=float32", "--workloads=squares, dense", "--rounds=1"]
     benchmark.main([*arguments, f"--output-dir={tmp_path}"])
     rows = benchmark.read(tmp_path / "benchmark.csv")
-    ways = [way for way in benchmark.MALLOC for _ in benchmark.STEPS]
-    assert [row["malloc"] for row in rows] == ways
+    settings = [setting for setting in benchmark.MALLOC for _ in benchmark.STEPS]
+    assert [row["malloc"] for row in rows] == settings
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
 
 
-def test_a_linear_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_measures_the_linear_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     few = ["--linear", "--rounds=1", "--malloc=default", f"--output-dir={tmp_path}"]
     benchmark.main([*few, "--shapes=64x8x100", "--dtypes=float32"])
     rows = benchmark.read(tmp_path / "linear-default.csv")
@@ -65,7 +69,7 @@ def test_a_linear_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2048, 4096), (8, 16, 256, 256)], ids=str)
 @pytest.mark.parametrize("workload", benchmark.WORKLOADS)
-def test_losses_allocate_the_gradient_and_little_else(
+def test_losses_allocate_their_gradient_and_at_most_1_mb(
     workload: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     input, target = benchmark.arguments(workload, shape, dtype, "cpu")

@@ -1,7 +1,9 @@
-"""What only a GPU can show: nothing waits for it, nothing depends on chance, and nothing is lost.
+"""Properties that need a GPU: no synchronization, deterministic sums, CUDA graphs, large tensors.
 
-`compute-sanitizer --tool memcheck python -m pytest tests/test_cuda.py -k every_kernel`, and
-racecheck in the place of memcheck, look at what the kernels read and write.
+To look for invalid accesses and races:
+
+    compute-sanitizer --tool memcheck python -m pytest tests/test_cuda.py -k every_kernel
+    compute-sanitizer --tool racecheck python -m pytest tests/test_cuda.py -k every_kernel
 """
 
 import contextlib
@@ -22,11 +24,11 @@ from torchlosses.functional import (
     sum_squared_error,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICE = "cuda"
 
 LOGITS = {"from_logits": True}
-# Every kernel: a loss, its options, and whether it takes classes too.
+# A loss and its options for every kernel.
 FORMS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "squares": (sum_squared_error, {}),
     "probabilities": (cross_entropy_error, {}),
@@ -35,8 +37,8 @@ FORMS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "logits, no guard": (cross_entropy_error, LOGITS | {"delta": 0}),
     "logits, smoothed": (cross_entropy_error, LOGITS | {"label_smoothing": 0.1}),
 }
-# Rows of one tile, rows of several, more than are counted alone, and samples, not classes, side by
-# side, of few classes and of many.
+# Rows of one tile; rows of several; more samples than the loss kernel counts itself; samples in the
+# last dimension, with few classes and with many.
 SHAPES = [(37, 1000), (5, 20_011), (4099, 10), (3, 21, 33, 65), (2, 150, 5, 7)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -44,7 +46,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 def calls(
     shape: tuple[int, ...], dtype: torch.dtype, reduction: Any
 ) -> Iterator[tuple[str, Callable[..., Tensor], Tensor, dict[str, Any]]]:
-    """Each loss of an input, with the input, and its other arguments."""
+    """A name, the loss, its input and its other arguments."""
     samples = (shape[0], *shape[2:])
     for name, (loss, options) in FORMS.items():
         for is_index in (False, True):
@@ -54,24 +56,24 @@ def calls(
                 target = torch.randint(shape[1], samples, device=DEVICE)
                 target.view(-1)[::7] = -100
             weights = shape if name == "squares" and not is_index else samples
-            given = {"target": target, "sample_weight": torch.rand(weights, device=DEVICE)}
+            weighted = {"sample_weight": torch.rand(weights, device=DEVICE)}
             if name != "squares":
-                given["weight"] = torch.rand(shape[1], device=DEVICE)
-            for more in ({}, given):
-                arguments: dict[str, Any] = {"target": target} | more | options
+                weighted["weight"] = torch.rand(shape[1], device=DEVICE)
+            for extra in ({}, weighted):
+                arguments: dict[str, Any] = {"target": target} | extra | options
                 yield f"{name}, {is_index=}", loss, y, arguments | {"reduction": reduction}
 
 
 def gradient(loss: Callable[..., Tensor], y: Tensor, arguments: dict[str, Any]) -> Any:
     value = loss(y, **arguments)
     (grad,) = torch.autograd.grad(value, y, torch.full_like(value, 0.5))
-    return value.detach(), grad  # The graph of autograd would keep the leaf on its stream.
+    return value.detach(), grad  # The autograd graph would keep the leaf on its stream.
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-def test_every_kernel_gives_what_the_formula_gives(
+def test_every_kernel_agrees_with_the_formula(
     shape: tuple[int, ...], dtype: torch.dtype, reduction: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ulp = torch.finfo(dtype).eps
@@ -80,10 +82,10 @@ def test_every_kernel_gives_what_the_formula_gives(
         value, grad = gradient(loss, y, arguments)
         assert not ops._failed
         exact = {
-            key: given.double()
-            if isinstance(given, Tensor) and given.is_floating_point()
-            else given
-            for key, given in arguments.items()
+            key: value.double()
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
+            for key, value in arguments.items()
         }
         with monkeypatch.context() as patch:
             use_kernels(patch, {})
@@ -97,11 +99,11 @@ def test_every_kernel_gives_what_the_formula_gives(
 
 
 @contextlib.contextmanager
-def waiting_is_an_error() -> Iterator[None]:
+def synchronization_is_an_error() -> Iterator[None]:
     torch.cuda.synchronize()
     try:
         with warnings.catch_warnings():
-            # Said once of a process, and after the mode is set.
+            # The warning comes once per process, after the mode is set.
             warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
             torch.cuda.set_sync_debug_mode("error")
         yield
@@ -110,16 +112,16 @@ def waiting_is_an_error() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-def test_nothing_waits(reduction: Any) -> None:
+def test_losses_do_not_synchronize(reduction: Any) -> None:
     every = [call for dtype in DTYPES for call in calls((64, 50), dtype, reduction)]
-    for _, loss, y, arguments in every:  # What Triton compiles, it compiles now.
+    for _, loss, y, arguments in every:  # Triton compiles in the first call.
         gradient(loss, y, arguments)
-    with waiting_is_an_error():
+    with synchronization_is_an_error():
         for _, loss, y, arguments in every:
             gradient(loss, y, arguments)
 
 
-def test_a_graph_captures_forward_and_backward() -> None:
+def test_a_cuda_graph_captures_forward_and_backward() -> None:
     for name, loss, y, arguments in calls((64, 50), torch.float32, "mean"):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -137,8 +139,8 @@ def test_a_graph_captures_forward_and_backward() -> None:
                 assert torch.equal(ours, expected), name
 
 
-def test_streams_do_not_count_each_other() -> None:
-    """Whichever program comes last adds up what the others left: of its own launch."""
+def test_launches_on_several_streams_do_not_mix_their_sums() -> None:
+    """The last program of a launch adds up the partial sums of that launch alone."""
     y = torch.rand(2048, 1000, device=DEVICE)
     target = torch.randint(1000, (2048,), device=DEVICE)
     expected = cross_entropy_error(y, target, from_logits=True)
@@ -154,7 +156,7 @@ def test_streams_do_not_count_each_other() -> None:
     assert all(torch.equal(loss, expected) for loss in losses)
 
 
-def test_the_same_bits_every_time() -> None:
+def test_results_are_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     try:
         for shape in SHAPES:
@@ -167,7 +169,7 @@ def test_the_same_bits_every_time() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_class_out_of_range_is_nan_and_the_gpu_lives_on() -> None:
+def test_a_class_out_of_range_is_nan_and_no_cuda_error() -> None:
     for name, loss, y, arguments in calls((8, 50), torch.float32, "none"):
         target = arguments["target"]
         if target.dim() == 2:
@@ -179,8 +181,8 @@ def test_a_class_out_of_range_is_nan_and_the_gpu_lives_on() -> None:
     torch.cuda.synchronize()
 
 
-def test_memory_is_the_gradient_and_little_more() -> None:
-    peak = "requested_bytes.all.peak"  # Of what was asked for, not of the blocks that were there.
+def test_losses_allocate_their_gradient_and_at_most_1_mb() -> None:
+    peak = "requested_bytes.all.peak"  # The bytes requested, not the larger blocks that serve them.
     for name, loss, y, arguments in calls((4096, 4096), torch.float32, "sum"):
         gradient(loss, y, arguments)
         torch.cuda.reset_peak_memory_stats()
@@ -211,8 +213,8 @@ def test_more_than_2_to_the_31_elements(name: str, is_index: bool) -> None:
     assert torch.equal(grad[last], expected_grad * 2)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU at most")
-def test_tensors_of_a_gpu_that_is_not_the_current_one() -> None:
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_gpu_than_the_current_one() -> None:
     y = torch.rand(64, 50, device="cuda:1", requires_grad=True)
     sum_squared_error(y, torch.zeros_like(y)).backward()
     assert y.grad is not None
@@ -221,7 +223,7 @@ def test_tensors_of_a_gpu_that_is_not_the_current_one() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_linear_layer_waits_for_nothing_and_holds_no_logits(
+def test_the_linear_loss_neither_synchronizes_nor_holds_all_logits(
     dtype: torch.dtype, reduction: Any
 ) -> None:
     n, d, v = 4 * linear.CHUNK // dtype.itemsize + 3, 64, 3001
@@ -236,32 +238,32 @@ def test_a_linear_layer_waits_for_nothing_and_holds_no_logits(
         losses = linear_cross_entropy_error(x, w, t, reduction=reduction)
         return losses, *torch.autograd.grad(losses.sum(), (x, w))
 
-    step()  # What Triton compiles, it compiles now.
+    step()  # Triton compiles in the first call.
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    with waiting_is_an_error():
+    with synchronization_is_an_error():
         found = step()
-    # One chunk, the weight's gradient, in float32 too, and rows.
-    most = linear.CHUNK * v + 3 * w.nbytes + 4 * x.nbytes
-    assert torch.cuda.max_memory_allocated() - before < most + 2**22
+    # One chunk of logits, the weight's gradient, also in float32, and buffers of the input's size.
+    limit = linear.CHUNK * v + 3 * w.nbytes + 4 * x.nbytes
+    assert torch.cuda.max_memory_allocated() - before < limit + 2**22
     leaves = [tensor.detach().double().requires_grad_() for tensor in (x, w)]
     logits = leaves[0] @ leaves[1].T
     losses = cross_entropy_error(logits, t, from_logits=True, reduction=reduction)
     exact = (losses, *torch.autograd.grad(losses.sum(), leaves))
-    # Losses and gradients are off, beside the largest, by what the logits are off. A logit is a sum
-    # of d products: each addition rounds by eps/2 of the sum so far, up or down by chance, and the
-    # sum is rounded to its dtype.
+    # The relative error of losses and gradients is the absolute error of the logits. A logit is a
+    # sum of d products: each addition rounds by eps/2 of the partial sum, in a random direction,
+    # and the sum is rounded to its dtype.
     eps = torch.finfo(dtype).eps
     eps_of_sums = min(eps, torch.finfo(torch.float32).eps)
-    near = float(logits.detach().abs().max()) / 2 * (math.sqrt(d) * eps_of_sums + eps)
+    rtol = float(logits.detach().abs().max()) / 2 * (math.sqrt(d) * eps_of_sums + eps)
     for ours, expected in zip(found, exact, strict=True):
         scale = float(expected.detach().abs().max())
-        torch.testing.assert_close(ours.double(), expected, rtol=near, atol=near * scale)
+        torch.testing.assert_close(ours.double(), expected, rtol=rtol, atol=rtol * scale)
 
 
 @pytest.mark.parametrize("form", ["classes", "soft", "learned weight", "autocast"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_graph_captures_a_linear_layer(form: str, reduction: Any) -> None:
+def test_a_cuda_graph_captures_the_linear_loss(form: str, reduction: Any) -> None:
     n, d, v = 2 * linear.CHUNK // 4 + 3, 64, 1003
     x, w = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((n, d), (v, d)))
     t = torch.randint(v, (n,), device=DEVICE)
@@ -297,8 +299,8 @@ def test_a_graph_captures_a_linear_layer(form: str, reduction: Any) -> None:
     logits = exact[x] @ exact[w].T
     losses = cross_entropy_error(logits, exact.get(t, t), from_logits=True, **options)
     expected = (losses.detach(), *torch.autograd.grad(losses.sum(), tuple(exact.values())))
-    near = 4 * torch.finfo(torch.bfloat16 if form == "autocast" else torch.float32).eps
+    rtol = 32 * torch.finfo(torch.bfloat16 if form == "autocast" else torch.float32).eps
     for ours, theirs in zip(captured, expected, strict=True):
         scale = float(theirs.abs().max())
-        torch.testing.assert_close(ours.double(), theirs, rtol=8 * near, atol=8 * near * scale)
+        torch.testing.assert_close(ours.double(), theirs, rtol=rtol, atol=rtol * scale)
     assert not ops._failed

@@ -1,4 +1,4 @@
-"""Under `torch.autograd.detect_anomaly` what is wrong is found, and right training is silent."""
+"""`torch.autograd.detect_anomaly` finds wrong values, and correct training raises no alarm."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ def softmax(*shape: int, dtype: torch.dtype, scale: float = 1) -> Tensor:
 
 
 def soft_targets(label: Tensor, classes: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """As they come about, rounded to `dtype` where that is how they do."""
+    """Soft targets as training code computes them, rounded to `dtype` where it rounds them."""
     onehot = nn.functional.one_hot(label, classes)
     other, share = onehot.flip(0), 0.3
     teacher = softmax(len(label), classes, dtype=dtype, scale=4)
@@ -34,14 +34,14 @@ def soft_targets(label: Tensor, classes: int, dtype: torch.dtype) -> dict[str, T
         "one-hot booleans": onehot.bool(),
         "label smoothing": (0.9 * onehot + 0.1 / classes).to(dtype),
         "mixup": share * onehot.to(dtype) + (1 - share) * other.to(dtype),
-        "mixup of what is rounded": onehot * torch.tensor(share, dtype=dtype)
+        "mixup in the dtype": onehot * torch.tensor(share, dtype=dtype)
         + other * torch.tensor(1 - share, dtype=dtype),
         "distillation": teacher,
-        "distillation, widened": teacher.float(),
+        "distillation in float32": teacher.float(),
         "distillation and label": (0.5 * teacher + 0.5 * onehot).to(dtype),
         "a uniform teacher": torch.zeros(len(label), classes, dtype=dtype).softmax(1),
         "one minus the rest": torch.cat((rest := teacher[:, 1:], 1 - rest.sum(1, True)), 1),
-        "one minus what was rounded up": (onehot - torch.finfo(dtype).eps * onehot.roll(1, 1)).to(
+        "one-hot minus one epsilon": (onehot - torch.finfo(dtype).eps * onehot.roll(1, 1)).to(
             dtype
         ),
     }
@@ -59,7 +59,7 @@ def test_soft_targets_are_distributions_up_to_rounding(dtype: torch.dtype, class
 
 
 def batches(form: str) -> Iterator[tuple[Any, dict[str, Tensor], dict[str, Any]]]:
-    """Targets, arguments of the call and options of training that is right."""
+    """Targets, arguments of the call and options, all correct."""
     for _ in range(5):
         label = torch.randint(10, (16,))
         yield label, {}, {}
@@ -84,19 +84,19 @@ def batches(form: str) -> Iterator[tuple[Any, dict[str, Tensor], dict[str, Any]]
     indirect=["path"],
 )
 @pytest.mark.parametrize("form", ["squares", "probabilities", "logits"])
-def test_training_that_is_right_is_silent(form: str, dtype: Any, device: str) -> None:
-    """Warnings are errors here. From logits of 0 to such as nearly make one-hot rows."""
+def test_correct_training_gives_no_warning_or_error(form: str, dtype: Any, device: str) -> None:
+    """Warnings are errors here. Training starts at logits of 0 and ends near one-hot rows."""
     model = nn.Linear(10, 10)
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
     is_mixed = isinstance(dtype, str)
     half = torch.float16 if dtype == "mixed float16" else torch.bfloat16
-    # The slope of a probability has to be one of float16, which its softmax is in here.
+    # The gradient by a probability reaches 1/δ, which must fit in float16.
     delta = 1e-3 if half == torch.float16 else 1e-7
     if not is_mixed:
         model.to(dtype)
     optimizer = torch.optim.Adam(model.parameters(), 0.1, eps=1e-4)
-    # Of a scale that is too large anomaly mode itself makes an error.
+    # If the scale is too large, anomaly mode itself raises an error.
     scaler = torch.amp.GradScaler(device, init_scale=1, enabled=half == torch.float16)
     for target, arguments, options in batches(form):
         if form == "squares":
@@ -115,7 +115,7 @@ def test_training_that_is_right_is_silent(form: str, dtype: Any, device: str) ->
 
 
 @pytest.mark.parametrize("bad", [-0.01, 1.01, 7.5, torch.inf])
-def test_what_is_no_probability_is_an_error(bad: float) -> None:
+def test_an_input_outside_0_to_1_is_an_error(bad: float) -> None:
     y = torch.full((2, 5), 0.2)
     y[1, 3] = bad
     with pytest.raises(ValueError, match=rf"input: got {bad:g} at position \(1, 3\)"):
@@ -124,7 +124,9 @@ def test_what_is_no_probability_is_an_error(bad: float) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("delta", [0.0, 1e-7])
-def test_no_rounding_excuses_a_logarithm_that_is_nan(dtype: torch.dtype, delta: float) -> None:
+def test_rounding_is_tolerated_unless_the_logarithm_is_nan(
+    dtype: torch.dtype, delta: float
+) -> None:
     y = torch.tensor([[1.0, -delta - torch.finfo(dtype).eps]], dtype=dtype)
     with pytest.raises(ValueError, match=r"input: got -.* at position \(0, 1\)"):
         cross_entropy_error(y, torch.tensor([1]), delta=delta)
@@ -152,7 +154,7 @@ def test_a_second_softmax_is_a_warning(dtype: torch.dtype, rows: int, classes: i
             cross_entropy_error(y, target, from_logits=True)
 
 
-def test_a_second_softmax_is_found_beside_padding_and_in_a_wider_dtype() -> None:
+def test_a_second_softmax_is_found_despite_padding_and_a_wider_dtype() -> None:
     y, label = softmax(8, 10, dtype=torch.bfloat16).float(), torch.arange(8)
     with pytest.warns(UserWarning, match="softmax once more"):
         cross_entropy_error(y, label, from_logits=True)
@@ -164,7 +166,7 @@ def test_a_second_softmax_is_found_beside_padding_and_in_a_wider_dtype() -> None
     cross_entropy_error(y, label, from_logits=True)
 
 
-def test_a_row_of_nan_hides_no_second_softmax() -> None:
+def test_a_second_softmax_is_found_despite_rows_of_nan() -> None:
     y, label = softmax(8, 10, dtype=torch.float32), torch.arange(8)
     y[0, 3] = y[5] = torch.nan
     with pytest.warns(UserWarning, match=r"position \(1,\).*softmax once more"):
@@ -200,18 +202,18 @@ def test_a_softmax_over_the_wrong_dimension_is_a_warning(
         ([[0.3], [0.7]], 1),  # One class: a probability for each of two samples.
         ([[1.0, 1.0, 1.0]], 1),  # One sample: each column sums to 1 by itself.
         ([[[0.5, 0.5]], [[0.5, 0.5]]], 2),
-        ([[1.0, 0.0], [0.0, 1.0]], 1),  # Rows and columns.
+        ([[1.0, 0.0], [0.0, 1.0]], 1),  # Both rows and columns sum to 1.
         ([[0.2, 0.3, 0.5], [0.5, 0.2, 0.3], [0.3, 0.5, 0.2]], 1),
-        ([[0.9, 0.2], [0.1, 0.7], [0.0, 0.099]], 1),  # Nearly.
+        ([[0.9, 0.2], [0.1, 0.7], [0.0, 0.099]], 1),  # The second column sums to 0.999.
     ],
 )
-def test_probabilities_over_another_dimension_by_chance_are_silent(y: Any, dim: int) -> None:
+def test_another_dimension_that_sums_to_1_by_chance_gives_no_warning(y: Any, dim: int) -> None:
     y = torch.tensor(y)
     cross_entropy_error(y, torch.zeros(y.shape[:dim] + y.shape[dim + 1 :]).long(), dim=dim)
 
 
-def test_sigmoids_are_silent() -> None:
-    """No row has to sum to 1, and no other sum is looked at where the right one is 1."""
+def test_sigmoids_give_no_warning() -> None:
+    """Rows need not sum to 1; and where they do, sums over other dimensions are not checked."""
     for shape in ((2, 2), (2, 3), (8, 10), (4, 5, 6), (1, 3, 4)):
         label = torch.zeros(shape[0], *shape[2:], dtype=torch.int64)
         for _ in range(50):
@@ -220,15 +222,15 @@ def test_sigmoids_are_silent() -> None:
             cross_entropy_error(torch.randn(shape), label, from_logits=True)
 
 
-def test_logits_that_come_close_to_a_distribution_are_none() -> None:
+def test_logits_close_to_a_distribution_give_no_warning() -> None:
     for x in ([0.3, 0.7005], [0.0, 0.9995], [0.5, 0.4991]):
         cross_entropy_error(torch.tensor([x]), torch.tensor([0]), from_logits=True)
-    # Where there is one class, or no sample, there is nothing to tell them by.
+    # With one class or no sample, a second softmax cannot be told from logits.
     cross_entropy_error(torch.ones(4, 1), torch.zeros(4, dtype=torch.int64), from_logits=True)
     cross_entropy_error(torch.ones(0, 4), torch.ones(0, 4), from_logits=True)
 
 
-def test_samples_that_count_for_nothing_may_hold_anything() -> None:
+def test_ignored_samples_and_samples_of_weight_0_are_not_checked() -> None:
     y, label = softmax(4, 5, dtype=torch.float32), torch.tensor([0, -100, 2, 3])
     y[1] = torch.tensor([-3, 7, torch.nan, torch.inf, 0])
     cross_entropy_error(y, label)
@@ -239,7 +241,7 @@ def test_samples_that_count_for_nothing_may_hold_anything() -> None:
     padded = softmax(4, 5, dtype=torch.float32) * weight.unsqueeze(1)
     for target in (label.clamp(min=0), padded):
         assert cross_entropy_error(y, target, sample_weight=weight).isfinite()
-        with pytest.raises(ValueError, match=r"got -7 at position \(1, 0\)"):  # It makes NaN.
+        with pytest.raises(ValueError, match=r"got -7 at position \(1, 0\)"):  # 0 · log −7 is NaN.
             cross_entropy_error(-y.abs().where(y > 1, -y), target, sample_weight=weight)
 
 
@@ -254,7 +256,7 @@ def test_samples_that_count_for_nothing_may_hold_anything() -> None:
         ([-0.005, 0.5, 0.505], "from -0.005"),
     ],
 )
-def test_targets_that_are_no_distribution_are_a_warning(row: list[float], numbers: str) -> None:
+def test_targets_that_are_not_distributions_are_a_warning(row: list[float], numbers: str) -> None:
     good = [0.2, 0.3, 0.5]
     target = torch.tensor([[good, good], [good, row]])
     message = rf"target: the row at position \(1, 1\).*{numbers}.*sum to 1.*softmax"
@@ -276,7 +278,7 @@ def test_a_bad_class_is_an_error(loss: Callable[..., Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", ["input", "target", "sample_weight"])
-def test_vmap_over_one_argument_is_served(name: str) -> None:
+def test_vmap_over_one_argument_works(name: str) -> None:
     arguments: dict[str, Any] = {
         "input": softmax(4, 3, dtype=torch.float32),
         "target": torch.tensor([0, 1, -100, 2]),
@@ -287,7 +289,7 @@ def test_vmap_over_one_argument_is_served(name: str) -> None:
     torch.testing.assert_close(losses, cross_entropy_error(**arguments).expand(2))
 
 
-def test_without_the_switch_nothing_is_looked_at() -> None:
+def test_values_are_not_checked_without_anomaly_detection() -> None:
     y, two = torch.full((2, 3), 2.0), torch.full((2, 3), 2.0)
     with torch.autograd.set_detect_anomaly(False), warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,7 +1,7 @@
-"""Several processes get the loss, the gradient and the parameters of one.
+"""Several processes get the loss, the gradient and the trained parameters of one process.
 
-To start processes takes seconds, so those of one number run all cases in a row, as one test. Where
-the system can fork, they are forked from a process that has imported torch and done no more.
+Starting processes takes seconds, so one test runs all cases with the same number of processes. A
+fork server, where the system has one, imports torch once for all of them.
 """
 
 import contextlib
@@ -58,22 +58,22 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 WORLDS = (2, 4)
-# What takes long to import. The process that is forked does not find this module in Python 3.11.
+# Slow imports. In Python 3.11 the fork server does not find this module itself.
 PRELOADED = [
     "torch.distributed.fsdp", "torch.distributed.tensor.debug", "torch.testing", "pytest",
     "torch._dynamo",
 ]  # fmt: skip
-PATIENCE = 60  # Seconds that one process waits for another.
-LIMIT = 240  # Seconds for all cases of one number of processes.
+COLLECTIVE_TIMEOUT = 60  # Seconds that one process waits for another.
+TIMEOUT = 240  # Seconds for all cases of one number of processes.
 CASES: dict[int, dict[str, Callable[[], None]]] = {world: {} for world in WORLDS}
 
 
 def case(
     *arguments: Any, worlds: tuple[int, ...] = WORLDS
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run by every process, once for each argument.
+    """Adds a case that every process runs, once for each argument.
 
-    Four processes run the cases where a mesh of two dimensions or an empty shard matters.
+    Four processes run the cases where a 2-D mesh or an empty shard matters.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
@@ -88,47 +88,47 @@ def case(
     return add
 
 
-def work(rank: int, world: int, directory: str) -> None:
+def run_cases(rank: int, world: int, directory: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{directory}/store",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=PATIENCE),
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT),
     )
     failures: dict[str, str] = {}
-    in_step = True
+    is_in_step = True
     for name, run in CASES[world].items():
-        if not in_step:
+        if not is_in_step:
             failures[name] = "not run: the processes are out of step"
             continue
         torch.manual_seed(0)
         try:
             run()
-        # A wrong number, or no error where one is due, leaves all in step, and little else does.
+        # After a failed assertion all processes are still in step; after other errors they may not.
         except (Exception, pytest.fail.Exception) as error:
             failures[name] = traceback.format_exc()
-            in_step = isinstance(error, (AssertionError, pytest.fail.Exception))
+            is_in_step = isinstance(error, (AssertionError, pytest.fail.Exception))
     Path(directory, f"{rank}.json").write_text(json.dumps(failures))
-    if in_step:
-        dist.barrier()  # Without it the process that ends first aborts the others.
+    if is_in_step:
+        dist.barrier()  # Otherwise the first process to end aborts the others.
         dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_processes(world: int, tmp_path: Path) -> None:
+def test_cases_in_several_processes(world: int, tmp_path: Path) -> None:
     mp.set_forkserver_preload(PRELOADED)
     method = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
     context: Any = mp.start_processes(  # type: ignore[attr-defined]
-        work, (world, str(tmp_path)), nprocs=world, join=False, start_method=method
+        run_cases, (world, str(tmp_path)), nprocs=world, join=False, start_method=method
     )
-    deadline = time.monotonic() + LIMIT
+    deadline = time.monotonic() + TIMEOUT
     while not context.join(timeout=1):
         if time.monotonic() > deadline:
             for process in context.processes:
                 process.kill()
-            pytest.fail(f"{world} processes were not through after {LIMIT} s")
+            pytest.fail(f"{world} processes have not finished after {TIMEOUT} s")
     failures = [
         f"{name}, process {rank}: {text}"
         for rank in range(world)
@@ -139,7 +139,7 @@ def test_processes(world: int, tmp_path: Path) -> None:
 
 @functools.cache
 def meshes() -> list[DeviceMesh]:
-    """One dimension, and for four processes two."""
+    """A 1-D mesh, and for four processes also a 2-D mesh."""
     shapes = [(2,)] if dist.get_world_size() == 2 else [(4,), (2, 2)]
     return [init_device_mesh("cpu", shape) for shape in shapes]
 
@@ -151,13 +151,13 @@ def layouts(mesh: DeviceMesh, rank: int, dim: int) -> list[tuple[Shard | Replica
     return [(Shard(other), Shard(dim)), (Shard(dim), Shard(dim)), (Shard(dim), Replicate())]
 
 
-def spread(tensor: Tensor, mesh: DeviceMesh, placements: Any) -> DTensor:
-    """The same on every process, so each cuts out its own and nothing is sent."""
+def shard(tensor: Tensor, mesh: DeviceMesh, placements: Any) -> DTensor:
+    """Every process has the whole tensor and takes its own shard, so nothing is sent."""
     return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
 
 
-def beside(placements: Any, dims: Any) -> list[Any]:
-    """How a tensor lies that has the input's `dims` and goes with its shards."""
+def placements_of(placements: Any, dims: Any) -> list[Any]:
+    """The placements of a tensor that has these dimensions of an input with these placements."""
     return [
         Shard(dims.index(p.dim)) if isinstance(p, Shard) and p.dim in dims else Replicate()
         for p in placements
@@ -165,43 +165,44 @@ def beside(placements: Any, dims: Any) -> list[Any]:
 
 
 def close(actual: Any, expected: Any, mesh: DeviceMesh, placements: Any) -> None:
-    """The placements are these, and the shard is that of the expected tensor."""
-    if not expected.numel():  # torch 2.11 leaves no placement to a gradient of nothing.
+    """The DTensor has these placements, and its shard is that of the expected tensor."""
+    if not expected.numel():  # In torch 2.11 the gradient of an empty input has no placement.
         assert actual.shape == expected.shape
         return
     assert actual.placements == tuple(placements)
-    shard = spread(expected, mesh, placements).to_local()
-    torch.testing.assert_close(actual.to_local(), shard, rtol=1e-10, atol=1e-12, equal_nan=True)
+    local = shard(expected, mesh, placements).to_local()
+    torch.testing.assert_close(actual.to_local(), local, rtol=1e-10, atol=1e-12, equal_nan=True)
 
 
 def check_sample(sample: Sample, mesh: DeviceMesh, placements: Any, is_plain: bool) -> None:
     input, target, options = sample.tensors(torch.float64)
     rank = input.dim()
     dim = sample.axis
-    every = list(range(rank))
-    rows = every[:dim] + every[dim + 1 :]
+    all_dims = list(range(rank))
+    sample_dims = all_dims[:dim] + all_dims[dim + 1 :]
     leaf = input.clone().requires_grad_()
     expected = sample.function(leaf, target, **options)
     expected.sum().backward()
 
-    def part(tensor: Tensor, dims: list[int]) -> Tensor:
-        return tensor if is_plain else spread(tensor, mesh, beside(placements, dims))
+    def shard_along(tensor: Tensor, dims: list[int]) -> Tensor:
+        return tensor if is_plain else shard(tensor, mesh, placements_of(placements, dims))
 
-    sharded = spread(input, mesh, placements).requires_grad_()
-    target = part(target, rows if sample.is_index else every)
+    sharded = shard(input, mesh, placements).requires_grad_()
+    target = shard_along(target, sample_dims if sample.is_index else all_dims)
     if "weight" in options:
-        options["weight"] = part(options["weight"], [dim])
+        options["weight"] = shard_along(options["weight"], [dim])
     if "sample_weight" in options:
         weight = options["sample_weight"]
-        lost = every if sample.loss == "sum_squared_error" and not sample.is_index else rows
-        dims = lost[len(lost) - weight.dim() :]
+        is_elementwise = sample.loss == "sum_squared_error" and not sample.is_index
+        loss_dims = all_dims if is_elementwise else sample_dims
+        dims = loss_dims[len(loss_dims) - weight.dim() :]
         dims = [d if n == input.shape[d] else -1 for n, d in zip(weight.shape, dims, strict=True)]
-        options["sample_weight"] = part(weight, dims)
+        options["sample_weight"] = shard_along(weight, dims)
     loss = sample.function(sharded, target, **options)
     dims = []
     if sample.options.get("reduction") == "none":
-        dims = every if sample.loss == "sum_squared_error" else rows
-    close(loss, expected.detach(), mesh, beside(placements, dims))
+        dims = all_dims if sample.loss == "sum_squared_error" else sample_dims
+    close(loss, expected.detach(), mesh, placements_of(placements, dims))
     loss.sum().backward()
     close(sharded.grad, leaf.grad, mesh, placements)
 
@@ -215,22 +216,22 @@ FAMILIES = sorted({family(sample) for sample in SAMPLES})
 
 @case(*FAMILIES)
 def samples(name: str) -> None:
-    """Value, gradient and their placements, with other arguments as DTensors and as they are.
+    """Value, gradient and their placements, with the other arguments as DTensors or plain tensors.
 
-    Two processes take every sample cut by class, and every other one of the other layouts; four
-    take one layout of every other sample.
+    Two processes check every sample split by class and half of its other layouts. Four check one
+    layout of every other sample.
     """
     failed = []
     for sample in (s for s in SAMPLES if family(s) == name and s.input.ndim):
         number = zlib.crc32(sample.name.encode())
-        ways = [(m, w) for m in meshes() for w in layouts(m, sample.input.ndim, sample.axis)]
+        pairs = [(m, p) for m in meshes() for p in layouts(m, sample.input.ndim, sample.axis)]
         if dist.get_world_size() > 2:
-            ways = [ways[number // 4 % len(ways)]] if number // 2 % 2 else []
+            pairs = [pairs[number // 4 % len(pairs)]] if number // 2 % 2 else []
         else:
-            by_class = [way for way in ways if way[1] == (Shard(sample.axis),)]
-            others = [way for way in ways if way not in by_class]
-            ways = by_class + others[number // 2 % 2 :: 2]
-        for mesh, placements in ways:
+            by_class = [pair for pair in pairs if pair[1] == (Shard(sample.axis),)]
+            others = [pair for pair in pairs if pair not in by_class]
+            pairs = by_class + others[number // 2 % 2 :: 2]
+        for mesh, placements in pairs:
             try:
                 check_sample(sample, mesh, placements, is_plain=number % 2 == 1)
             except AssertionError as error:
@@ -247,7 +248,7 @@ FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 class Traffic(TorchDispatchMode):
-    """The bytes of each tensor that goes to other processes."""
+    """Records the bytes of each tensor that a collective sends."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,19 +256,19 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # It is asked again for what is done with the shards.
+            return NotImplemented  # DTensor dispatches again for the operations on its shards.
         if func.namespace == "_c10d_functional" and "tensor" not in func.name().split("_"):
             self.sizes.append(args[0].nbytes)
         return func(*args, **(kwargs or {}))
 
 
-# Rows of one process, and how many numbers per row it sends: maximum and sum of exponentials, and
-# on the way back the gradient of the sum. Beside them goes the loss, and for a mean a divisor.
-TRAVELS = {"squares": 0, "probabilities": 0, "logits": 3, "smooth": 3}
+# Numbers per row that a process sends: the maximum, the sum of exponentials, and in backward the
+# gradient of the sum. It also sends the loss, and for a mean the divisor.
+SENT_PER_ROW = {"squares": 0, "probabilities": 0, "logits": 3, "smooth": 3}
 
 
 @case(*FORMS)
-def only_numbers_per_sample_travel(form: str) -> None:
+def processes_send_only_a_few_numbers_per_sample(form: str) -> None:
     loss, options = FORMS[form]
     samples, classes = 12, 101
     for mesh in meshes():
@@ -277,15 +278,15 @@ def only_numbers_per_sample_travel(form: str) -> None:
             for reduction in REDUCTIONS:
                 input = torch.rand(samples, classes).softmax(1)
                 target = torch.randint(classes, (samples,)) if is_index else input.flip(0)
-                y = spread(input, mesh, placements).requires_grad_()
-                t = spread(target, mesh, beside(placements, [0] if is_index else [0, 1]))
+                y = shard(input, mesh, placements).requires_grad_()
+                t = shard(target, mesh, placements_of(placements, [0] if is_index else [0, 1]))
                 seed = None
                 with CommDebugMode() as collectives, Traffic() as traffic:
                     value = loss(y, t, reduction=reduction, **options)
                     if reduction == "none":
                         seed = torch.ones_like(value)
                     value.backward(seed)
-                per_row = [rows] * TRAVELS[form]
+                per_row = [rows] * SENT_PER_ROW[form]
                 totals = [1] * mesh.ndim
                 if reduction == "none":
                     totals = [] if form == "squares" else [rows]
@@ -302,7 +303,7 @@ def only_numbers_per_sample_travel(form: str) -> None:
 
 
 @case()
-def weights_may_be_tiny_or_not_finite_where_samples_are_ignored() -> None:
+def sample_weights_may_be_tiny_and_those_of_ignored_samples_nan() -> None:
     mesh = meshes()[0]
     x, target = torch.randn(4, 5), torch.tensor([1, -100, 2, 3])
     for weights in ([1.0, torch.nan, 1.0, 2.0], [1e-39, 0.0, 1e-39, 2e-39]):
@@ -311,9 +312,9 @@ def weights_may_be_tiny_or_not_finite_where_samples_are_ignored() -> None:
         expected = cross_entropy_error(leaf, target, sample_weight=weight, **options)
         expected.backward()
         for placements, own in (([Shard(1)], [Replicate()]), ([Shard(0)], [Shard(0)])):
-            y = spread(x, mesh, placements).requires_grad_()
+            y = shard(x, mesh, placements).requires_grad_()
             loss: Any = cross_entropy_error(
-                y, spread(target, mesh, own), sample_weight=spread(weight, mesh, own), **options
+                y, shard(target, mesh, own), sample_weight=shard(weight, mesh, own), **options
             )
             loss.backward()
             torch.testing.assert_close(loss.full_tensor(), expected.detach())
@@ -322,8 +323,8 @@ def weights_may_be_tiny_or_not_finite_where_samples_are_ignored() -> None:
 
 
 @case(*FORMS)
-def a_batch_shard_sends_its_sum_once(form: str) -> None:
-    """Once in each dimension of the mesh, and beside it the divisor if the targets make it."""
+def a_shard_of_samples_sends_its_sum_once(form: str) -> None:
+    """Once per dimension of the mesh, with the divisor if it depends on the targets."""
     loss, options = FORMS[form]
     for mesh in meshes():
         placements = [Shard(0)] * mesh.ndim
@@ -333,8 +334,8 @@ def a_batch_shard_sends_its_sum_once(form: str) -> None:
                 target = torch.randint(5, (9,)) if is_index else leaf.detach().flip(0)
                 expected = loss(leaf, target, reduction=reduction, **options)
                 expected.sum().backward()
-                y = spread(leaf.detach(), mesh, placements).requires_grad_()
-                t = spread(target, mesh, placements)
+                y = shard(leaf.detach(), mesh, placements).requires_grad_()
+                t = shard(target, mesh, placements)
                 with CommDebugMode() as collectives, Traffic() as traffic:
                     value: Any = loss(y, t, reduction=reduction, **options)
                     value.backward(torch.ones_like(value))
@@ -355,7 +356,7 @@ def one_dimension(placement: Any) -> tuple[DeviceMesh, list[Any]]:
 
 @case("dtensor", "plain")
 def gradients_of_the_other_arguments(kind: str) -> None:
-    """They come back as their tensors are, whole on every process where those are whole."""
+    """They have the placements of their tensors: here every process has the whole gradient."""
     for loss, options in FORMS.values():
         for is_index in (False, True):
             for placement in (Shard(0), Shard(1)):
@@ -373,18 +374,20 @@ def gradients_of_the_other_arguments(kind: str) -> None:
                     t: Tensor = t,
                     rest: dict[str, Tensor] = rest,
                 ) -> dict[str, Tensor]:
-                    made = {name: wrap(tensor) for name, tensor in (rest | {"target": t}).items()}
+                    tensors = {
+                        name: wrap(tensor) for name, tensor in (rest | {"target": t}).items()
+                    }
                     return {
                         name: tensor.requires_grad_(tensor.is_floating_point())
-                        for name, tensor in made.items()
+                        for name, tensor in tensors.items()
                     }
 
                 expected, actual = leaves(Tensor.clone), leaves(Tensor.clone)
                 if kind == "dtensor":
-                    actual = leaves(functools.partial(spread, mesh=mesh, placements=[Replicate()]))
+                    actual = leaves(functools.partial(shard, mesh=mesh, placements=[Replicate()]))
                 value = loss(y, **expected, reduction="mean", **options)
                 value.backward()
-                sharded = loss(spread(y, mesh, placements), **actual, reduction="mean", **options)
+                sharded = loss(shard(y, mesh, placements), **actual, reduction="mean", **options)
                 sharded.backward()
                 torch.testing.assert_close(sharded.to_local(), value)
                 for name, leaf in actual.items():
@@ -402,7 +405,7 @@ def half_precision(dtype: torch.dtype) -> None:
             y = torch.rand(6, 7).softmax(1).to(dtype)
             t = torch.randint(7, (6,))
             leaf = y.clone().requires_grad_()
-            sharded = spread(y, *one_dimension(placement)).requires_grad_()
+            sharded = shard(y, *one_dimension(placement)).requires_grad_()
             expected, actual = loss(leaf, t, **options), loss(sharded, t, **options)
             assert actual.dtype == torch.float32
             torch.testing.assert_close(actual.to_local(), expected)
@@ -414,8 +417,8 @@ def half_precision(dtype: torch.dtype) -> None:
 
 
 @case()
-def a_shard_of_no_classes() -> None:
-    """Where it is one, the way back goes through the same collectives."""
+def a_shard_without_classes() -> None:
+    """Its process runs the same collectives in backward."""
     for loss, options in FORMS.values():
         for classes in (1, 3):
             for is_index in (False, True):
@@ -425,7 +428,7 @@ def a_shard_of_no_classes() -> None:
                 weight = (
                     {} if loss is sum_squared_error else {"weight": torch.rand(classes).double()}
                 )
-                leaf, sharded = y.clone().requires_grad_(), spread(y, mesh, placements)
+                leaf, sharded = y.clone().requires_grad_(), shard(y, mesh, placements)
                 sharded.requires_grad_()
                 expected = loss(leaf, t, reduction="mean", **options, **weight)
                 expected.backward()
@@ -436,16 +439,16 @@ def a_shard_of_no_classes() -> None:
 
 
 @case()
-def a_sum_that_is_still_to_be_made() -> None:
+def partial_inputs_are_summed() -> None:
     mesh, _ = one_dimension(None)
     x, t = torch.rand(4, 5).double(), torch.randint(5, (4,))
     for loss, options in FORMS.values():
-        share = DTensor.from_local(x / mesh.size(), mesh, [Partial()])
-        torch.testing.assert_close(loss(share, t, **options).to_local(), loss(x, t, **options))
+        partial = DTensor.from_local(x / mesh.size(), mesh, [Partial()])
+        torch.testing.assert_close(loss(partial, t, **options).to_local(), loss(x, t, **options))
 
 
 @case()
-def uneven_shards_that_are_the_batches_of_their_processes() -> None:
+def uneven_batches_of_the_processes() -> None:
     mesh, placements = one_dimension(Shard(0))
     y, t = torch.rand(10, 5).softmax(1), torch.randint(5, (10,))
     for loss, options in FORMS.values():
@@ -471,26 +474,26 @@ def raised(kind: type[Exception], *words: str) -> Any:
 
 
 @case()
-def what_does_not_fit_is_an_error() -> None:
+def invalid_arguments_are_errors() -> None:
     world = dist.get_world_size()
     mesh, by_class = one_dimension(Shard(1))
     y, t = torch.rand(8, 9).softmax(1), torch.randint(9, (8,))
-    sharded = spread(y, mesh, by_class)
+    sharded = shard(y, mesh, by_class)
     for loss, options in FORMS.values():
         with raised(ValueError, "input: got Tensor", "expected a DTensor"):
-            loss(y, spread(t, mesh, [Replicate()]), **options)
+            loss(y, shard(t, mesh, [Replicate()]), **options)
         with raised(ValueError, "target: got placements", "Shard", "expected", "Replicate"):
-            loss(sharded, spread(t, mesh, [Shard(0)]), **options)
+            loss(sharded, shard(t, mesh, [Shard(0)]), **options)
         with raised(ValueError, "target: got placements", "expected"):
-            loss(sharded, spread(y, mesh, [Shard(0)]), **options)
+            loss(sharded, shard(y, mesh, [Shard(0)]), **options)
         with raised(ValueError, "sample_weight: got placements", "expected"):
-            loss(sharded, t, sample_weight=spread(torch.rand(8), mesh, [Shard(0)]), **options)
+            loss(sharded, t, sample_weight=shard(torch.rand(8), mesh, [Shard(0)]), **options)
         with raised(ValueError, r"target: got shape \(4,\) for an input of shape \(8, 9\)"):
             loss(sharded, t[:4], **options)
         other = DeviceMesh("cpu", list(reversed(range(world))))
         with raised(ValueError, "target: got DeviceMesh", "expected DeviceMesh"):
-            loss(sharded, spread(t, other, [Replicate()]), **options)
-    # The shards are not those that DTensor makes of nine classes.
+            loss(sharded, shard(t, other, [Replicate()]), **options)
+    # Shards of other sizes than those into which DTensor splits nine classes.
     sizes = [1, 8] if world == 2 else [1, 6, 1, 1]
     odd = DTensor.from_local(
         y.split(sizes, 1)[dist.get_rank()].contiguous(),
@@ -509,7 +512,7 @@ def what_does_not_fit_is_an_error() -> None:
 
 
 @case()
-def a_bad_class_is_an_error_where_it_is() -> None:
+def a_bad_class_is_an_error_in_its_process() -> None:
     mesh, by_class = one_dimension(Shard(1))
     y, t = torch.rand(8, 9).softmax(1), torch.arange(8)
     t[5] = 9
@@ -517,26 +520,26 @@ def a_bad_class_is_an_error_where_it_is() -> None:
         for placement in (Shard(1), Replicate()):
             message = r"target: got class 9 at position \(5,\)"
             with raised(IndexError, message) as caught:
-                loss(spread(y, mesh, [placement]), t, **options)
+                loss(shard(y, mesh, [placement]), t, **options)
             assert "shard" in caught.value.__notes__[0]
         t[5] = -100
-        ignored = loss(spread(y, mesh, by_class), t, **options).to_local()
+        ignored = loss(shard(y, mesh, by_class), t, **options).to_local()
         torch.testing.assert_close(ignored, loss(y, t, **options))
         t[5] = 9
     with (
         torch.autograd.set_detect_anomaly(True, check_nan=False),
         raised(ValueError, "input: got 2 at position", "from_logits=True"),
     ):
-        y = torch.full((8, 8), 2.0)  # So every process has one.
-        cross_entropy_error(spread(y, mesh, by_class), torch.zeros(8, dtype=torch.int64))
+        y = torch.full((8, 8), 2.0)  # Every shard is invalid.
+        cross_entropy_error(shard(y, mesh, by_class), torch.zeros(8, dtype=torch.int64))
 
 
 @case()
-def a_bad_class_that_nobody_looked_at_is_nan() -> None:
+def a_bad_class_is_nan_where_labels_cannot_be_read() -> None:
     mesh, by_class = one_dimension(Shard(1))
     y, t = torch.rand(3, 9).softmax(1), torch.tensor([0, 9, -100])
     for loss, options in FORMS.values():
-        sharded = spread(y, mesh, by_class).requires_grad_()
+        sharded = shard(y, mesh, by_class).requires_grad_()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("torchlosses.checks.can_read_values", lambda tensor: False)
             losses = loss(sharded, t, reduction="none", **options)
@@ -554,7 +557,7 @@ def a_second_derivative_is_an_error() -> None:
     for placement in (Shard(0), Shard(1)):
         mesh, placements = one_dimension(placement)
         for loss, options in FORMS.values():
-            y = spread(torch.rand(4, 5), mesh, placements).requires_grad_()
+            y = shard(torch.rand(4, 5), mesh, placements).requires_grad_()
             value = loss(y, torch.arange(4), **options)
             with raised(NotImplementedError, "create_graph"):
                 torch.autograd.grad(value, y, create_graph=True)
@@ -562,9 +565,9 @@ def a_second_derivative_is_an_error() -> None:
 
 @case(Shard(0), Shard(1), worlds=(2,))
 def compiled(placement: Any) -> None:
-    """All losses in one graph, since each takes seconds; of whole shards.
+    """All losses in one graph, since each graph takes seconds to compile.
 
-    Of an uneven one, torch's own compiler lays the gradient out anew.
+    Only even shards: for uneven ones torch's compiler redistributes the gradient.
     """
     mesh, placements = one_dimension(placement)
     y, t = torch.rand(8, 6).double().softmax(1), torch.randint(6, (8,))
@@ -588,12 +591,12 @@ def compiled(placement: Any) -> None:
     by_row: list[Any] = [placement if placement == Shard(0) else Replicate()]
     by_class: list[Any] = [Replicate() if placement == Shard(0) else Shard(0)]
     own: list[Any] = [
-        spread(tensor, mesh, p).requires_grad_()
+        shard(tensor, mesh, p).requires_grad_()
         for tensor, p in ((y, placements), (x, by_row), (w, by_class))
     ]
     torch._dynamo.reset()
     function = torch.compile(losses, fullgraph=True, backend="aot_eager")
-    soft, index = spread(y.flip(0), mesh, placements), spread(t, mesh, by_row)
+    soft, index = shard(y.flip(0), mesh, placements), shard(t, mesh, by_row)
     actual = function(own[0], soft, index, *own[1:])
     for value, other in zip(actual, expected, strict=True):
         close(value, other.detach(), mesh, [Replicate()])
@@ -602,14 +605,14 @@ def compiled(placement: Any) -> None:
         close(leaf.grad, tensor.grad, mesh, leaf.placements)
 
 
-def under_way(tensor: Tensor) -> Tensor:
-    """The tensor, as a layer that is cut by row puts it out: what adds it up is not waited for."""
+def asynchronous(tensor: Tensor) -> Tensor:
+    """The tensor as the result of an all-reduce that may still run, as of a row-parallel layer."""
     mesh = meshes()[0]
     share = tensor if tensor.is_floating_point() else tensor * (dist.get_rank() == 0)
     if tensor.is_floating_point():
         share = tensor / mesh.size()
-    made = DTensor.from_local(share, mesh, [Partial()], run_check=False)
-    local = made.redistribute(placements=[Replicate()], async_op=True).to_local()
+    partial = DTensor.from_local(share, mesh, [Partial()], run_check=False)
+    local = partial.redistribute(placements=[Replicate()], async_op=True).to_local()
     assert type(local) is AsyncCollectiveTensor
     return local
 
@@ -623,8 +626,8 @@ LOSSES: dict[str, tuple[Any, dict[str, Any]]] = FORMS | {
 
 
 @case(*LOSSES, worlds=(2,))
-def what_a_collective_is_under_way_to(form: str) -> None:
-    """It takes the kernels, as a plain tensor does, and the linear loss its chunks."""
+def results_of_running_collectives(form: str) -> None:
+    """They use the kernels, as plain tensors do, and the linear loss its chunks."""
     loss, options = LOSSES[form]
     for is_index, reduction in itertools.product((False, True), REDUCTIONS):
         y = torch.rand(8, 5).double().softmax(1)
@@ -639,16 +642,18 @@ def what_a_collective_is_under_way_to(form: str) -> None:
         expected.backward(upstream)
         no_formula = mock.patch.object(formulas, "compute", side_effect=AssertionError("formula"))
         with no_formula, chunks_of(3):
-            actual = loss(under_way(other), under_way(t), sample_weight=under_way(weights), **named)
+            actual = loss(
+                asynchronous(other), asynchronous(t), sample_weight=asynchronous(weights), **named
+            )
             assert type(actual) is Tensor
             torch.testing.assert_close(actual, expected)
             actual.backward(upstream)
             with torch.no_grad():
-                torch.testing.assert_close(loss(under_way(y), t, **named), loss(y, t, **named))
-        # Each process has a share of the sum, and its gradient is that of the whole.
+                torch.testing.assert_close(loss(asynchronous(y), t, **named), loss(y, t, **named))
+        # The gradient reaches the share, which is the tensor divided by the number of processes.
         grad: Any = other.grad
         torch.testing.assert_close(grad * dist.get_world_size(), leaf.grad)
-        tensor, target = under_way(other), under_way(t)
+        tensor, target = asynchronous(other), asynchronous(t)
         value = loss(tensor, target, **named)
         with torch.no_grad():
             target.zero_()
@@ -656,29 +661,29 @@ def what_a_collective_is_under_way_to(form: str) -> None:
             torch.autograd.grad(value, tensor, upstream, retain_graph=True),
             torch.autograd.grad(loss(leaf, t, **named), leaf, upstream),
         )
-        tensor = under_way(y).detach().requires_grad_()
+        tensor = asynchronous(y).detach().requires_grad_()
         value = loss(tensor, t, **named)
         with torch.no_grad():
             tensor.zero_()
         with raised(RuntimeError, "modified by an inplace operation"):
             value.backward(upstream)
         (first,) = torch.autograd.grad(loss(leaf, t, **named).sum(), leaf, create_graph=True)
-        tensor = under_way(other)
+        tensor = asynchronous(other)
         (second,) = torch.autograd.grad(loss(tensor, t, **named).sum(), tensor, create_graph=True)
         torch.testing.assert_close(
             torch.autograd.grad(second.square().sum(), tensor, allow_unused=True),
             torch.autograd.grad(first.square().sum(), leaf, allow_unused=True),
         )
-    made = DTensor.from_local(y / 2, meshes()[0], [Partial()], run_check=False)
-    made = made.redistribute(placements=[Replicate()], async_op=True)
+    partial = DTensor.from_local(y / 2, meshes()[0], [Partial()], run_check=False)
+    whole: Any = partial.redistribute(placements=[Replicate()], async_op=True)
     if form != "linear":
         with mock.patch.object(formulas, "compute", side_effect=AssertionError("formula")):
-            torch.testing.assert_close(loss(made, t, **options).to_local(), loss(y, t, **options))
+            torch.testing.assert_close(loss(whole, t, **options).to_local(), loss(y, t, **options))
 
 
 @case(worlds=(2,))
-def what_a_collective_is_under_way_to_in_a_graph() -> None:
-    """It goes to the operator if a plain tensor does."""
+def results_of_running_collectives_in_a_graph() -> None:
+    """They use the operator if plain tensors do."""
     x, w, t = torch.rand(8, 5).double(), torch.rand(7, 5).double(), torch.randint(7, (8,))
     graphs: list[str] = []
 
@@ -686,49 +691,49 @@ def what_a_collective_is_under_way_to_in_a_graph() -> None:
         graphs.append(graph.code)
         return graph
 
-    for input in (x, under_way(x)):
+    for input in (x, asynchronous(x)):
         torch._dynamo.reset()
         function = torch.compile(linear_cross_entropy_error, fullgraph=True, backend=backend)
         torch.testing.assert_close(function(input, w, t), linear_cross_entropy_error(x, w, t))
-    with_operator = ["ops.torchlosses" in graph for graph in graphs]
-    assert with_operator in ([True, True], [False, False])
+    has_operator = ["ops.torchlosses" in graph for graph in graphs]
+    assert has_operator in ([True, True], [False, False])
 
 
-# First compiled: after an embedding of such DTensors in eager mode torch does not trace one.
+# "compiled" first: after an eager embedding of such DTensors torch fails to trace one.
 @case("compiled", "eager", worlds=(2,))
-def hidden_states_of_an_embedding_that_is_cut(mode: str) -> None:
-    """They are a sum that is still to be made, of a placement that is private."""
+def hidden_states_of_a_sharded_embedding(mode: str) -> None:
+    """They have a private placement, a partial sum with a mask."""
     mesh = meshes()[0]
     words, w, b = torch.randn(8, 4).double(), torch.randn(8, 4).double(), torch.randn(8).double()
     ids, t, soft = torch.arange(8).flip(0), torch.randint(8, (8,)), torch.rand(8, 8).double()
 
     def losses(words: Tensor, w: Tensor, b: Tensor, ids: Tensor, *targets: Tensor) -> list[Any]:
-        made = [  # Embedded anew for each: torch itself reads such a sum once.
+        results = [  # A new embedding for each loss: torch reads such a partial sum only once.
             linear_cross_entropy_error(
                 F.embedding(ids, words), weight, target, linear_bias=b, reduction="mean"
             )
             for target in targets
-            for weight in (w, words)  # Tied, too.
+            for weight in (w, words)  # The second is tied to the embedding.
         ]
         if mode == "compiled":
-            return made
-        return [*made, cross_entropy_error(F.embedding(ids, words), t % 4, from_logits=True)]
+            return results
+        return [*results, cross_entropy_error(F.embedding(ids, words), t % 4, from_logits=True)]
 
     leaves = [tensor.clone().requires_grad_() for tensor in (words, w, b)]
-    own: list[Any] = [spread(tensor, mesh, [Shard(0)]).requires_grad_() for tensor in (words, w, b)]
-    everywhere: Any = spread(ids, mesh, [Replicate()])
-    targets = [(t, spread(t, mesh, [Replicate()]))]
+    own: list[Any] = [shard(tensor, mesh, [Shard(0)]).requires_grad_() for tensor in (words, w, b)]
+    replicated: Any = shard(ids, mesh, [Replicate()])
+    targets = [(t, shard(t, mesh, [Replicate()]))]
     function: Any = losses
     if mode == "compiled":
         torch._dynamo.reset()
         function = torch.compile(losses, fullgraph=True, backend="aot_eager")
     else:
-        targets.append((soft, spread(soft, mesh, [Shard(1)])))
-        hidden: Any = F.embedding(everywhere, own[0])
+        targets.append((soft, shard(soft, mesh, [Shard(1)])))
+        hidden: Any = F.embedding(replicated, own[0])
         assert type(hidden.placements[0]).__name__ == "_MaskPartial"
     expected = losses(*leaves, ids, *(whole for whole, _ in targets))
     with chunks_of(3):
-        actual = function(*own, everywhere, *(part for _, part in targets))
+        actual = function(*own, replicated, *(sharded_target for _, sharded_target in targets))
     for value, other in zip(actual, expected, strict=True):
         close(value, other.detach(), mesh, [Replicate()])
     sum(expected).backward()
@@ -737,12 +742,12 @@ def hidden_states_of_an_embedding_that_is_cut(mode: str) -> None:
         close(leaf.grad, tensor.grad, mesh, [Shard(0)])
 
 
-def flattens_over_time() -> bool:
-    """Whether torch itself does, where the second of two dimensions is cut."""
+def can_flatten_sharded_time() -> bool:
+    """Whether this torch flattens a tensor whose second dimension is sharded."""
     if torch.__version__ >= "2.14":
         return True
     try:
-        spread(torch.ones(2, 2), meshes()[0], [Shard(1)]).flatten()
+        shard(torch.ones(2, 2), meshes()[0], [Shard(1)]).flatten()
     except RuntimeError:
         return False
     return True
@@ -750,33 +755,33 @@ def flattens_over_time() -> bool:
 
 @case("eager")
 @case("compiled", worlds=(2,))
-def logits_cut_over_time_and_flattened(mode: str) -> None:
-    if not flattens_over_time():
+def logits_sharded_over_time_and_flattened(mode: str) -> None:
+    if not can_flatten_sharded_time():
         return
     if mode == "compiled" and torch.__version__ < "2.13":
-        return  # torch 2.12 compiles no flattened DTensor, with or without a loss.
+        return  # torch 2.12 fails to compile a flattened DTensor, even without a loss.
 
-    # A graph takes longer the more there is in it, and two processes suffice for the rest.
-    few = mode == "compiled" or dist.get_world_size() > 2
-    forms = {"smooth": FORMS["smooth"]} if few else FORMS
+    # One loss in a graph, which compiles slowly, and in four processes.
+    is_slow = mode == "compiled" or dist.get_world_size() > 2
+    forms = {"smooth": FORMS["smooth"]} if is_slow else FORMS
     reductions = ("mean",) if mode == "compiled" else ("none", "mean")
 
     def losses(y: Tensor, soft: Tensor, t: Tensor, w: Tensor, x: Tensor, v: Tensor) -> list[Any]:
         y, soft, t, w, x = (tensor.flatten(0, 1) for tensor in (y, soft, t, w, x))
-        made = [
+        results = [
             loss(
                 y, target, reduction=reduction, **options,
                 sample_weight=w[:, None] if target is soft and form == "squares" else w,
             )
             for form, (loss, options) in forms.items()
-            for target in ((soft, t) if few else (soft, t, whole.flatten()))
+            for target in ((soft, t) if is_slow else (soft, t, whole.flatten()))
             for reduction in reductions
         ]  # fmt: skip
-        return [*made, linear_cross_entropy_error(x, v, t, reduction="mean")]
+        return [*results, linear_cross_entropy_error(x, v, t, reduction="mean")]
 
     for mesh in meshes():
-        ways = [[Shard(1)]] if mesh.ndim == 1 else [[Shard(0), Shard(1)], [Shard(2), Shard(1)]]
-        # Of an uneven shard, torch's own compiler lays the gradient out anew.
+        splits = [[Shard(1)]] if mesh.ndim == 1 else [[Shard(0), Shard(1)], [Shard(2), Shard(1)]]
+        # For uneven shards torch's compiler redistributes the gradient.
         times = 7 if mesh.ndim == 1 and mode == "eager" else 6
         y = torch.rand(4, times, 6).double().softmax(2)
         whole, w = torch.randint(6, (4, times)), torch.rand(4, times).double()
@@ -785,11 +790,11 @@ def logits_cut_over_time_and_flattened(mode: str) -> None:
         leaves = [v.clone().requires_grad_(v.is_floating_point()) for v in tensors]
         expected = losses(*leaves)
         sum(value.sum() for value in expected).backward()
-        for placements in ways:
-            rows = beside(placements, [0, 1])
+        for placements in splits:
+            rows = placements_of(placements, [0, 1])
             by_class = [Shard(0) if p == Shard(2) else Replicate() for p in placements]
             own: list[Any] = [
-                spread(tensor, mesh, p).requires_grad_(tensor.is_floating_point())
+                shard(tensor, mesh, p).requires_grad_(tensor.is_floating_point())
                 for tensor, p in zip(
                     tensors, (placements, placements, rows, rows, rows, by_class), strict=True
                 )
@@ -812,38 +817,38 @@ def logits_cut_over_time_and_flattened(mode: str) -> None:
 
 
 @case(worlds=(2,))
-def pixels_cut_over_the_width_and_flattened() -> None:
-    """Classes come before the dimension that is flattened, so that a target has it elsewhere."""
-    if not flattens_over_time():
+def pixels_sharded_over_the_width_and_flattened() -> None:
+    """The flattened dimension has another index in a target without the class dimension."""
+    if not can_flatten_sharded_time():
         return
     mesh = meshes()[0]
     y, t = torch.rand(2, 3, 4, 6).double().softmax(1), torch.randint(3, (2, 4, 6))
     for (loss, options), is_index in itertools.product(FORMS.values(), (False, True)):
-        leaf, own = y.clone().requires_grad_(), spread(y, mesh, [Shard(3)]).requires_grad_()
+        leaf, own = y.clone().requires_grad_(), shard(y, mesh, [Shard(3)]).requires_grad_()
         target = t if is_index else y.flip(0)
         named = options | {"reduction": "none"}
         expected = loss(leaf.flatten(2), target.flatten(-2), **named)
-        cut = spread(target, mesh, [Shard(target.dim() - 1)])
-        actual = loss(own.flatten(2), cut.flatten(-2), **named)
+        sharded_target = shard(target, mesh, [Shard(target.dim() - 1)])
+        actual = loss(own.flatten(2), sharded_target.flatten(-2), **named)
         torch.testing.assert_close(actual.full_tensor(), expected)
         upstream = torch.rand_like(expected)
         expected.backward(upstream)
-        actual.backward(spread(upstream, mesh, actual.placements))
+        actual.backward(shard(upstream, mesh, actual.placements))
         close(own.grad, leaf.grad, mesh, [Shard(3)])
-    classes = spread(y, mesh, [Shard(3)]).flatten(2).transpose(1, 2)
+    classes = shard(y, mesh, [Shard(3)]).flatten(2).transpose(1, 2)
     with raised(ValueError, "input: got placements", "_StridedShard where it does not cut classes"):
         cross_entropy_error(classes, t.flatten(1)[:, :3] * 0, from_logits=True, dim=1)
 
 
 @functools.cache
-def half() -> DeviceMesh:
+def half_mesh() -> DeviceMesh:
     return DeviceMesh("cpu", list(range(dist.get_world_size() // 2)))
 
 
 @case()
-def a_process_outside_of_the_mesh_has_nothing() -> None:
-    """As in all operations of torch; within it the loss is what it is."""
-    mesh = half()
+def a_process_outside_of_the_mesh_has_no_values() -> None:
+    """As in all operations of torch; inside the mesh the loss is correct."""
+    mesh = half_mesh()
     is_outside = mesh.get_coordinate() is None
     assert is_outside == (dist.get_rank() >= mesh.size())
 
@@ -860,17 +865,17 @@ def a_process_outside_of_the_mesh_has_nothing() -> None:
     ):
         y = torch.rand(6, 4).double().softmax(1)
         t = torch.randint(4, (6,)) if is_index else y.flip(0)
-        leaf, own = y.clone().requires_grad_(), spread(y, mesh, [placement]).requires_grad_()
+        leaf, own = y.clone().requires_grad_(), shard(y, mesh, [placement]).requires_grad_()
         expected, actual = (loss(v, t, reduction=reduction, **options) for v in (leaf, own))
         dims = [0, 1] if loss is sum_squared_error else [0]
-        lost = beside([placement], dims) if reduction == "none" else [Replicate()]
-        check(actual, expected.detach(), lost)
+        placements = placements_of([placement], dims) if reduction == "none" else [Replicate()]
+        check(actual, expected.detach(), placements)
         expected.sum().backward()
         actual.sum().backward()
         check(own.grad, leaf.grad, [placement])
     x, w, t = torch.randn(6, 3).double(), torch.randn(4, 3).double(), torch.randint(4, (6,))
-    own = spread(x, mesh, [Replicate()]).requires_grad_()
-    layer = spread(w, mesh, [Shard(0)]).requires_grad_()
+    own = shard(x, mesh, [Replicate()]).requires_grad_()
+    layer = shard(w, mesh, [Shard(0)]).requires_grad_()
     actual = linear_cross_entropy_error(own, layer, t)
     expected = linear_cross_entropy_error(x.requires_grad_(), w.requires_grad_(), t)
     check(actual, expected.detach(), [Replicate()])
@@ -884,23 +889,23 @@ def a_process_outside_of_the_mesh_has_nothing() -> None:
 def a_transform_is_an_error() -> None:
     mesh, placements = one_dimension(Shard(0))
     y, t = torch.rand(8, 5).softmax(1), torch.randint(5, (8,))
-    x, w = spread(y, mesh, placements), spread(torch.rand(5, 5), mesh, [Replicate()])
+    x, w = shard(y, mesh, placements), shard(torch.rand(5, 5), mesh, [Replicate()])
     for loss, options in LOSSES.values():
         if loss is not LOSSES["linear"][0]:
-            for target in (t, spread(t, mesh, placements)):
+            for target in (t, shard(t, mesh, placements)):
                 for transform in (torch.func.grad, torch.func.jacrev):
                     with raised(NotImplementedError, "torch.func: got a transform"):
                         transform(functools.partial(loss, target=target, **options))(x)
-            of_weight = functools.partial(loss, x, t, **options)
+            weighted = functools.partial(loss, x, t, **options)
             with raised(NotImplementedError, "torch.func: got a transform"):
-                torch.func.grad(lambda s, loss=of_weight: loss(sample_weight=s))(torch.rand(8))
+                torch.func.grad(lambda s, loss=weighted: loss(sample_weight=s))(torch.rand(8))
     for position in (0, 1):
         with raised(NotImplementedError, "torch.func: got a transform"):
             torch.func.grad(linear_cross_entropy_error, argnums=position)(x, w, t)
 
 
-def test_what_is_private_to_torch_is_there() -> None:
-    """Without these names a loss would not know what it is given, and nobody would notice."""
+def test_this_torch_has_the_private_names_in_use() -> None:
+    """Without them losses would silently take such tensors for plain ones."""
     assert issubclass(placement_types._StridedShard, placement_types.Placement)
     assert callable(AsyncCollectiveTensor.wait)
     tensor = torch.ones(2)
@@ -914,7 +919,7 @@ def test_what_is_private_to_torch_is_there() -> None:
 
 
 def sizes() -> list[int]:
-    """How many of ten samples each process has; of four, one has none."""
+    """How many of ten samples each process has; one of four processes has none."""
     return [7, 3] if dist.get_world_size() == 2 else [5, 0, 1, 4]
 
 
@@ -929,7 +934,7 @@ def criteria(reduction: Any) -> Iterator[tuple[nn.Module, bool]]:
 
 
 def count(criterion: Any, logits: Tensor, target: Tensor) -> Tensor:
-    """What the reduction divides by, of the samples of this process."""
+    """The part of the reduction's divisor that this process's samples add."""
     if criterion.reduction == "batchmean":
         return torch.tensor(float(len(logits)), dtype=logits.dtype)
     per_sample = torch.ones(len(logits), dtype=logits.dtype)
@@ -961,12 +966,12 @@ def output(model: nn.Module, criterion: Any, x: Tensor) -> Tensor:
     return y if getattr(criterion, "from_logits", True) else y.softmax(1)
 
 
-def train(model: nn.Module, criterion: Any, is_index: bool, is_spread: bool) -> None:
-    """SGD on a whole batch, or on a part of it with the recipe of the README."""
+def train(model: nn.Module, criterion: Any, is_index: bool, is_split: bool) -> None:
+    """SGD on whole batches, or on this process's part by the recipe in `examples/recipes.md`."""
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     reduction = criterion.reduction
     for x, t in batches(is_index):
-        if is_spread:
+        if is_split:
             x, t = (tensor.split(sizes())[dist.get_rank()] for tensor in (x, t))
             y = output(model, criterion, x)
             divisor = torch.ones((), dtype=y.dtype)
@@ -983,7 +988,7 @@ def train(model: nn.Module, criterion: Any, is_index: bool, is_spread: bool) -> 
         optimizer.step()
 
 
-def parallel(kind: str) -> nn.Module:
+def parallel_network(kind: str) -> nn.Module:
     if kind == "ddp":
         return DistributedDataParallel(network())
     model = network()
@@ -996,17 +1001,17 @@ def parallel(kind: str) -> nn.Module:
 def data_parallel(name: str) -> None:
     kind, reduction = name.split("-")
     for criterion, is_index in criteria(reduction):
-        expected, model = network(), parallel(kind)
-        train(expected, criterion, is_index, is_spread=False)
-        train(model, criterion, is_index, is_spread=True)
+        expected, model = network(), parallel_network(kind)
+        train(expected, criterion, is_index, is_split=False)
+        train(model, criterion, is_index, is_split=True)
         for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             torch.testing.assert_close(whole.data, other.data, rtol=1e-10, atol=1e-12)
 
 
 @case()
-def a_mean_of_means_is_another() -> None:
-    """Which is why there is a recipe."""
+def a_mean_of_means_is_not_the_mean() -> None:
+    """Hence the recipe."""
     x, t = next(batches(True))
     y, target = (tensor.split(sizes())[dist.get_rank()] for tensor in (x, t))
     mean = CrossEntropyError(from_logits=True, reduction="mean")(y, target)
@@ -1017,20 +1022,20 @@ def a_mean_of_means_is_another() -> None:
 
 @contextlib.contextmanager
 def chunks_of(rows: int) -> Iterator[None]:
-    """Chunks of at most so many rows of float64."""
+    """Limits chunks to this many rows in float64."""
     with mock.patch.object(linear, "CHUNK", 8 * rows):
         yield
 
 
-def layer_by(mesh: DeviceMesh) -> list[tuple[Any, Any]]:
-    """How input and weight of a linear layer lie on a mesh."""
+def layer_placements(mesh: DeviceMesh) -> list[tuple[Any, Any]]:
+    """Placements of a linear layer's input and weight."""
     if mesh.ndim == 1:
         return [([Replicate()], [Shard(0)]), ([Shard(0)], [Replicate()])]
     return [([Shard(0), Replicate()], [Replicate(), Shard(0)])]
 
 
 @case(*REDUCTIONS)
-def a_linear_layer_cut_by_class_or_by_row(reduction: Any) -> None:
+def a_linear_layer_sharded_by_class_or_by_row(reduction: Any) -> None:
     x, w, b = torch.randn(8, 3, 4).double(), torch.randn(9, 4).double(), torch.randn(9).double()
     soft, index = torch.rand(8, 3, 9).double().softmax(-1), torch.randint(9, (8, 3))
     index[2:4, 1] = -100
@@ -1045,74 +1050,74 @@ def a_linear_layer_cut_by_class_or_by_row(reduction: Any) -> None:
         expected = cross_entropy_error(logits, target, from_logits=True, dim=-1, **named)
         upstream = torch.rand_like(expected)
         expected.backward(upstream)
-        for by_row, by_class in layer_by(mesh):
+        for by_row, by_class in layer_placements(mesh):
             own: list[Any] = [
-                spread(tensor, mesh, placements).requires_grad_()
+                shard(tensor, mesh, placements).requires_grad_()
                 for tensor, placements in ((x, by_row), (w, by_class), (b, by_class))
             ]
             if "sample_weight" in options:
-                named["sample_weight"] = spread(weights["sample_weight"], mesh, by_row)
+                named["sample_weight"] = shard(weights["sample_weight"], mesh, by_row)
+            sharded_target = shard(target, mesh, target_placements(by_row, by_class, target))
             with chunks_of(9):
                 loss: Any = linear_cross_entropy_error(
-                    own[0], own[1], spread(target, mesh, beside_layer(by_row, by_class, target)),
-                    linear_bias=own[2], **named,
-                )  # fmt: skip
+                    own[0], own[1], sharded_target, linear_bias=own[2], **named
+                )
                 placements = by_row if reduction == "none" else [Replicate()] * mesh.ndim
                 close(loss, expected.detach(), mesh, placements)
-                loss.backward(spread(upstream, mesh, placements))
+                loss.backward(shard(upstream, mesh, placements))
             for leaf, tensor in zip(own, leaves, strict=True):
                 close(leaf.grad, tensor.grad, mesh, leaf.placements)
 
 
-def beside_layer(by_row: Any, by_class: Any, target: Tensor) -> list[Any]:
-    """How targets lie beside it: soft ones have classes too."""
-    cut = [Shard(2) if q.is_shard() else p for p, q in zip(by_row, by_class, strict=True)]
-    return cut if target.dim() == 3 else list(by_row)
+def target_placements(by_row: Any, by_class: Any, target: Tensor) -> list[Any]:
+    """Placements of a target that goes with the layer: soft targets are sharded by class too."""
+    soft = [Shard(2) if q.is_shard() else p for p, q in zip(by_row, by_class, strict=True)]
+    return soft if target.dim() == 3 else list(by_row)
 
 
 @case()
-def only_numbers_per_row_and_the_gradient_of_the_input_travel() -> None:
+def a_linear_layer_sends_numbers_per_row_and_the_gradient_of_the_input() -> None:
     rows, width, classes = 12, 4, 101
     mesh = meshes()[0]
-    x = spread(torch.randn(rows, width), mesh, [Replicate()]).requires_grad_()
-    w = spread(torch.randn(classes, width), mesh, [Shard(0)]).requires_grad_()
+    x = shard(torch.randn(rows, width), mesh, [Replicate()]).requires_grad_()
+    w = shard(torch.randn(classes, width), mesh, [Shard(0)]).requires_grad_()
     with CommDebugMode() as collectives, Traffic() as traffic, chunks_of(3):
         linear_cross_entropy_error(x, w, torch.randint(classes, (rows,))).backward()
-    # Of each chunk the maximum and the sum, which backward makes again, and the sum's gradient.
-    step = 6  # In float32.
-    expected = [step * 4] * (rows // step * 5) + [4, rows * width * 4]
+    # Per chunk the maximum and the sum, both again in backward, and the gradient of the sum.
+    chunk = 6  # Rows in float32.
+    expected = [chunk * 4] * (rows // chunk * 5) + [4, rows * width * 4]
     assert sorted(traffic.sizes) == sorted(expected)
     counts = collectives.get_comm_counts()
     assert {str(op).rpartition(".")[2] for op, n in counts.items() if n} == {"all_reduce"}
 
 
 @case(worlds=(2,))
-def a_linear_layer_in_half_precision_sums_in_float32() -> None:
+def a_linear_layer_in_half_precision_accumulates_in_float32() -> None:
     mesh = meshes()[0]
     x, w = torch.rand(4096, 16).bfloat16(), torch.randn(8, 16).bfloat16()
     t = torch.zeros(4096, dtype=torch.int64)
     leaf = w.double().requires_grad_()
     cross_entropy_error(x.double() @ leaf.T, t, from_logits=True).backward()
-    own: Any = spread(w, mesh, [Shard(0)]).requires_grad_()
+    own: Any = shard(w, mesh, [Shard(0)]).requires_grad_()
     with chunks_of(8):
-        linear_cross_entropy_error(spread(x, mesh, [Replicate()]), own, t).backward()
+        linear_cross_entropy_error(shard(x, mesh, [Replicate()]), own, t).backward()
     exact: Any = leaf.grad
     error = own.grad.full_tensor() - exact
     assert error.abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
 
 
 @case(*REDUCTIONS, worlds=(2,))
-def what_changes_before_backward_is_an_error(reduction: Any) -> None:
+def an_argument_that_changes_before_backward_is_an_error(reduction: Any) -> None:
     mesh = meshes()[0]
     for by_row, by_class in (([Replicate()], [Shard(0)]), ([Shard(0)], [Replicate()])):
         for name in ("input", "linear_weight", "linear_bias"):
             arguments: dict[str, Any] = {
-                "input": spread(torch.randn(8, 4), mesh, by_row).requires_grad_(),
-                "linear_weight": spread(torch.randn(12, 4), mesh, by_class).requires_grad_(),
-                "linear_bias": spread(torch.randn(12), mesh, by_class).requires_grad_(),
+                "input": shard(torch.randn(8, 4), mesh, by_row).requires_grad_(),
+                "linear_weight": shard(torch.randn(12, 4), mesh, by_class).requires_grad_(),
+                "linear_bias": shard(torch.randn(12), mesh, by_class).requires_grad_(),
             }
             leaves = tuple(arguments.values())
-            target = spread(torch.randint(12, (8,)), mesh, by_row)
+            target = shard(torch.randint(12, (8,)), mesh, by_row)
             loss: Any = linear_cross_entropy_error(target=target, reduction=reduction, **arguments)
             with torch.no_grad():
                 arguments[name].mul_(2)
@@ -1127,27 +1132,27 @@ def what_changes_before_backward_is_an_error(reduction: Any) -> None:
 
 
 @case("mean", "none")
-def a_linear_layer_in_a_model_that_frees_it_between(reduction: Any) -> None:
-    def model() -> Layered:
+def a_linear_layer_resharded_after_forward(reduction: Any) -> None:
+    def model() -> ModelWithLoss:
         torch.manual_seed(0)
-        return Layered(reduction)
+        return ModelWithLoss(reduction)
 
     x, t = torch.randn(8, 4).double(), torch.randint(9, (8,))
-    alone, together, world = model(), model(), dist.get_world_size()
-    fully_shard(together.criterion, reshard_after_forward=True)
-    fully_shard(together)
-    alone(x, t).sum().backward()
+    expected, sharded, world = model(), model(), dist.get_world_size()
+    fully_shard(sharded.criterion, reshard_after_forward=True)
+    fully_shard(sharded)
+    expected(x, t).sum().backward()
     with chunks_of(1):
-        loss = together(*(tensor.chunk(world)[dist.get_rank()] for tensor in (x, t))).sum()
+        loss = sharded(*(tensor.chunk(world)[dist.get_rank()] for tensor in (x, t))).sum()
         for _ in range(2):
-            together.zero_grad()
+            sharded.zero_grad()
             (loss * (world if reduction == "none" else 1)).backward(retain_graph=True)
-    for parameter, other in zip(together.parameters(), alone.parameters(), strict=True):
+    for parameter, other in zip(sharded.parameters(), expected.parameters(), strict=True):
         grad: Any = parameter.grad
         torch.testing.assert_close(grad.full_tensor(), other.grad)
 
 
-class Layered(nn.Module):
+class ModelWithLoss(nn.Module):
     def __init__(self, reduction: Any) -> None:
         super().__init__()
         own: Any = {"dtype": torch.float64}
@@ -1159,30 +1164,30 @@ class Layered(nn.Module):
 
 
 @case("ddp", "fsdp")
-def a_linear_layer_in_a_module(kind: str) -> None:
+def a_data_parallel_linear_loss(kind: str) -> None:
     def model() -> LinearCrossEntropyError:
         torch.manual_seed(0)
         return LinearCrossEntropyError(4, 9, bias=True, dtype=torch.float64)
 
     x, t = torch.randn(8, 4).double(), torch.randint(9, (8,))
-    alone: nn.Module = model()
-    alone(x, t).backward()
-    together: nn.Module = model()
+    expected: nn.Module = model()
+    expected(x, t).backward()
+    parallel: nn.Module = model()
     if kind == "ddp":
-        together = DistributedDataParallel(together)
+        parallel = DistributedDataParallel(parallel)
     else:
-        fully_shard(together)
+        fully_shard(parallel)
     world = dist.get_world_size()
     own = [tensor.chunk(world)[dist.get_rank()] for tensor in (x, t)]
     with chunks_of(1):
-        (together(*own) * world).backward()
-    for parameter, other in zip(together.parameters(), alone.parameters(), strict=True):
+        (parallel(*own) * world).backward()
+    for parameter, other in zip(parallel.parameters(), expected.parameters(), strict=True):
         grad: Any = parameter.grad
         torch.testing.assert_close(grad.full_tensor() if kind == "fsdp" else grad, other.grad)
 
 
 @case()
-def a_linear_layer_that_is_cut_alone_puts_itself_together() -> None:
+def fully_shard_on_the_linear_layer_alone() -> None:
     torch.manual_seed(0)
     criterion = LinearCrossEntropyError(4, 8)
     weight = criterion.linear.weight.detach().clone().requires_grad_()
@@ -1197,33 +1202,33 @@ def a_linear_layer_that_is_cut_alone_puts_itself_together() -> None:
 
 
 @case()
-def a_linear_layer_that_is_not_served_is_an_error() -> None:
+def unsupported_placements_of_a_linear_layer_are_errors() -> None:
     mesh = meshes()[0]
     x, w, t = torch.randn(8, 4), torch.randn(8, 4), torch.randint(8, (8,))
-    by_class = spread(w, mesh, [Shard(0)])
-    everywhere = spread(x, mesh, [Replicate()])
+    by_class = shard(w, mesh, [Shard(0)])
+    replicated = shard(x, mesh, [Replicate()])
     with raised(ValueError, "input: got a plain tensor beside a DTensor", "fully_shard"):
         linear_cross_entropy_error(x, by_class, t)
     with raised(ValueError, "linear_weight: got a plain tensor"):
-        linear_cross_entropy_error(everywhere, w, t)
+        linear_cross_entropy_error(replicated, w, t)
     with raised(ValueError, "linear_weight: got placements", "expected", r"Shard\(0\)"):
-        linear_cross_entropy_error(everywhere, spread(w, mesh, [Shard(1)]), t)
+        linear_cross_entropy_error(replicated, shard(w, mesh, [Shard(1)]), t)
     for placement in (Shard(0), Shard(1)):
         with raised(ValueError, "input: got placements", "expected Replicate"):
-            linear_cross_entropy_error(spread(x, mesh, [placement]), by_class, t)
+            linear_cross_entropy_error(shard(x, mesh, [placement]), by_class, t)
     other = DeviceMesh("cpu", list(reversed(range(dist.get_world_size()))))
     with raised(ValueError, "input: got DeviceMesh", "expected DeviceMesh"):
-        linear_cross_entropy_error(spread(x, other, [Replicate()]), by_class, t)
+        linear_cross_entropy_error(shard(x, other, [Replicate()]), by_class, t)
     with raised(ValueError, "linear_bias: got DeviceMesh", "expected DeviceMesh"):
-        bias = spread(w[:, 0], other, [Replicate()])
-        linear_cross_entropy_error(everywhere, by_class, t, linear_bias=bias)
-    soft = spread(torch.ones(8, 8), mesh, [Shard(0)])
-    by_row = (spread(x, mesh, [Shard(0)]), spread(w, mesh, [Replicate()]))
+        bias = shard(w[:, 0], other, [Replicate()])
+        linear_cross_entropy_error(replicated, by_class, t, linear_bias=bias)
+    soft = shard(torch.ones(8, 8), mesh, [Shard(0)])
+    by_row = (shard(x, mesh, [Shard(0)]), shard(w, mesh, [Replicate()]))
     with (
         torch.autograd.set_detect_anomaly(True),
         pytest.warns(UserWarning, match=r"target: the row at position \(0,\)"),
     ):
         linear_cross_entropy_error(*by_row, soft)
-    loss = linear_cross_entropy_error(everywhere.requires_grad_(), by_class, t)
+    loss = linear_cross_entropy_error(replicated.requires_grad_(), by_class, t)
     with raised(NotImplementedError, "create_graph"):
-        torch.autograd.grad(loss, everywhere, create_graph=True)
+        torch.autograd.grad(loss, replicated, create_graph=True)

@@ -1,4 +1,4 @@
-"""What cannot be right is answered in words, and what is asked is never written to."""
+"""Invalid arguments raise errors that name them, and arguments are never written to."""
 
 import functools
 import re
@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from torchlosses import CrossEntropyError, SumSquaredError, checks
+from torchlosses import CrossEntropyError, SumSquaredError, checks, ops
 from torchlosses.functional import (
     cross_entropy_error,
     linear_cross_entropy_error,
@@ -30,7 +31,7 @@ BOTH_MODULES: list[Callable[..., nn.Module]] = [SumSquaredError, CrossEntropyErr
 
 
 def words(*texts: object) -> str:
-    """A pattern of all texts, in their order."""
+    """A regular expression that matches the texts in this order."""
     return ".*".join(re.escape(str(text)) for text in texts)
 
 
@@ -43,7 +44,7 @@ def y(*shape: int, device: str = "cpu") -> Tensor:
     ("shape", "target_shape"),
     [((3,), (3, 1)), ((4, 5), (5,)), ((4, 5), (5, 4)), ((4, 5), (1, 5)), ((4, 5), ()), ((), (1,))],
 )
-def test_shapes_that_do_not_fit(
+def test_target_shape_that_does_not_fit(
     loss: Any, shape: tuple[int, ...], target_shape: tuple[int, ...], device: str
 ) -> None:
     for dtype in (torch.float32, torch.int64):
@@ -53,7 +54,7 @@ def test_shapes_that_do_not_fit(
 
 
 @pytest.mark.parametrize("loss", BOTH)
-def test_the_class_dimension_that_would_fit_is_named(loss: Any, device: str) -> None:
+def test_error_names_the_class_dimension_that_would_fit(loss: Any, device: str) -> None:
     input, target = y(2, 5, 10, device=device), torch.zeros(2, 5, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match=words("dimension 1", (2, 10), "dim=2")):
         loss(input, target)
@@ -65,7 +66,7 @@ def test_the_class_dimension_that_would_fit_is_named(loss: Any, device: str) -> 
 @pytest.mark.parametrize("loss", BOTH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
 @pytest.mark.parametrize(("shape", "samples"), [((4, 1), (4,)), ((4, 5, 2), (4, 2)), ((4,), ())])
-def test_no_class_indices_where_only_they_fit(
+def test_target_that_is_not_an_integer_where_only_class_indices_fit(
     loss: Any, dtype: torch.dtype, shape: tuple[int, ...], samples: tuple[int, ...], device: str
 ) -> None:
     target = torch.zeros(samples, dtype=dtype, device=device)
@@ -126,39 +127,37 @@ def test_not_a_tensor(loss: Any) -> None:
 
 @pytest.mark.parametrize("loss", BOTH)
 def test_different_devices(loss: Any) -> None:
-    far = torch.zeros(4, 5, device="meta")
+    meta = torch.zeros(4, 5, device="meta")
     with pytest.raises(ValueError, match=words("target", "meta", "cpu")):
-        loss(y(4, 5), far)
+        loss(y(4, 5), meta)
     with pytest.raises(ValueError, match=words("sample_weight", "meta", "cpu")):
-        loss(y(4, 5), y(4, 5), sample_weight=far[:, 0])
+        loss(y(4, 5), y(4, 5), sample_weight=meta[:, 0])
     with pytest.raises(ValueError, match=words("weight", "meta", "cpu")):
-        cross_entropy_error(y(4, 5), y(4, 5), weight=far[0])
+        cross_entropy_error(y(4, 5), y(4, 5), weight=meta[0])
 
 
 def from_logits(input: Tensor, target: Tensor, **options: Any) -> Tensor:
     return cross_entropy_error(input, target, from_logits=True, **options)
 
 
-def of_a_layer(input: Tensor, target: Tensor, **options: Any) -> Tensor:
-    """The linear loss, by a layer of as many classes as there are features."""
+def through_layer(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """The linear loss with the identity as the layer's weight."""
     return linear_cross_entropy_error(
         input, torch.eye(input.shape[-1]).to(input), target, **options
     )
 
 
-ALL: list[Callable[..., Tensor]] = [*BOTH, from_logits, of_a_layer]
+ALL: list[Callable[..., Tensor]] = [*BOTH, from_logits, through_layer]
 
 
 @pytest.mark.parametrize("loss", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
-def test_an_index_to_ignore_beside_a_dense_target(
-    loss: Any, dtype: torch.dtype, device: str
-) -> None:
+def test_ignore_index_with_a_dense_target(loss: Any, dtype: torch.dtype, device: str) -> None:
     input, target = y(4, 5, device=device), torch.zeros(4, 5, device=device).to(dtype)
     message = words("ignore_index", 255, (4, 5), "expected class indices", "sample_weight")
     expected = loss(input, target)
     assert loss(input, target, ignore_index=-100) == expected
-    for _ in range(2):  # A known call too.
+    for _ in range(2):  # The second call could come from the cache.
         with pytest.raises(ValueError, match=message):
             loss(input, target, ignore_index=255)
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
@@ -168,10 +167,24 @@ def test_an_index_to_ignore_beside_a_dense_target(
     assert loss(input, index, ignore_index=255) == loss(input, index)
 
 
+def test_a_graph_takes_dim_as_a_constant(device: str) -> None:
+    y, t = torch.randn(4, 1, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+    torch.compiler.reset()
+
+    def loss(y: Tensor, dim: int) -> Tensor:
+        return cross_entropy_error(y, t, from_logits=True, dim=dim)
+
+    compiled = torch.compile(loss, dynamic=True, fullgraph=True, backend="eager")
+    for dim in (1, -1):
+        with pytest.warns(UserWarning, match="one class, in dimension 1"):
+            compiled(y, dim)
+        torch.compiler.reset()
+
+
 @pytest.mark.parametrize("is_index", [False, True])
 @pytest.mark.parametrize("is_linear", [False, True])
 def test_logits_of_one_class(is_linear: bool, is_index: bool, device: str) -> None:
-    loss = functools.partial(cross_entropy_error, from_logits=True)  # No line of its own.
+    loss = functools.partial(cross_entropy_error, from_logits=True)  # Warnings name the caller.
     if is_linear:
         layer = torch.ones(1, 1, device=device)
         loss = functools.partial(linear_cross_entropy_error, linear_weight=layer)
@@ -182,30 +195,38 @@ def test_logits_of_one_class(is_linear: bool, is_index: bool, device: str) -> No
     message = words("input", "one class, in dimension 1", "torch.cat", "BCEWithLogitsLoss")
     if is_linear:
         message = words("linear_weight", "one class", "nn.Linear", "BCEWithLogitsLoss")
-    with warnings.catch_warnings(record=True) as seen:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for _ in range(3):
             result = loss(input, target=target)
         loss(input, target=target)
-    assert [re.search(message, str(w.message)) is not None for w in seen] == [True] * 2
-    assert {w.filename for w in seen} == {__file__}
-    assert seen[0].lineno != seen[1].lineno
+    assert [re.search(message, str(w.message)) is not None for w in caught] == [True] * 2
+    assert {w.filename for w in caught} == {__file__}
+    assert caught[0].lineno != caught[1].lineno
     assert result.item() == pytest.approx(0, abs=1e-6)
     (gradient,) = torch.autograd.grad(result, input)
     assert not gradient.any()
     torch.compiler.reset()
-    with pytest.warns(UserWarning, match=message):
-        torch.compile(loss, fullgraph=True, backend="eager")(input, target=target)
+    for least in (0, 2**13):  # Of an operator in the graph, and of operations.
+        with (
+            mock.patch.object(ops, "MIN_ELEMENTS", least),
+            warnings.catch_warnings(record=True) as caught,
+        ):
+            warnings.simplefilter("always")
+            compiled = torch.compile(loss, fullgraph=True, backend="eager")
+            compiled(input, target=target)
+        assert len([w for w in caught if re.search(message, str(w.message))]) == 1
+        torch.compiler.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         index = torch.zeros(4, dtype=torch.int64, device=device)
         from_logits(torch.randn(4, 2, device=device), index)
-        of_a_layer(torch.randn(4, 2, device=device), index)
+        through_layer(torch.randn(4, 2, device=device), index)
         cross_entropy_error(input.sigmoid(), target)
         sum_squared_error(input, target)
 
 
-def test_the_remedies_for_one_class(device: str) -> None:
+def test_remedies_for_logits_of_one_class(device: str) -> None:
     z = torch.randn(4, 1, 3, device=device, dtype=torch.float64)
     target = torch.randint(2, (4, 1, 3), device=device)
     two = torch.cat([torch.zeros_like(z), z], 1)
@@ -216,7 +237,7 @@ def test_the_remedies_for_one_class(device: str) -> None:
 @pytest.mark.parametrize(
     "weight", [torch.ones(4), torch.ones(5, 1), torch.ones(()), torch.ones(1)], ids=str
 )
-def test_class_weight_that_is_not_one_per_class(weight: Tensor, device: str) -> None:
+def test_class_weight_of_a_wrong_shape(weight: Tensor, device: str) -> None:
     shape = tuple(weight.shape)
     with pytest.raises(ValueError, match=words("weight", shape, (4, 5), "expected", (5,))):
         cross_entropy_error(
@@ -227,7 +248,7 @@ def test_class_weight_that_is_not_one_per_class(weight: Tensor, device: str) -> 
             CrossEntropyError(weight=weight)
 
 
-def test_class_weight_of_a_wrong_kind() -> None:
+def test_class_weight_of_a_wrong_type() -> None:
     with pytest.raises(TypeError, match=words("weight", "list", "torch.Tensor")):
         CrossEntropyError(weight=[1.0, 2.0])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=words("weight", "complex64", "real")):
@@ -283,7 +304,7 @@ def test_options_of_cross_entropy(make: Any) -> None:
             make(from_logits=from_logits)
 
 
-def test_numbers_of_numpy() -> None:
+def test_options_may_be_numpy_numbers() -> None:
     options: dict[str, Any] = {
         "delta": np.float32(0.5), "label_smoothing": np.float64(0.1),
         "ignore_index": np.int64(3), "dim": np.int16(1),
@@ -358,10 +379,10 @@ def test_arguments_are_never_written_to(sample: Sample, device: str) -> None:
         assert torch.equal(tensor.detach().nan_to_num(), copy.nan_to_num())
 
 
-def test_what_is_known_of_one_call_is_not_taken_for_another() -> None:
-    """By kernels the same call is not checked twice; one that differs in anything is."""
+def test_a_call_that_differs_from_a_cached_one_is_checked() -> None:
+    """A kernel call that repeats another is not checked again; one that differs at all is."""
     input, index = torch.rand(4, 4), torch.tensor([1, 2, 3, 0])
-    fitting = cross_entropy_error(input, index)
+    expected = cross_entropy_error(input, index)
     for target, error in (
         (index.float(), TypeError),
         (index[:3], ValueError),
@@ -378,7 +399,7 @@ def test_what_is_known_of_one_call_is_not_taken_for_another() -> None:
     ):
         with pytest.raises(error):
             cross_entropy_error(changed, index)
-    assert sum_squared_error(input, index) != fitting
+    assert sum_squared_error(input, index) != expected
     assert cross_entropy_error(input.double(), index).dtype == torch.float64
     assert cross_entropy_error(input, input).dtype == torch.float32
     assert cross_entropy_error(input, input.double()).dtype == torch.float64
@@ -386,114 +407,114 @@ def test_what_is_known_of_one_call_is_not_taken_for_another() -> None:
         {"reduction": "mean"}, {"delta": 1.0}, {"from_logits": True}, {"dim": 0},
         {"ignore_index": 1}, {"label_smoothing": 0.5},
     ):  # fmt: skip
-        assert not torch.equal(cross_entropy_error(input, index, **options), fitting)
-    one: dict[str, Any] = {"dim": 1, "ignore_index": 1, "delta": 1.0, "label_smoothing": 1.0}
-    cross_entropy_error(input, index, **one)
-    for name in one:
+        assert not torch.equal(cross_entropy_error(input, index, **options), expected)
+    ones: dict[str, Any] = {"dim": 1, "ignore_index": 1, "delta": 1.0, "label_smoothing": 1.0}
+    cross_entropy_error(input, index, **ones)
+    for name in ones:  # True == 1 == 1.0, and they have the same hash.
         with pytest.raises(TypeError, match=f"{name}: got True"):
-            cross_entropy_error(input, index, **one | {name: True})
+            cross_entropy_error(input, index, **ones | {name: True})
     for name in ("dim", "ignore_index"):
         with pytest.raises(TypeError, match=f"{name}: got 1.0"):
-            cross_entropy_error(input, index, **one | {name: 1.0})
+            cross_entropy_error(input, index, **ones | {name: 1.0})
     cross_entropy_error(input, index, from_logits=True)
     wrong: Any = 1
     with pytest.raises(TypeError, match="from_logits: got 1"):
         cross_entropy_error(input, index, from_logits=wrong)
 
 
-@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("name", ["weight", "sample_weight"])
-def test_what_is_known_of_weights_is_not_taken_for_others(name: str, learns: bool) -> None:
+def test_weights_that_differ_from_cached_ones_are_checked(name: str, requires_grad: bool) -> None:
     def loss(weight: Tensor | None) -> Tensor:
         weights: dict[str, Any] = {name: weight}
         return cross_entropy_error(input, index, **weights)
 
-    input, index = torch.rand(4, 4, requires_grad=learns), torch.tensor([1, 2, 3, 0])
-    whole, halved = loss(torch.ones(4)), loss(torch.full((4,), 0.5))
-    torch.testing.assert_close(whole / 2, halved)
-    torch.testing.assert_close(loss(torch.ones(4).double()), whole)
-    torch.testing.assert_close(loss(torch.ones(1).expand(4)), whole)
-    assert torch.equal(loss(None), whole)
+    input, index = torch.rand(4, 4, requires_grad=requires_grad), torch.tensor([1, 2, 3, 0])
+    expected, halved = loss(torch.ones(4)), loss(torch.full((4,), 0.5))
+    torch.testing.assert_close(expected / 2, halved)
+    torch.testing.assert_close(loss(torch.ones(4).double()), expected)
+    torch.testing.assert_close(loss(torch.ones(1).expand(4)), expected)
+    assert torch.equal(loss(None), expected)
     for weight in (torch.ones(3), torch.ones(4, device="meta")):
         with pytest.raises(ValueError, match=f"{name}: got"):
             loss(weight)
     learned = torch.ones(4, requires_grad=True)
     loss(learned).backward()
     assert learned.grad is not None
-    torch.testing.assert_close(learned.grad.sum(), whole.detach())
+    torch.testing.assert_close(learned.grad.sum(), expected.detach())
 
 
-class RefusesOnce(TorchFunctionMode):
-    """Raises at the first operation that it sees, as what a signal calls may at any."""
+class RaisesOnce(TorchFunctionMode):
+    """Raises at the first torch operation, as a signal handler may at any."""
 
-    has_refused = False
+    has_raised = False
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: Any = (), options: Any = None
     ) -> Any:
-        if not self.has_refused:
-            self.has_refused = True
-            raise ValueError("refused")
+        if not self.has_raised:
+            self.has_raised = True
+            raise ValueError("interrupted")
         return function(*arguments, **(options or {}))
 
 
-def test_errors_of_others_go_on_through_a_known_call() -> None:
+def test_foreign_errors_propagate_from_a_cached_call() -> None:
     input, index = torch.rand(4, 4), torch.tensor([1, 2, 3, 0])
     for _ in range(2):
         cross_entropy_error(input, index)
-        with RefusesOnce(), pytest.raises(ValueError, match="refused"):
+        with RaisesOnce(), pytest.raises(ValueError, match="interrupted"):
             cross_entropy_error(input, index)
 
 
-@pytest.mark.parametrize("looks", ["aminmax", "all"])
-def test_what_the_handler_of_a_signal_raises_while_labels_are_looked_at(
-    looks: str, path: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("operation", ["aminmax", "all"])
+def test_errors_of_a_signal_handler_propagate_from_the_check_of_labels(
+    operation: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def handle(number: int, frame: Any) -> None:
-        raise RuntimeError("enough")
+        raise RuntimeError("interrupted")
 
-    def look(self: Tensor) -> Any:
+    def interrupt(self: Tensor) -> Any:
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("the handler has not run")
 
-    if looks == "aminmax":
-        monkeypatch.setattr(torch, "aminmax", look)
+    if operation == "aminmax":
+        monkeypatch.setattr(torch, "aminmax", interrupt)
     else:
-        monkeypatch.setattr(Tensor, "__bool__", look)
+        monkeypatch.setattr(Tensor, "__bool__", interrupt)
     before = signal.signal(signal.SIGINT, handle)
     index = torch.tensor([1, -100, 3, 0])
     try:
-        with pytest.raises(RuntimeError, match="enough"):
+        with pytest.raises(RuntimeError, match="interrupted"):
             checks.check_classes(index, 4, -100)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_bad_class_is_named_whatever_the_default_device() -> None:
+def test_a_bad_class_is_an_error_with_any_default_device() -> None:
     input, index = torch.rand(4, 4), torch.tensor([1, 9, 3, 0])
     with torch.device("meta"), pytest.raises(IndexError, match=r"class 9 at position \(1,\)"):
         cross_entropy_error(input, index)
 
 
-def test_a_known_call_learns_where_it_is_asked_to() -> None:
+def test_a_cached_call_respects_requires_grad_and_no_grad() -> None:
     y, t = torch.rand(4, 4), torch.rand(4, 4)
     for input, target in ((y, t), (y.clone().requires_grad_(), t), (y, t.clone().requires_grad_())):
         for _ in range(2):
-            wanted = input.requires_grad or target.requires_grad
-            assert sum_squared_error(input, target).requires_grad == wanted
+            expected = input.requires_grad or target.requires_grad
+            assert sum_squared_error(input, target).requires_grad == expected
             with torch.no_grad():
                 assert not sum_squared_error(input, target).requires_grad
 
 
-def test_a_known_call_goes_to_the_formula_where_kernels_do_not_serve() -> None:
+def test_a_cached_call_uses_the_formula_where_kernels_do_not_apply() -> None:
     input, index = torch.rand(4, 4), torch.tensor([1, 2, 3, 0])
-    fitting = cross_entropy_error(input, index)
+    expected = cross_entropy_error(input, index)
     negative = torch.complex(input, -input).conj().imag
     assert negative.is_neg()
-    torch.testing.assert_close(cross_entropy_error(negative, index), fitting)
-    # Private, since no public call makes such a view of what lies in order,
-    torch.testing.assert_close(cross_entropy_error(torch._neg_view(-input), index), fitting)
-    # nor zeros without memory, which torch makes of some gradients.
+    torch.testing.assert_close(cross_entropy_error(negative, index), expected)
+    # Private: no public function makes a contiguous negative view, or the zero tensors without
+    # storage that autograd makes of some gradients.
+    torch.testing.assert_close(cross_entropy_error(torch._neg_view(-input), index), expected)
     zeros = torch._efficientzerotensor(4, 4)
     torch.testing.assert_close(
         cross_entropy_error(zeros, index), cross_entropy_error(torch.zeros(4, 4), index)
@@ -503,16 +524,16 @@ def test_a_known_call_goes_to_the_formula_where_kernels_do_not_serve() -> None:
     for options in weighted:
         assert cross_entropy_error(input, index, **options) == 0
     losses = torch.vmap(cross_entropy_error)(input[None], index[None])
-    torch.testing.assert_close(losses, fitting[None])
+    torch.testing.assert_close(losses, expected[None])
     tangent = torch.func.jvp(lambda y: cross_entropy_error(y, index), (input,), (input,))[1]
     torch.testing.assert_close(tangent, torch.tensor(-4.0))
     with forward_ad.dual_level():
         dual = cross_entropy_error(forward_ad.make_dual(input, input), index)
         torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, torch.tensor(-4.0))
     trace = make_fx(lambda y, t: cross_entropy_error(y, t), pre_dispatch=True)
-    torch.testing.assert_close(trace(input, index)(input, index), fitting)
-    mine: Tensor = input.as_subclass(type("Mine", (Tensor,), {}))
-    assert type(cross_entropy_error(mine, index)) is type(mine)
+    torch.testing.assert_close(trace(input, index)(input, index), expected)
+    subclass: Tensor = input.as_subclass(type("Subclass", (Tensor,), {}))
+    assert type(cross_entropy_error(subclass, index)) is type(subclass)
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert isinstance(cross_entropy_error(input, index), FakeTensor)
     with (

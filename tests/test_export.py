@@ -1,4 +1,4 @@
-"""What is exported, compiled ahead of time or traced gives the numbers of the loss itself."""
+"""Exported, ahead-of-time compiled and traced losses agree with the eager loss."""
 
 import warnings
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchlosses import CrossEntropyError, LinearCrossEntropyError, SumSquaredError
 
-# torch 2.11 calls in its own compilers what it deprecates.
+# The compilers of torch 2.11 call functions that it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")
 
 ROWS = torch.export.Dim("rows")
@@ -26,11 +26,11 @@ DTYPES = {
 }
 
 
-class Every(nn.Module):
-    """Both losses in all forms, plain and with all options, on soft targets and on classes."""
+class AllLosses(nn.Module):
+    """All losses, without and with options, on soft targets and on class indices."""
 
     def __init__(self, plain: Sequence[Any], weighted: Sequence[Any]) -> None:
-        """Each loss once for every reduction."""
+        """Reductions of the losses without options, and of those with options."""
         super().__init__()
         options: dict[str, Any] = {"label_smoothing": 0.1, "delta": 1e-3}
         options["weight"] = torch.linspace(0.5, 2, 5)
@@ -40,11 +40,11 @@ class Every(nn.Module):
                 for reduction in reductions
                 for loss in (
                     SumSquaredError(reduction=reduction),
-                    CrossEntropyError(reduction=reduction, **more),
-                    CrossEntropyError(reduction=reduction, from_logits=True, **more),
+                    CrossEntropyError(reduction=reduction, **named),
+                    CrossEntropyError(reduction=reduction, from_logits=True, **named),
                 )
             )
-            for reductions, more in ((plain, {}), (weighted, options))
+            for reductions, named in ((plain, {}), (weighted, options))
         )
         self.plain.append(CrossEntropyError(from_logits=True, delta=0))
 
@@ -53,8 +53,8 @@ class Every(nn.Module):
         for criterion in self.plain:
             losses += [criterion(y, soft), criterion(y, label)]
         for criterion in self.weighted:
-            each = w.unsqueeze(1) if isinstance(criterion, SumSquaredError) else w
-            losses += [criterion(y, soft, sample_weight=each)]
+            dense = w.unsqueeze(1) if isinstance(criterion, SumSquaredError) else w
+            losses += [criterion(y, soft, sample_weight=dense)]
             losses += [criterion(y, label, sample_weight=w)]
         return tuple(losses)
 
@@ -64,7 +64,7 @@ FEW = (("none",), ("mean",))  # For slow compilers, and for dtypes other than fl
 
 
 def batch(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """One sample in three ignored, where the dtype of the classes has a sign; one y is 0."""
+    """Every third label is ignored if its dtype is signed; one probability is 0."""
     y, soft = (torch.randn(rows, 5).softmax(1).to(dtype) for _ in range(2))
     y[-1, 0] = 0
     label = torch.randint(5, (rows,)).to(DTYPES[dtype])
@@ -73,8 +73,8 @@ def batch(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     return y, soft, label, torch.rand(rows)
 
 
-def assert_the_same(graph: Any, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """For other numbers of samples too, one among them; and a class that is none is NaN."""
+def assert_agrees(graph: Any, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """For batches of several sizes; and a sample with an invalid class is NaN."""
     for rows in (4, 1, 23):
         arguments = batch(rows, dtype)
         for actual, expected in zip(graph(*arguments), model(*arguments), strict=True):
@@ -91,21 +91,21 @@ def assert_the_same(graph: Any, model: nn.Module, dtype: torch.dtype = torch.flo
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_export_with_a_dynamic_batch(dtype: torch.dtype) -> None:
-    model = Every(*(ALL if dtype == torch.float32 else FEW)).eval()
+    model = AllLosses(*(ALL if dtype == torch.float32 else FEW)).eval()
     exported = torch.export.export(model, batch(4, dtype), dynamic_shapes=DYNAMIC)
     operators = [node.target for node in exported.graph.nodes if node.op == "call_function"]
-    ours = [op for op in operators if not str(op).startswith(("aten.", "<built-in function"))]
-    assert not ours, ours  # Nor of anyone else.
-    assert_the_same(exported.module(), model, dtype)
+    custom = [op for op in operators if not str(op).startswith(("aten.", "<built-in function"))]
+    assert not custom, custom
+    assert_agrees(exported.module(), model, dtype)
 
 
-def test_an_empty_batch_of_a_graph_of_more() -> None:
+def test_exported_graphs_take_empty_batches() -> None:
     arguments = batch(4)
     empty = tuple(argument[:0] for argument in arguments)
-    model = Every(("sum", "mean"), ("batchmean", "mean")).eval()
+    model = AllLosses(("sum", "mean"), ("batchmean", "mean")).eval()
     exported = torch.export.export(model, arguments, dynamic_shapes=DYNAMIC).module()
-    own = torch.export.export(model, empty).module()
-    for graph in (exported, own):
+    exported_empty = torch.export.export(model, empty).module()
+    for graph in (exported, exported_empty):
         for actual, expected in zip(graph(*empty), model(*empty), strict=True):
             torch.testing.assert_close(actual, expected)
 
@@ -121,25 +121,25 @@ def test_strict_export(criterion: nn.Module) -> None:
         torch.testing.assert_close(exported(y, label), criterion(y, label))
 
 
-def test_compiled_ahead_of_time(tmp_path: Path) -> None:
-    model = Every(("batchmean", "none"), ("mean",)).eval()
+def test_aot_inductor(tmp_path: Path) -> None:
+    model = AllLosses(("batchmean", "none"), ("mean",)).eval()
     for from_logits in (False, True):
         options: Any = {"from_logits": from_logits, "delta": 1e-30, "label_smoothing": 1e-9}
         model.plain.append(CrossEntropyError(**options))
     exported = torch.export.export(model, batch(4), dynamic_shapes=DYNAMIC)
-    # The documentation has these names, and no others.
+    # torch documents these functions under these private names.
     path = torch._inductor.aoti_compile_and_package(
         exported, package_path=str(tmp_path / "losses.pt2")
     )
-    assert_the_same(torch._inductor.aoti_load_package(path), model)
+    assert_agrees(torch._inductor.aoti_load_package(path), model)
 
 
 def run_by_onnx(model: nn.Module, arguments: tuple[Tensor, ...], dynamic: Any = None) -> Any:
-    """The model in ONNX Runtime."""
+    """The exported model as a function that runs in ONNX Runtime."""
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     with warnings.catch_warnings():
-        # It says that all four arguments have the same number of rows.
+        # The exporter warns that all four arguments have the same number of rows.
         warnings.filterwarnings("ignore", "# The axis name: rows")
         program: Any = torch.onnx.export(
             model, arguments, dynamo=True, dynamic_shapes=dynamic, verbose=False
@@ -157,29 +157,31 @@ def run_by_onnx(model: nn.Module, arguments: tuple[Tensor, ...], dynamic: Any = 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_onnx(dtype: torch.dtype) -> None:
-    model = Every(*((("mean", "batchmean"), ("none",)) if dtype == torch.float32 else FEW)).eval()
-    assert_the_same(run_by_onnx(model, batch(4, dtype), DYNAMIC), model, dtype)
+    model = AllLosses(
+        *((("mean", "batchmean"), ("none",)) if dtype == torch.float32 else FEW)
+    ).eval()
+    assert_agrees(run_by_onnx(model, batch(4, dtype), DYNAMIC), model, dtype)
 
 
 CLASSES = 200
 
 
-class Tiny(nn.Module):
-    """Losses of numbers that are almost 0, or almost 1, on all that they decide.
+class TinyOptions(nn.Module):
+    """Losses with δ and ε so small that they, or 1 − ε, may be lost, on inputs that show it.
 
-    A row gives the right class no probability and one gives it all of it, one is ordinary, and one
-    is ignored. The layer puts out what it is given.
+    In the rows the right class has probability 0, probability 1 and a random one; the last row is
+    ignored. The linear layer is the identity.
     """
 
     def __init__(self, numbers: Sequence[tuple[float, float]], reduction: Any) -> None:
-        """Of δ and ε."""
+        """Losses for each pair (δ, ε)."""
         super().__init__()
         self.rounding = 2 * max(delta for delta, _ in numbers)
         weight = torch.linspace(0.5, 2, CLASSES)
         self.losses = nn.ModuleList()
-        for place, (delta, smoothing) in enumerate(numbers):
+        for number, (delta, smoothing) in enumerate(numbers):
             options: dict[str, Any] = {"delta": delta, "label_smoothing": smoothing}
-            options |= {"reduction": reduction, "weight": weight if place % 2 else None}
+            options |= {"reduction": reduction, "weight": weight if number % 2 else None}
             layer = LinearCrossEntropyError(CLASSES, CLASSES, bias=True, **options)
             nn.init.eye_(layer.linear.weight)
             nn.init.zeros_(layer.linear.bias)
@@ -194,9 +196,9 @@ class Tiny(nn.Module):
     def forward(self, x: Tensor, soft: Tensor, label: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         y = x.softmax(1)
         losses = [SumSquaredError(reduction="none")(y, label)]
-        for place, criterion in enumerate(self.losses):
-            input = y if place % 3 == 0 else x
-            weights = w if place % 4 == 0 else None
+        for number, criterion in enumerate(self.losses):
+            input = y if number % 3 == 0 else x
+            weights = w if number % 4 == 0 else None
             losses += [criterion(input, t, sample_weight=weights) for t in (soft, label)]
         return tuple(losses)
 
@@ -209,8 +211,8 @@ class Tiny(nn.Module):
         soft = torch.nn.functional.one_hot(label.clamp(min=0), CLASSES).float()
         return x, soft, label, torch.rand(4)
 
-    def assert_the_same(self, graph: Any) -> None:
-        """That of (1 − ε) is seen too; where p is 1, log(1 + δ) is δ, or what 1 + δ rounds to."""
+    def assert_agrees(self, graph: Any) -> None:
+        """Tight enough to see 1 − ε. At p = 1, log(1 + δ) may be δ, or 0 if 1 + δ rounds to 1."""
         arguments = self.batch()
         for actual, expected in zip(graph(*arguments), self(*arguments), strict=True):
             torch.testing.assert_close(
@@ -218,8 +220,8 @@ class Tiny(nn.Module):
             )
 
 
-# The optimiser of torch.onnx.export takes a number of at most 1e-8 for 0, and one within 1e-5 of 1
-# for 1, wherever it is a scalar. Each pair is six losses.
+# The optimizer of torch.onnx.export replaces scalars of at most 1e-8 by 0, and those within 1e-5 of
+# 1 by 1. Each pair (δ, ε) makes six losses.
 TINY = [
     ([(delta, 0.0) for delta in (1e-7, 1e-8, 1e-12, 1e-30)], "none"),
     ([(1e-30, smoothing) for smoothing in (9e-6, 1e-7, 1e-8, 1e-9)], "none"),
@@ -228,10 +230,10 @@ TINY = [
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_exported_numbers_have_a_dimension(strict: bool) -> None:
-    model = Tiny([(1e-30, 9e-6)], "none").eval()
+def test_exported_numbers_are_not_scalars(strict: bool) -> None:
+    model = TinyOptions([(1e-30, 9e-6)], "none").eval()
     exported = torch.export.export(model, model.batch(), strict=strict)
-    model.assert_the_same(exported.module())
+    model.assert_agrees(exported.module())
     for node in exported.graph.nodes:
         if node.target in (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor):
             operands = [getattr(operand, "meta", {}).get("val") for operand in node.args]
@@ -240,16 +242,16 @@ def test_exported_numbers_have_a_dimension(strict: bool) -> None:
 
 @pytest.mark.parametrize(("numbers", "reduction"), TINY)
 def test_onnx_keeps_tiny_numbers(numbers: Any, reduction: Any) -> None:
-    model = Tiny(numbers, reduction).eval()
-    model.assert_the_same(run_by_onnx(model, model.batch()))
+    model = TinyOptions(numbers, reduction).eval()
+    model.assert_agrees(run_by_onnx(model, model.batch()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_trace(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = Every(*(ALL if dtype == torch.float32 else FEW)).eval()
+    model = AllLosses(*(ALL if dtype == torch.float32 else FEW)).eval()
     with warnings.catch_warnings():
-        # Tracing says that it does not see where Python decides by a shape.
+        # The tracer warns of Python branches on shapes.
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
         traced = torch.jit.trace(model, batch(4, dtype))
     torch.jit.save(traced, tmp_path / "losses.pt")
-    assert_the_same(torch.jit.load(tmp_path / "losses.pt"), model, dtype)
+    assert_agrees(torch.jit.load(tmp_path / "losses.pt"), model, dtype)

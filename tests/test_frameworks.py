@@ -1,8 +1,8 @@
-"""Every recipe of `examples/frameworks.md` gives the loss of all samples at once.
+"""Every recipe in `examples/frameworks.md` gives the loss of all samples at once.
 
-The tests run the code of the document, and hold its figures to what they see. The identities of
-`examples/migration.md` are doctests. A framework that is not installed is skipped by name; the
-extra `frameworks` has them all.
+The tests run the document's code and check its figures. The identities in `examples/migration.md`
+run as doctests. Tests of frameworks that are not installed are skipped; the extra `frameworks`
+installs all of them.
 """
 
 import copy
@@ -45,12 +45,12 @@ def sections(name: str) -> dict[str, str]:
 SECTIONS = sections("frameworks.md")
 MIGRATION = sections("migration.md")
 README = sections("../README.md")
-START = "The names below"  # In the one document,
-HALF = "Who has the factor ½"  # and in the other.
+START = "The names below"  # Names that all recipes use.
+HALF = "Who has the factor ½"  # The same for the identities.
 
 
 def run(*titles: str, replace: dict[str, str] | None = None, **names: Any) -> SimpleNamespace:
-    """The names after the code of these sections, which finds those of the first and `names`."""
+    """Runs the code of these sections, after that of START and with `names`; returns its names."""
     scope: dict[str, Any] = {"__name__": "recipe"}
     torch.manual_seed(0)
     for title in (START, *titles):
@@ -67,11 +67,11 @@ def run(*titles: str, replace: dict[str, str] | None = None, **names: Any) -> Si
     return SimpleNamespace(**scope)
 
 
-def says(title: str, *figures: str) -> None:
-    """Complains of a figure that the section does not have."""
+def assert_states(title: str, *figures: str) -> None:
+    """The section contains these figures."""
     text = " ".join(SECTIONS[title].split())
-    found = [re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d])", text) for figure in figures]
-    assert [figure for figure, match in zip(figures, found, strict=True) if not match] == []
+    matches = [re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d])", text) for figure in figures]
+    assert [figure for figure, match in zip(figures, matches, strict=True) if not match] == []
 
 
 def mean(
@@ -81,8 +81,8 @@ def mean(
     return cross_entropy_error(network(x), t, from_logits=True, delta=0, reduction=reduction)
 
 
-def ignoring(names: SimpleNamespace) -> dict[str, Any]:
-    """The labels of the document with more ignored in one batch than in another."""
+def with_ignored_labels(names: SimpleNamespace) -> dict[str, Any]:
+    """Labels and loader of the document, with 20 labels ignored in the first batch."""
     t = names.t.clone()
     t[:20] = -100
     return {"t": t, "loader": DataLoader(TensorDataset(names.x, t), batch_size=32)}
@@ -92,22 +92,22 @@ def gradients(network: nn.Module, loss: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(network.parameters())))
 
 
-def step_of(before: nn.Module, after: nn.Module, lr: float = 0.5) -> list[Tensor]:
-    """The gradients that plain SGD went by."""
+def gradients_of_step(before: nn.Module, after: nn.Module, lr: float = 0.5) -> list[Tensor]:
+    """The gradients of a step of SGD without momentum."""
     pairs = zip(before.parameters(), after.parameters(), strict=True)
     return [(old - new).detach() / lr for old, new in pairs]
 
 
 def ratio(found: list[Tensor], wanted: list[Tensor]) -> float:
-    """How many times as long `found` is as `wanted`."""
-    lengths = [torch.cat([g.flatten() for g in each]).norm() for each in (found, wanted)]
-    return float(lengths[0] / lengths[1])
+    """The norm of `found` divided by that of `wanted`."""
+    norms = [torch.cat([g.flatten() for g in tensors]).norm() for tensors in (found, wanted)]
+    return float(norms[0] / norms[1])
 
 
 def close(
     found: Any, wanted: Any, rtol: float = 1e-5, atol: float = 1e-6, equal_nan: bool = False
 ) -> None:
-    """Numbers, of Python or NumPy too, are those of tensors."""
+    """Compares tensors, NumPy arrays and numbers of any dtype."""
     if isinstance(wanted, Tensor):
         found, wanted = torch.as_tensor(found), wanted.detach()
     torch.testing.assert_close(
@@ -116,8 +116,8 @@ def close(
 
 
 @pytest.fixture(autouse=True)
-def _left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """On one CPU, with files in a folder of their own, and no group of processes that stays."""
+def _isolate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs on one CPU thread and in a temporary folder, and destroys process groups afterwards."""
     for name, value in {
         "ACCELERATE_USE_CPU": "true",
         "DS_ACCELERATOR": "cpu",
@@ -134,8 +134,8 @@ def _left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         dist.destroy_process_group()
 
 
-def forget_accelerators() -> None:
-    """What one has set, all that come later in a process have."""
+def reset_accelerate() -> None:
+    """accelerate keeps its settings in global state."""
     state = pytest.importorskip("accelerate.state")
     for shared in (state.AcceleratorState, state.GradientState, state.PartialState):
         shared._reset_state()
@@ -143,12 +143,12 @@ def forget_accelerators() -> None:
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> Callable[..., Any]:
-    """Of a `Trainer` that takes one step of 4 parts of 6 samples."""
+    """Makes `TrainingArguments` for one step over 4 batches of 6 samples."""
     transformers = pytest.importorskip("transformers")
-    forget_accelerators()
+    reset_accelerate()
 
     def make(**options: Any) -> Any:
-        kept = {
+        defaults = {
             "per_device_train_batch_size": 6,
             "gradient_accumulation_steps": 4,
             "max_steps": 1,
@@ -162,7 +162,7 @@ def arguments(tmp_path: Path) -> Callable[..., Any]:
             "report_to": "none",
             "disable_tqdm": True,
         }
-        return transformers.TrainingArguments(str(tmp_path / "trainer"), **(kept | options))
+        return transformers.TrainingArguments(str(tmp_path / "trainer"), **(defaults | options))
 
     return make
 
@@ -192,7 +192,7 @@ def test_transformers(arguments: Callable[..., Any]) -> None:
     whole = mean(lambda ids: before(ids).logits, ids, t)
     wanted = gradients(before, whole)
     close(logged(names.trainer), whole)
-    close(step_of(before, model, lr=1), wanted)
+    close(gradients_of_step(before, model, lr=1), wanted)
 
     def train(
         reduction: Any,
@@ -214,13 +214,15 @@ def test_transformers(arguments: Callable[..., Any]) -> None:
             ),
         )
         trainer.train()
-        return logged(trainer), step_of(before, model, lr=1)
+        return logged(trainer), gradients_of_step(before, model, lr=1)
 
     loss, step = train("mean")
-    says("transformers", f"{loss:.3f} for {whole:.3f}", f"gives {ratio(step, wanted):.0f} times")
+    assert_states(
+        "transformers", f"{loss:.3f} for {whole:.3f}", f"gives {ratio(step, wanted):.0f} times"
+    )
     loss, step = train("sum")
     assert loss / whole.item() == pytest.approx(ratio(step, wanted))
-    says("transformers", f"an undivided sum {ratio(step, wanted):.0f} times")
+    assert_states("transformers", f"an undivided sum {ratio(step, wanted):.0f} times")
     _, step = train("sum", max_grad_norm=1.0)
     assert ratio(step, [torch.ones(1)]) == pytest.approx(1, rel=1e-4)
 
@@ -232,21 +234,21 @@ def test_transformers(arguments: Callable[..., Any]) -> None:
     close(step, wanted)
 
     loss, _ = train("sum", {"ignore_index": 0}, divide=True)
-    of_others = cross_entropy_error(
+    expected = cross_entropy_error(
         before(ids).logits, t, from_logits=True, delta=0, ignore_index=0, reduction="mean"
     )
-    says("transformers", f"({loss:.2f} for {of_others:.2f})")
+    assert_states("transformers", f"({loss:.2f} for {expected:.2f})")
     weight = torch.tensor([1.0, 2.0, 5.0])
     loss, _ = train("sum", {"weight": weight}, divide=True)
     weighted = F.cross_entropy(before(ids).logits, t, weight=weight)
-    says("transformers", f"give {loss / weighted:.2f} times")
+    assert_states("transformers", f"give {loss / weighted:.2f} times")
     loss, _ = train("sum", divide=True, label_smoothing_factor=0.5)
     close(loss, whole)
 
 
 @pytest.fixture
 def language(arguments: Callable[..., Any]) -> SimpleNamespace:
-    """A GPT-2 of some thousand parameters, and rows of tokens of which some are padding."""
+    """A GPT-2 of a few thousand parameters, and rows of tokens, some of them padded."""
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
         vocab_size=50,
@@ -269,7 +271,7 @@ def language(arguments: Callable[..., Any]) -> SimpleNamespace:
     before = copy.deepcopy(model)
 
     def whole(model: Any) -> Tensor:
-        """The mean over all tokens but the first of each row."""
+        """The mean over all tokens except the first of each row."""
         return mean(lambda x: model(x).logits[:, :-1].flatten(0, 1), ids, labels[:, 1:].flatten())
 
     return SimpleNamespace(
@@ -283,8 +285,8 @@ def language(arguments: Callable[..., Any]) -> SimpleNamespace:
     )
 
 
-def linear_loss_in_wrappers(names: Any, wanted: list[Tensor], monkeypatch: Any) -> None:
-    """`DistributedDataParallel`, several processes and bfloat16."""
+def check_linear_trainer(names: Any, wanted: list[Tensor], monkeypatch: Any) -> None:
+    """With `DistributedDataParallel`, two processes and bfloat16."""
     logits, _ = names.trainer.predict(names.data).predictions
     assert logits.shape == (24, 1, 50)
     inputs = {key: torch.stack([row[key] for row in names.data]) for key in ("input_ids", "labels")}
@@ -315,7 +317,9 @@ def linear_loss_in_wrappers(names: Any, wanted: list[Tensor], monkeypatch: Any) 
 
 
 @pytest.mark.parametrize("title", ["A causal language model", "The linear loss"])
-def test_transformers_of_tokens(title: str, language: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_language_models(
+    title: str, language: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Trainer = pytest.importorskip("transformers").Trainer  # noqa: N806
     if title == "The linear loss":
         for row in language.data:
@@ -324,15 +328,15 @@ def test_transformers_of_tokens(title: str, language: Any, monkeypatch: pytest.M
     whole = language.whole(language.before)
     wanted = gradients(language.before, whole)
     close(logged(names.trainer), whole)
-    close(step_of(language.before, language.model, 1), wanted, rtol=1e-4, atol=1e-5)
+    close(gradients_of_step(language.before, language.model, 1), wanted, rtol=1e-4, atol=1e-5)
     if title == "The linear loss":
-        linear_loss_in_wrappers(names, wanted, monkeypatch)
+        check_linear_trainer(names, wanted, monkeypatch)
     else:
         averaged, after = (
             names.trainer.evaluate(names.data)["eval_loss"],
             language.whole(language.model),
         )
-        says(title, f"({averaged:.3f} for {after:.3f})")
+        assert_states(title, f"({averaged:.3f} for {after:.3f})")
         model = copy.deepcopy(language.before)
         for row, labels in zip(language.data, language.labels, strict=True):
             row["labels"] = labels
@@ -344,21 +348,21 @@ def test_transformers_of_tokens(title: str, language: Any, monkeypatch: pytest.M
         )
         trainer.train()
         count = (language.labels != -100).sum()
-        says(title, f"{count} labels for {count - len(language.data)} predicted tokens")
-        says(title, f"a loss of {logged(trainer):.3f} for {whole:.3f}")
+        assert_states(title, f"{count} labels for {count - len(language.data)} predicted tokens")
+        assert_states(title, f"a loss of {logged(trainer):.3f} for {whole:.3f}")
 
 
-def test_transformers_packed(language: Any) -> None:
+def test_transformers_packed_sequences(language: Any) -> None:
     names = run("Packed sequences", cross_entropy_error=cross_entropy_error, **vars(language))
     whole = language.whole(language.before)
     close(names.loss, whole)
     leaked = mean(lambda x: names.model(**x).logits[0, :-1], names.batch, names.labels[0, 1:])
-    says("Packed sequences", f"{leaked:.3f} for {whole:.3f}")
+    assert_states("Packed sequences", f"{leaked:.3f} for {whole:.3f}")
 
 
 def test_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerate = pytest.importorskip("accelerate")
-    forget_accelerators()
+    reset_accelerate()
     start = run()
     before = copy.deepcopy(start.network)
     with monkeypatch.context() as twice:  # Two processes with the same data.
@@ -366,10 +370,10 @@ def test_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
         names = run(
             "accelerate",
             replace={"* accelerator.num_processes": "* 2"},
-            **{**vars(start), **ignoring(start)},
+            **{**vars(start), **with_ignored_labels(start)},
         )
     wanted = gradients(before, mean(before, names.x, names.t))
-    close(step_of(before, names.network), wanted)
+    close(gradients_of_step(before, names.network), wanted)
 
     def accumulate(criterion: nn.Module) -> float:
         accelerator = accelerate.Accelerator(gradient_accumulation_steps=3)
@@ -382,9 +386,9 @@ def test_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         whole = gradients(before, mean(before, start.x, start.t))
-        return ratio(step_of(before, network), whole)
+        return ratio(gradients_of_step(before, network), whole)
 
-    says("accelerate", f"{accumulate(start.summed):.1f} times")
+    assert_states("accelerate", f"{accumulate(start.summed):.1f} times")
     assert accumulate(start.criterion) != pytest.approx(1, abs=1e-3)
 
 
@@ -399,15 +403,17 @@ def test_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     names = run(  # Two processes with the same data.
         "DeepSpeed",
         replace={"import torch.distributed as dist": ""},
-        **{**vars(start), **ignoring(start), "dist": twice},
+        **{**vars(start), **with_ignored_labels(start), "dist": twice},
     )
     wanted = gradients(before, mean(before, names.x, names.t))
-    close(step_of(before, names.network), wanted)
+    close(gradients_of_step(before, names.network), wanted)
     wanted = gradients(before, mean(before, start.x, start.t))
     k = '"gradient_accumulation_steps": 3'
     for config in (k, f'{k}, "gradient_clipping": 0.0'):
         names = run("DeepSpeed", replace={" * factor": "", k: config})
-        says("DeepSpeed", f"{ratio(step_of(before, names.network), wanted):.1f} times")
+        assert_states(
+            "DeepSpeed", f"{ratio(gradients_of_step(before, names.network), wanted):.1f} times"
+        )
 
 
 def test_skorch() -> None:
@@ -417,7 +423,7 @@ def test_skorch() -> None:
     w, x, t, network = names.w, names.x.numpy(), names.t.numpy(), names.network
 
     def last_loss(classifier: Any, data: Any, **parameters: Any) -> float:
-        """Of an epoch that learns nothing."""
+        """The loss of an epoch with a learning rate of 0."""
         options = {"lr": 0.0, "max_epochs": 1, "train_split": None, "verbose": 0}
         classifier.set_params(**(options | {"batch_size": 32} | parameters)).fit(data, t)
         return float(classifier.history[-1, "train_loss"])
@@ -427,7 +433,9 @@ def test_skorch() -> None:
     whole = CrossEntropyError(reduction="mean")(probabilities, names.t)
     close(found, whole)
     by_default = last_loss(names.classifier, x, criterion__reduction="sum")
-    says("skorch", f"{by_default / found:.1f} times", f"({by_default:.2f} for {found:.3f})")
+    assert_states(
+        "skorch", f"{by_default / found:.1f} times", f"({by_default:.2f} for {found:.3f})"
+    )
     weight = torch.tensor([1.0, 2.0, 5.0])
     options = {"criterion__reduction": "mean", "criterion__weight": weight}
     whole = CrossEntropyError(reduction="mean", weight=weight)(probabilities, names.t)
@@ -446,7 +454,7 @@ def test_skorch() -> None:
     data = {"x": x, "sample_weight": w.numpy()}
     whole = names.weighted.criterion_(network(names.x), names.t, sample_weight=w)
     close(last_loss(names.weighted, data, batch_size=74), whole)
-    says("skorch", f"({last_loss(names.weighted, data):.3f} for {whole:.3f})")
+    assert_states("skorch", f"({last_loss(names.weighted, data):.3f} for {whole:.3f})")
 
 
 def test_ignite() -> None:
@@ -459,15 +467,15 @@ def test_ignite() -> None:
         names.network, {"loss": metrics.Loss(names.summed)}
     )
     by_default = evaluator.run(names.loader).metrics["loss"]
-    says("ignite", f"{by_default / whole:.0f} times")
+    assert_states("ignite", f"{by_default / whole:.0f} times")
     before = copy.deepcopy(names.network)
     trainer = engine.create_supervised_trainer(
         names.network, names.optimizer, names.summed, gradient_accumulation_steps=3
     )
     trainer.run(names.loader)
     wanted = gradients(before, mean(before, names.x, names.t))
-    says("ignite", f"{ratio(step_of(before, names.network), wanted):.1f} times")
-    names = run("ignite", **ignoring(names))
+    assert_states("ignite", f"{ratio(gradients_of_step(before, names.network), wanted):.1f} times")
+    names = run("ignite", **with_ignored_labels(names))
     close(names.mean, mean(names.network, names.x, names.t))
 
 
@@ -481,8 +489,8 @@ def test_fastai() -> None:
     assert names.classes.equal(names.network(names.x).argmax(1))
     names.learner.loss_func = names.summed
     (by_default,) = names.learner.validate()
-    says("fastai", f"{by_default / whole:.0f} times")
-    says("fastai", f"{names.learner.get_preds()[0][0].sum():.2f}".replace("-", "−"))
+    assert_states("fastai", f"{by_default / whole:.0f} times")
+    assert_states("fastai", f"{names.learner.get_preds()[0][0].sum():.2f}".replace("-", "−"))
     with names.learner.no_logging(), pytest.raises(RuntimeError):
         names.learner.fit(1, cbs=mixup.MixUp())
     names.learner.loss_func = names.of_labels
@@ -496,7 +504,7 @@ def test_fastai() -> None:
     with names.learner.no_logging():
         names.learner.fit(1, lr=0.5, cbs=training.GradientAccumulation())
     wanted = gradients(before, mean(before, names.x, names.t))
-    says("fastai", f"{ratio(step_of(before, names.network), wanted):.1f} times")
+    assert_states("fastai", f"{ratio(gradients_of_step(before, names.network), wanted):.1f} times")
 
 
 def test_keras() -> None:
@@ -518,27 +526,27 @@ def test_keras() -> None:
         names.model.compile("sgd", loss=lambda target, output: criterion(output, target.long()))
         return float(names.model.evaluate(names.x, names.t, verbose=0, **options))
 
-    says("Keras", f"{evaluate('sum') / whole:.0f} times")
+    assert_states("Keras", f"{evaluate('sum') / whole:.0f} times")
     w = torch.rand(74)
     names.model.compile("sgd", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     theirs = names.model.evaluate(names.x, names.t, verbose=0, sample_weight=w)
     close(evaluate("none", sample_weight=w), torch.tensor(theirs))
-    says("Keras", f"({evaluate('mean', sample_weight=w):.3f} for {theirs:.3f})")
+    assert_states("Keras", f"({evaluate('mean', sample_weight=w):.3f} for {theirs:.3f})")
     names.model.compile("sgd", loss=names.elementwise)
     with pytest.raises(ValueError, match="target") as caught:
         names.model.evaluate(names.x, names.t, verbose=0)
-    says("What an error looks like", f"ValueError: {caught.value}")
+    assert_states("What an error looks like", f"ValueError: {caught.value}")
     swapped = names.model.evaluate(names.x, F.one_hot(names.t, 3), verbose=0)
-    says("Keras", f"({swapped:.2f} for {whole:.2f})".replace("-", "−"))
+    assert_states("Keras", f"({swapped:.2f} for {whole:.2f})".replace("-", "−"))
 
 
-def clipped(losses: Callable[[Tensor, Tensor], Tensor], names: Any) -> list[Tensor]:
-    """The mean of the samples' gradients, none of which is longer than 10."""
+def clipped_mean(losses: Callable[[Tensor, Tensor], Tensor], names: Any) -> list[Tensor]:
+    """The mean of the samples' gradients, each clipped to a norm of 10."""
     total = [torch.zeros_like(parameter) for parameter in names.network.parameters()]
     for x, t in zip(names.x.split(1), names.t.split(1), strict=True):
         row = gradients(names.network, losses(names.network(x), t).sum())
-        length = max(1.0, ratio(row, [torch.ones(1)]) / 10)
-        total = [sum + g / length for sum, g in zip(total, row, strict=True)]
+        excess = max(1.0, ratio(row, [torch.ones(1)]) / 10)
+        total = [sum + g / excess for sum, g in zip(total, row, strict=True)]
     return [sum / len(names.t) for sum in total]
 
 
@@ -560,10 +568,10 @@ def test_opacus(title: str) -> None:
     else:
         criterion = names.criterion
         losses = CrossEntropyError(from_logits=True, delta=0, reduction="none")
-    wanted = clipped(losses, start)
+    wanted = clipped_mean(losses, start)
     criterion(names.private(start.x), start.t).backward()
     names.private_optimizer.step()
-    close(step_of(start.network, names.network), wanted)
+    close(gradients_of_step(start.network, names.network), wanted)
     if title == "The ghost mode":
         with pytest.raises(AssertionError):
             run(
@@ -580,11 +588,11 @@ def test_opacus(title: str) -> None:
         return torch.cat(rows, 1).norm(dim=1)
 
     right, wrong = norms(names.criterion, start.t), norms(names.summed, start.t)
-    says(title, f"{wrong.mean() / right.mean():.0f} times too large")
-    says(title, f"all {(wrong > 10).sum()} are clipped, where the mean clips none")
+    assert_states(title, f"{wrong.mean() / right.mean():.0f} times too large")
+    assert_states(title, f"all {(wrong > 10).sum()} are clipped, where the mean clips none")
     assert not (right > 10).any()
     halved = norms(names.criterion, start.t.where(torch.arange(74) % 2 == 0, -100))
-    says(title, f"are {(halved[::2] / right[::2]).mean():.1f} times too large")
+    assert_states(title, f"are {(halved[::2] / right[::2]).mean():.1f} times too large")
 
 
 def test_opacus_on_tokens() -> None:
@@ -607,7 +615,7 @@ def test_opacus_on_tokens() -> None:
     eval(call, vars(names) | {"z": z, "t": t}).backward()  # noqa: S307
     names.private_optimizer.step()
     whole = mean(start.network, x.flatten(0, 1), t.flatten())
-    close(step_of(start.network, names.network), gradients(start.network, whole))
+    close(gradients_of_step(start.network, names.network), gradients(start.network, whole))
 
 
 def test_backpack() -> None:
@@ -636,7 +644,7 @@ def test_laplace() -> None:
     names = run("Laplace")
     close(names.posterior.loss, names.summed(names.network(names.x), names.t))
     factor = names.posterior.loss / mean(names.network, names.x, names.t)
-    says("Laplace", f"{factor:.0f} times")
+    assert_states("Laplace", f"{factor:.0f} times")
     regression = laplace.Laplace(names.network, "regression", subset_of_weights="all")
     targets = torch.randn(74, 3)
     regression.fit(DataLoader(TensorDataset(names.x, targets), batch_size=32))
@@ -658,7 +666,7 @@ def test_captum() -> None:
     )
     close(names.influence, rows @ rows.T, rtol=1e-4, atol=1e-4)
     plain = run("captum", replace={"loss_fn=criterion": "loss_fn=lambda y, t: criterion(y, t)"})
-    says("captum", f"{ratio([names.influence], [plain.influence]):.0f} times too small")
+    assert_states("captum", f"{ratio([names.influence], [plain.influence]):.0f} times too small")
     with pytest.raises(IndexError):
         run("captum", replace={'reduction="none"': 'reduction="mean"'})
 
@@ -671,11 +679,11 @@ def test_monai() -> None:
     assert names.dice_cross_entropy(y, t) == theirs
     with pytest.raises(ValueError, match="target") as caught:
         names.criterion(y, t)
-    says("MONAI", f"ValueError: {caught.value}")
+    assert_states("MONAI", f"ValueError: {caught.value}")
     whole = mean(lambda y: y, y, t.squeeze(1).long())
     total = names.summed(y, t.squeeze(1).long())
     dice = names.dice(y, t)
-    says("MONAI", f"{total / whole:.0f} times", f"{100 * dice / (total + dice):.1f} %")
+    assert_states("MONAI", f"{total / whole:.0f} times", f"{100 * dice / (total + dice):.1f} %")
 
 
 def test_segmentation_models() -> None:
@@ -684,7 +692,7 @@ def test_segmentation_models() -> None:
     logits, masks = names.unet(names.images).detach(), names.masks.long()
     close(names.loss, F.cross_entropy(logits, masks, ignore_index=255))
     close(names.of_pixels(logits, names.masks), F.cross_entropy(logits, masks, ignore_index=255))
-    says("segmentation-models-pytorch", f"{(masks != 255).sum()} times")
+    assert_states("segmentation-models-pytorch", f"{(masks != 255).sum()} times")
     close(
         names.binary, F.binary_cross_entropy_with_logits(names.foreground[:, 0], names.mask.float())
     )
@@ -693,27 +701,27 @@ def test_segmentation_models() -> None:
 def test_torchmetrics() -> None:
     torchmetrics = pytest.importorskip("torchmetrics")
     start = run()
-    names = run("torchmetrics", **ignoring(start))
+    names = run("torchmetrics", **with_ignored_labels(start))
     whole = mean(names.network, names.x, names.t)
     close(names.mean, whole)
     of_means, unweighted = torchmetrics.MeanMetric(), torchmetrics.MeanMetric()
     for inputs, labels in names.loader:
         of_means.update(names.criterion(names.network(inputs), labels))
         unweighted.update(names.unreduced(names.network(inputs), labels))
-    says("torchmetrics", f"({of_means.compute():.3f} for {whole:.3f})")
-    says("torchmetrics", f"({unweighted.compute():.3f})")
+    assert_states("torchmetrics", f"({of_means.compute():.3f} for {whole:.3f})")
+    assert_states("torchmetrics", f"({unweighted.compute():.3f})")
 
 
 def test_lightning() -> None:
     lightning = pytest.importorskip("lightning")
     start = run()
-    names = run("Lightning's log", **ignoring(start))
+    names = run("Lightning's log", **with_ignored_labels(start))
 
-    def logged_mean(criterion: nn.Module, loader: Any, *, says_size: bool = True) -> float:
+    def logged_mean(criterion: nn.Module, loader: Any, *, with_batch_size: bool = True) -> float:
         model = names.Classifier()
         model.criterion = criterion
         model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.0)
-        if not says_size:
+        if not with_batch_size:
             log = model.log
             model.log = lambda *args, batch_size, **options: log(*args, **options)
         options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -725,20 +733,20 @@ def test_lightning() -> None:
 
     whole = mean(names.network, names.x, names.t)
     close(logged_mean(names.criterion, names.loader), whole)
-    unsized = logged_mean(names.criterion, names.loader, says_size=False)
-    says("Lightning's log", f"({unsized:.3f} for {whole:.3f})")
+    unsized = logged_mean(names.criterion, names.loader, with_batch_size=False)
+    assert_states("Lightning's log", f"({unsized:.3f} for {whole:.3f})")
     factor = logged_mean(names.summed, start.loader) / mean(names.network, start.x, start.t)
-    says("Lightning's log", f"{factor:.0f} times")
+    assert_states("Lightning's log", f"{factor:.0f} times")
 
 
 def test_ensembles() -> None:
     names = run("Ensembles")
-    for place, network in enumerate(names.networks):
+    for number, network in enumerate(names.networks):
         whole = mean(network, names.x, names.t)
-        close(names.losses[place], whole)
+        close(names.losses[number], whole)
         for name, parameter in network.named_parameters():
             (gradient,) = torch.autograd.grad(whole, parameter, retain_graph=True)
-            close(names.gradients[name][place], gradient)
+            close(names.gradients[name][number], gradient)
 
     def joint(stacked: dict[str, Tensor]) -> Tensor:
         def logits(parameters: dict[str, Tensor]) -> Any:
@@ -749,7 +757,7 @@ def test_ensembles() -> None:
 
     gradient = torch.func.grad(joint)(names.stacked)
     factor = ratio(list(gradient.values()), list(names.gradients.values()))
-    says("Ensembles", f"gives each {factor:.2f} times")
+    assert_states("Ensembles", f"gives each {factor:.2f} times")
 
 
 needs_gloo = pytest.mark.skipif(
@@ -759,14 +767,14 @@ needs_gloo = pytest.mark.skipif(
 
 @needs_gloo
 def test_pipelining() -> None:
-    names = run("Pipelining", **ignoring(run()))
+    names = run("Pipelining", **with_ignored_labels(run()))
     network = run().network
     wanted = gradients(network, mean(network, names.x, names.t))
     close([parameter.grad for parameter in names.network.parameters()], wanted)
     means = {"summed(y, t) / count": "criterion(y, t)", ", scale_grads=False": ""}
-    names = run("Pipelining", replace=means, **ignoring(run()))
+    names = run("Pipelining", replace=means, **with_ignored_labels(run()))
     factor = ratio([p.grad for p in names.network.parameters()], wanted)
-    says("Pipelining", f"a gradient {factor:.2f} times")
+    assert_states("Pipelining", f"a gradient {factor:.2f} times")
     names = run("Pipelining", replace={", scale_grads=False": ""})
     whole = gradients(network, mean(network, names.x, names.t))
     factor = ratio([p.grad for p in names.network.parameters()], whole)
@@ -847,7 +855,7 @@ def test_constants_of_aot_inductor() -> None:
     close(names.loss, mean(names.network, names.x, names.t, "sum"))
     with pytest.raises(RuntimeError) as caught:
         run("AOTInductor's constants", replace={'_constants": True': '_constants": False'})
-    says("AOTInductor's constants", f"RuntimeError: {caught.value}")
+    assert_states("AOTInductor's constants", f"RuntimeError: {caught.value}")
 
 
 def test_mixup() -> None:
@@ -856,9 +864,11 @@ def test_mixup() -> None:
     images, other = names.images, names.images.roll(1, 0)
     share = ((names.mixed - other) / (images - other)).median()
     label = names.labels.long()
-    of_one = mean(lambda mixed: mixed.mean((2, 3)), names.mixed, label, reduction="none")
-    of_other = mean(lambda mixed: mixed.mean((2, 3)), names.mixed, label.roll(1), reduction="none")
-    close(names.loss, (share * of_one + (1 - share) * of_other).mean())
+
+    def losses(label: Tensor) -> Tensor:
+        return mean(lambda mixed: mixed.mean((2, 3)), names.mixed, label, reduction="none")
+
+    close(names.loss, (share * losses(label) + (1 - share) * losses(label.roll(1))).mean())
     for labels in (names.labels, names.labels.long().where(names.labels != 1, -100)):
         with pytest.raises(RuntimeError):
             names.v2.MixUp(num_classes=3)(names.images, labels)
@@ -881,8 +891,8 @@ def test_masks() -> None:
     ones = names.mask == 1
     close(loss(names.mask), -z.log_softmax(1)[0, 1][ones].mean())
     title = "Masks of torchvision"
-    says(title, f"{(filled.mask == 0).sum()} of these 64 pixels")
-    says(title, f"(a loss of {loss(filled.mask):.3f} for {loss(names.mask):.3f})")
+    assert_states(title, f"{(filled.mask == 0).sum()} of these 64 pixels")
+    assert_states(title, f"(a loss of {loss(filled.mask):.3f} for {loss(names.mask):.3f})")
 
 
 def test_hydra() -> None:
@@ -895,7 +905,7 @@ def test_hydra() -> None:
     with pytest.raises(Exception, match="ListConfig") as caught:
         run("Hydra", replace={"{_target_: torch.tensor, data: [1.0, 2.0, 5.0]}": "[1.0, 2.0, 5.0]"})
     assert "weight: got ListConfig" in str(caught.value)
-    says("Hydra", "weight: got ListConfig")
+    assert_states("Hydra", "weight: got ListConfig")
 
 
 def test_averaged_models() -> None:
@@ -914,7 +924,7 @@ def test_averaged_models() -> None:
             wanted.state_dict().values(), by_hand.state_dict().values(), strict=True
         ):
             old.copy_(0.9 * old + 0.1 * new if step else new)
-    close(names.loss, mean(wanted, start.x, start.t))  # Both see the batch once more.
+    close(names.loss, mean(wanted, start.x, start.t))  # Both update their batch norm once more.
     theirs = dict(names.averaged.module.state_dict())
     for name, value in wanted.state_dict().items():
         if value.is_floating_point():
@@ -929,11 +939,11 @@ def test_averaged_models() -> None:
     assert averaged.module.weight.tolist() == [8, 1, 2]
 
 
-def test_errors_say_what_to_do() -> None:
+def test_documented_error_messages() -> None:
     title = "What an error looks like"
     with pytest.raises(TypeError) as caught:
         SumSquaredError()(torch.zeros(74, 1), torch.zeros(74))
-    says(title, f"TypeError: {caught.value}")
+    assert_states(title, f"TypeError: {caught.value}")
 
 
 MODULES = {
@@ -947,7 +957,7 @@ MODULES = {
 }
 
 
-def test_all_of_the_migration_is_tested() -> None:
+def test_every_section_with_identities_is_tested() -> None:
     assert {title for title, text in MIGRATION.items() if ">>>" in text} == {HALF, *MODULES}
 
 
@@ -961,7 +971,7 @@ def test_migration(title: str) -> None:
     assert "".join(report) == ""
 
 
-@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch 2.13 and later have it")
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="needs torch 2.13")
 def test_figures_of_the_linear_loss() -> None:
     chunked = functools.partial(
         F.linear_cross_entropy,

@@ -1,11 +1,11 @@
-"""Whatever the shape, strides, dtypes, options, values and transform: the numbers of the reference.
+"""Random calls agree with the NumPy reference, for any shape, strides, dtypes, options and values.
 
-Some hundred calls belong to every run of the tests. A long run, of which every 1000 calls are a
-test that draws the same again as long as no code changes, is
+Every run of the tests checks a few hundred calls. To check many:
 
     FUZZ_CASES=300000 python -m pytest -n 0 -m fuzz tests/test_fuzz.py
 
-Its memory grows by some MB in 1000 calls: torch's compiler keeps a part of each compilation.
+Each test of such a run checks 1000 calls, the same ones in every run of the same code. The memory
+of the process grows by a few MB per test, because torch's compiler caches every compilation.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ from torchlosses import functional, ops
 
 Arguments = dict[str, Any]
 
-# What `ops.KERNELS` is on each way to the same numbers.
+# `ops.KERNELS` for each implementation under test.
 PATHS: dict[str, dict[str, Any]] = {"formula": {}, "kernels": ops.KERNELS}
 CASES = int(os.environ.get("FUZZ_CASES", "100000"))
 CHUNK = 1000
-STEP = 1e-5  # Of a difference in float64.
+STEP = 1e-5  # Of finite differences in float64.
 
 agreed: Counter[str] = Counter()
 
@@ -53,9 +53,9 @@ def check(call: Call) -> None:
 
 
 class Expected:
-    """Value and gradient by the reference, and how far rounding may take a result from them."""
+    """Value and gradient by the reference, and the rounding errors that a result may have."""
 
-    promised: Any = ...  # The part of the gradient that is.
+    defined: Any = ...  # The part of the gradient that is documented, and compared.
 
     def __init__(self, call: Call, arguments: Arguments) -> None:
         self.loss, self.arguments = call.loss, arguments
@@ -67,7 +67,7 @@ class Expected:
     def check_value(self, value: Tensor) -> None:
         assert value.dtype == self.dtype
         assert value.shape == self.value.shape
-        # log(y + δ) near y + δ = 1 is right to a rounding of 1, in each term of the sum.
+        # Each log(y + δ) with y + δ near 1 has the absolute rounding error of y + δ.
         terms = 8 + self.arguments["input"].numel()
         close(value, self.value, 16 * self.eps, 4 * self.eps * terms * self.spread)
 
@@ -75,19 +75,19 @@ class Expected:
         assert grad.dtype == self.arguments["input"].dtype
         assert grad.shape == self.arguments["input"].shape
         if UNITS == 1 and (self.dtype, grad.dtype) == (torch.float64, torch.bfloat16):
-            return  # Triton's interpreter cuts bits off as if they were those of a float32.
+            return  # Triton's interpreter truncates float64 to bfloat16 as if it were float32.
         expected = self.grad * np.asarray(upstream)
         rtol, atol = 16 * self.eps, 4 * self.eps
-        # A target near 0 is a multiple of the smallest number, and so is its product.
-        atol += 4 * torch.finfo(self.dtype).tiny * self.eps / self.least
+        # A subnormal target is rounded to a multiple of the smallest number, then divided by y + δ.
+        atol += 4 * torch.finfo(self.dtype).tiny * self.eps / self.smallest_divisor
         if self.arguments.get("from_logits"):  # S − tⱼ/(pⱼ+δ) cancels.
             finite = np.abs(expected[np.isfinite(expected)])
             atol *= self.spread * (1 + finite.max(initial=0))
             rtol *= self.spread
         if grad.dtype != self.dtype:
             stored = torch.finfo(grad.dtype)
-            # Rounded at the end, and by kernels also before the gradient from upstream comes, which
-            # is rounded itself if it is float64.
+            # Rounded at the end; by kernels also before the product with the upstream gradient,
+            # which is rounded itself if it is float64.
             roundings = (3 if self.dtype == torch.float64 else 2) if ops.KERNELS else 1
             rtol += roundings * UNITS * stored.eps
             atol += stored.smallest_normal * stored.eps
@@ -95,13 +95,13 @@ class Expected:
         if is_odd.any():
             is_odd &= self.overflows(grad.dtype)
             expected = np.where(is_odd, grad.detach().double(), expected)
-        close(grad[self.promised], expected[self.promised], rtol, atol)
+        close(grad[self.defined], expected[self.defined], rtol, atol)
 
     def overflows(self, dtype: torch.dtype) -> NDArray[np.bool_]:
-        """Where a slope can be infinite before weights and divisor make it less, if they do.
+        """Where the gradient before weights and divisor may overflow.
 
-        They come last by kernels and, in float64, by the reference. The weights are at most 4
-        together; and a gradient of float16 waits in float32 for upstream's.
+        Kernels, and the reference in float64, apply weights and divisor last. Both weights are at
+        most 2, so together at most 4. A gradient in float16 is computed in float32.
         """
         limit = torch.finfo(self.dtype if dtype == torch.float16 else dtype).max
         plain = {"reduction": "sum", "weight": None, "sample_weight": 1.0}
@@ -111,8 +111,8 @@ class Expected:
         return is_beyond
 
     @property
-    def least(self) -> float:
-        """The least y + δ, but for 0, that something is divided by."""
+    def smallest_divisor(self) -> float:
+        """The smallest y + δ > 0, at most 1."""
         if "delta" not in self.arguments or self.arguments["from_logits"]:
             return 1
         guarded = self.arguments["input"].detach().double() + self.arguments["delta"]
@@ -121,7 +121,7 @@ class Expected:
 
     @property
     def spread(self) -> float:
-        """By what e^z makes the error of z larger, as far as it does not underflow."""
+        """The factor by which e^z amplifies a relative error of z, up to where e^z underflows."""
         input = self.arguments["input"].detach().double()
         input = input[input.isfinite()]
         if not self.arguments.get("from_logits") or not input.numel():
@@ -176,15 +176,17 @@ def check_first(
         expected.check_grad(grad)
     elif call.transform == "jvp":
         tangent = torch.tensor(rng.uniform(0.5, 2, input.shape), dtype=input.dtype)
-        # torch writes a tangent in the strides of its tensor.
+        # torch writes the tangent in the strides of its tensor, which must not overlap.
         plain = input.contiguous() if call.layouts["input"] == "expanded" else input
         value, forward = torch.func.jvp(loss, (plain,), (tangent,))[:2]
         expected.check_value(value)
         products = expected.grad * tangent.double().numpy()
-        # 0·∞ on the way of a tangent is NaN.
-        if np.isfinite(products).all() and 1 / expected.least < torch.finfo(expected.dtype).max:
-            rough = 100 * expected.eps * expected.spread
-            close(forward.double().sum(), products.sum(), 0, rough * (1 + np.abs(products).sum()))
+        # In a tangent 0·∞ is NaN.
+        largest = 1 / expected.smallest_divisor
+        if np.isfinite(products).all() and largest < torch.finfo(expected.dtype).max:
+            rounding = 100 * expected.eps * expected.spread
+            atol = rounding * (1 + np.abs(products).sum())
+            close(forward.double().sum(), products.sum(), 0, atol)
     else:
         if call.transform in COMPILED:
             torch._dynamo.reset()
@@ -193,14 +195,14 @@ def check_first(
         value = loss(leaf)
         expected.check_value(value)
         upstream = torch.tensor(rng.uniform(0.5, 2, value.shape), dtype=value.dtype)
-        again = bool(rng.integers(2)) and call.transform not in COMPILED
-        for is_kept in (True, False) if again else (False,):
-            (grad,) = torch.autograd.grad(value, leaf, upstream, retain_graph=is_kept)
+        is_repeated = bool(rng.integers(2)) and call.transform not in COMPILED
+        for retain_graph in (True, False) if is_repeated else (False,):
+            (grad,) = torch.autograd.grad(value, leaf, upstream, retain_graph=retain_graph)
             expected.check_grad(grad, per_element(call, upstream))
 
 
 def expect(call: Call, arguments: Arguments) -> Expected:
-    """The reference; where values cannot be looked at, with the row of a bad class NaN."""
+    """The reference; a row with an invalid class is NaN, for calls that cannot read values."""
     if call.bad_position is None:
         return Expected(call, arguments)
     target = arguments["target"].clone()
@@ -213,13 +215,13 @@ def expect(call: Call, arguments: Arguments) -> Expected:
     expected.value = np.array(expected.value)
     expected.value[row if is_row else position if is_none else ...] = np.nan
     expected.grad[row] = np.nan
-    if arguments["reduction"] == "mean":  # What a class that is none weighs in it, no one said.
-        expected.promised = row
+    if arguments["reduction"] == "mean":  # Whether an invalid class adds to the divisor is open.
+        expected.defined = row
     return expected
 
 
 def per_element(call: Call, upstream: Tensor) -> NDArray[Any]:
-    """The gradient from upstream, so that it broadcasts to the input."""
+    """The upstream gradient in a shape that broadcasts to the input."""
     rank = np.ndim(call.arrays["input"])
     if call.arrays["reduction"] == "none" and upstream.dim() < rank:
         upstream = upstream.unsqueeze(call.axis)
@@ -230,11 +232,12 @@ def per_element(call: Call, upstream: Tensor) -> NDArray[Any]:
 def check_vmap(
     call: Call, arguments: Arguments, function: Callable[..., Tensor], rng: np.random.Generator
 ) -> None:
-    """Three calls at once: the values reversed in one of them, the target shared or not."""
+    """Three calls at once, one with reversed inputs; the target is batched or not."""
     input, target = arguments["input"], arguments["target"]
     inputs = [input, input.flip(list(range(input.dim()))), input]
-    where = int(rng.integers(-1, input.dim() + 1))
-    is_shared = call.bad_position is None and bool(rng.integers(2))  # Or it would be seen.
+    in_dim = int(rng.integers(-1, input.dim() + 1))
+    # A target that is not batched can be read, so an invalid class would be an error.
+    is_shared = call.bad_position is None and bool(rng.integers(2))
 
     def loss(y: Tensor, t: Tensor) -> Tensor:
         return function(**arguments | {"input": y, "target": t})
@@ -242,8 +245,8 @@ def check_vmap(
     def grad(y: Tensor, t: Tensor) -> Any:
         return torch.func.grad(lambda y: loss(y, t).sum())(y)
 
-    dims = (where, None if is_shared else 0)
-    batch = torch.stack(inputs, where), target if is_shared else torch.stack([target] * 3)
+    dims = (in_dim, None if is_shared else 0)
+    batch = torch.stack(inputs, in_dim), target if is_shared else torch.stack([target] * 3)
     values, grads = torch.vmap(loss, dims)(*batch), torch.vmap(grad, dims)(*batch)
     for y, value, grad_y in zip(inputs, values, grads, strict=True):
         expected = expect(call, arguments | {"input": y})
@@ -254,21 +257,21 @@ def check_vmap(
 def check_second(
     call: Call, arguments: Arguments, function: Callable[..., Tensor], rng: np.random.Generator
 ) -> None:
-    """Against differences of the reference, along one direction through all floating arguments."""
+    """Against finite differences of the reference in a random direction of all float arguments."""
     names = [name for name in call.dtypes if call.layouts[name] != "expanded"]
     if "input" not in names:
         return
-    along = {name: torch.tensor(rng.normal(size=arguments[name].shape)) for name in names}
+    direction = {name: torch.tensor(rng.normal(size=arguments[name].shape)) for name in names}
     leaves = {name: arguments[name].detach().clone().requires_grad_() for name in names}
 
-    def moved(step: float) -> tuple[NDArray[Any], NDArray[Any]]:
-        there = {name: arguments[name] + step * along[name] for name in names}
-        return reference(call.loss, arguments | there)
+    def reference_at(step: float) -> tuple[NDArray[Any], NDArray[Any]]:
+        moved = {name: arguments[name] + step * direction[name] for name in names}
+        return reference(call.loss, arguments | moved)
 
-    def slope(grads: tuple[Tensor | None, ...]) -> Tensor:
-        """The derivative along that direction."""
+    def directional(grads: tuple[Tensor | None, ...]) -> Tensor:
+        """The directional derivative."""
         products = [
-            (g * along[n]).sum() for n, g in zip(names, grads, strict=True) if g is not None
+            (g * direction[n]).sum() for n, g in zip(names, grads, strict=True) if g is not None
         ]
         return torch.stack(products).sum()
 
@@ -278,7 +281,7 @@ def check_second(
             by_name["input"]
         )
 
-    (value_after, grad_after), (value_before, grad_before) = moved(STEP), moved(-STEP)
+    (value_after, grad_after), (value_before, grad_before) = map(reference_at, (STEP, -STEP))
     difference = (grad_after - grad_before) / (2 * STEP)
     tolerance = {"rtol": 1e-5, "atol": 1e-6 * (1 + np.abs(grad_after).sum())}
     tensors = tuple(leaves.values())
@@ -287,26 +290,26 @@ def check_second(
         upstream = torch.tensor(rng.uniform(0.5, 2, value.shape))
         grads = torch.autograd.grad(value, tensors, upstream)
         difference = (value_after - value_before) / (2 * STEP) * upstream.numpy()
-        close(slope(grads), difference.sum(), **tolerance)
+        close(directional(grads), difference.sum(), **tolerance)
     elif call.transform == "jvp_of_grad":
         plain = tuple(leaf.detach() for leaf in tensors)
-        tangent = torch.func.jvp(grad, plain, tuple(along.values()))[1]
+        tangent = torch.func.jvp(grad, plain, tuple(direction.values()))[1]
         close(tangent, difference, **tolerance)
     else:
         (grad_input,) = torch.autograd.grad(value.sum(), leaves["input"], create_graph=True)
         row = torch.tensor(rng.normal(size=grad_input.shape))
         seconds = torch.autograd.grad((grad_input * row).sum(), tensors, allow_unused=True)
-        close(slope(seconds), (difference * row.numpy()).sum(), **tolerance)
+        close(directional(seconds), (difference * row.numpy()).sum(), **tolerance)
 
 
 def check_dependent(
     call: Call, arguments: Arguments, function: Callable[..., Tensor], rng: np.random.Generator
 ) -> None:
-    """A target made from the input, or both from a third, against differences along a direction."""
+    """Target and input that depend on each other or on a leaf, against finite differences."""
     if call.arrays["target"].dtype != np.float64 or call.layouts["input"] == "expanded":
         return
     make = [lambda y: y * y, lambda y: y.flip(list(range(y.dim()))), torch.sigmoid][rng.integers(3)]
-    along = torch.tensor(rng.normal(size=arguments["input"].shape))
+    direction = torch.tensor(rng.normal(size=arguments["input"].shape))
 
     def loss(y: Tensor) -> Tensor:
         return function(**arguments | {"input": y, "target": make(y)}).sum()
@@ -320,11 +323,11 @@ def check_dependent(
         return leaf, torch.autograd.grad(loss(inner), leaf, create_graph=create_graph)[0]
 
     input = arguments["input"]
-    after, before = input + STEP * along, input - STEP * along
+    after, before = input + STEP * direction, input - STEP * direction
     _, first = grad(input)
     slope = (value(after) - value(before)) / (2 * STEP)
     scale = 1 + float(first.abs().sum())
-    close((first * along).sum(), slope, 1e-5, 1e-6 * scale)
+    close((first * direction).sum(), slope, 1e-5, 1e-6 * scale)
     leaf, differentiable = grad(input, create_graph=True)
     close(differentiable, first.numpy(), 1e-9, 1e-11 * scale)
     row = torch.tensor(rng.normal(size=input.shape))
@@ -333,13 +336,13 @@ def check_dependent(
         (second,) = torch.autograd.grad(product, leaf)
         difference = (grad(after)[1] - grad(before)[1]) / (2 * STEP)
         scale += float(second.abs().sum())
-        close((second * along).sum(), (difference * row).sum().numpy(), 1e-5, 1e-6 * scale)
+        close((second * direction).sum(), (difference * row).sum().numpy(), 1e-5, 1e-6 * scale)
 
 
 def check_changed(
     call: Call, arguments: Arguments, loss: Callable[[Tensor], Tensor], rng: np.random.Generator
 ) -> None:
-    """An argument changed in place before backward: an error, or the gradient of what it was."""
+    """An argument changes in place before backward: an error, or the gradient at its old value."""
     expected = expect(call, arguments)
     leaf = arguments["input"].detach().requires_grad_()
     input = leaf * 1
@@ -349,7 +352,7 @@ def check_changed(
         torch.autograd.grad(value, leaf, upstream, retain_graph=True)
     changed = [input, *(v for n, v in arguments.items() if n in TENSORS[1:] and v is not None)]
     changed = changed[rng.integers(len(changed))]
-    if 0 in changed.stride() and changed.numel() > 1:  # What overlaps cannot be written to.
+    if 0 in changed.stride() and changed.numel() > 1:  # torch refuses to write to it.
         return
     with torch.no_grad():
         changed.zero_()
@@ -374,29 +377,29 @@ def draw_and_check(cases: int, seed: int) -> None:
     hypothesis.seed(seed)(run)()
 
 
-def test_some_hundred_calls() -> None:
-    """Fewer in Triton's interpreter, where a launch takes some ms."""
+def test_a_few_hundred_calls() -> None:
+    """Fewer in Triton's interpreter, where a launch takes several ms."""
     draw_and_check(60 if os.environ.get("TRITON_INTERPRET") == "1" else 400, CASES)
 
 
 @pytest.fixture(scope="module")
-def _figure(request: pytest.FixtureRequest) -> Iterator[None]:
+def _summary(request: pytest.FixtureRequest) -> Iterator[None]:
     start = time.perf_counter()
     agreed.clear()
     yield
     seconds = time.perf_counter() - start
-    kinds = ", ".join(f"{count} {kind}" for kind, count in agreed.most_common())
+    counts = ", ".join(f"{count} {transform}" for transform, count in agreed.most_common())
     capture: Any = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
         print(
             f"\n{agreed.total()} of {CASES} calls agree with the reference, each by "
-            f"{' and '.join(PATHS)}: {kinds}; {seconds:.0f} s, seeds 0 to {CASES - 1} by {CHUNK}, "
+            f"{' and '.join(PATHS)}: {counts}; {seconds:.0f} s, seeds 0 to {CASES - 1} by {CHUNK}, "
             f"torch {torch.__version__}"
         )
 
 
 @pytest.mark.fuzz
-@pytest.mark.usefixtures("_figure")
+@pytest.mark.usefixtures("_summary")
 @pytest.mark.parametrize("seed", range(0, CASES, CHUNK))
 def test_many_calls(seed: int) -> None:
     draw_and_check(min(CHUNK, CASES - seed), seed)

@@ -1,4 +1,4 @@
-"""First and second derivatives, forwards and backwards, by every argument that may have one."""
+"""First and second derivatives, in forward and reverse mode, by every differentiable argument."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from torchlosses.functional import (
     sum_squared_error,
 )
 
-# Small and smooth: finite differences say nothing about 0, ∞ or NaN. Empty ones have no numbers.
+# Small samples where the loss is smooth: finite differences fail at 0, ∞ and NaN.
 SMOOTH = [
     sample
     for sample in SAMPLES
@@ -34,7 +34,7 @@ REPRESENTATIVE = [sample for sample in SMOOTH if sample.name.endswith(("-none", 
 
 
 def differentiable(sample: Sample, device: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """The loss as a function of all that has a derivative, and those arguments."""
+    """The loss as a function of its floating-point arguments, and those arguments."""
     input, target, options = sample.tensors(torch.float64, device)
     named: dict[str, Any] = {"input": input, "target": target} | options
     floating = {
@@ -66,7 +66,7 @@ def test_gradgradcheck(sample: Sample, device: str) -> None:
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
 def test_any_upstream_gradient_any_number_of_times(sample: Sample, device: str) -> None:
-    """Of a loss per element or sample, the reference has the gradient of the sum alone."""
+    """Backward may run repeatedly, with any upstream gradient (the reference has only ones)."""
     input, target, options = sample.tensors(torch.float64, device)
     input.requires_grad_()
     loss = sample.function(input, target, **options)
@@ -99,7 +99,7 @@ def test_documented_gradients(reduction: Any, device: str) -> None:
     close(by_y, -t / (y + 0.1))
     close(by_t, -(y + 0.1).log())
     with torch.no_grad():
-        t[:, 2] = 0  # A target of 0 has a gradient as any other.
+        t[:, 2] = 0  # The gradient by a target of 0 is not 0.
     by_y, by_t = grads(CrossEntropyError(reduction=reduction, delta=0), 4 if is_mean else 1)
     close(by_y, -t / y)
     close(by_t, -y.log())
@@ -110,7 +110,7 @@ def test_documented_gradients(reduction: Any, device: str) -> None:
     close(by_t, -(p + 0.1).log())
 
 
-def test_a_confidently_wrong_sample_is_gated_unless_delta_is_zero(device: str) -> None:
+def test_a_confidently_wrong_sample_has_no_gradient_unless_delta_is_zero(device: str) -> None:
     x = torch.tensor([[50.0, 0.0]], device=device, requires_grad=True)
     target = torch.tensor([1], device=device)
     (guarded,) = torch.autograd.grad(CrossEntropyError(from_logits=True)(x, target), x)
@@ -151,7 +151,7 @@ def _backward(loss: Tensor, leaf: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("criterion", CRITERIA, ids=str)
 def test_gradient_penalty(criterion: torch.nn.Module, device: str) -> None:
-    """A gradient inside of the loss: the second derivative of SSE is the identity."""
+    """The gradient of a squared gradient; for squared errors the Hessian is the identity."""
     y = torch.rand(4, 5, dtype=torch.float64, device=device, requires_grad=True)
     t = torch.rand(4, 5, dtype=torch.float64, device=device)
     (grad,) = torch.autograd.grad(criterion(y, t), y, create_graph=True)
@@ -171,7 +171,7 @@ FORMS: list[tuple[Any, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_backward_where_no_tensor_has_numbers(reduction: Any) -> None:
+def test_backward_under_fake_tensors(reduction: Any) -> None:
     y = torch.rand(4, 5, requires_grad=True)
     value = sum_squared_error(y, y.detach(), reduction=reduction)
     upstream = torch.ones_like(value)
@@ -183,10 +183,10 @@ def test_backward_where_no_tensor_has_numbers(reduction: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_upstream_gradients_that_are_views_of_what_is_negative(
+def test_upstream_gradient_may_be_a_negative_view(
     reduction: Any, dtype: torch.dtype, device: str
 ) -> None:
-    """As the imaginary part of a conjugate is."""
+    """The imaginary part of a conjugate is one: its memory holds the opposite numbers."""
     t = torch.tensor([3], device=device)
     for loss, options in FORMS:
         y = torch.rand(1, 5, device=device).to(dtype).requires_grad_()
@@ -206,7 +206,7 @@ def linear(input: Tensor, target: Tensor, **options: Any) -> Tensor:
 @pytest.mark.parametrize("upstream", [math.inf, math.nan])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-def test_ignored_samples_have_no_gradient_whatever_comes_from_upstream(
+def test_ignored_samples_have_no_gradient_for_any_upstream_gradient(
     reduction: Any, dtype: torch.dtype, upstream: float, device: str
 ) -> None:
     rows = torch.rand(4, 5, device=device).softmax(1).to(dtype)
@@ -227,42 +227,44 @@ def test_ignored_samples_have_no_gradient_whatever_comes_from_upstream(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_mean_by_weights_whose_sum_has_no_inverse(dtype: torch.dtype, device: str) -> None:
-    """1/Σw is ∞ where w/Σw is not; and weights that are all 2¹⁰⁰ times as large mean the same."""
+def test_mean_by_tiny_weights(dtype: torch.dtype, device: str) -> None:
+    """1/Σw overflows where w/Σw does not. Scaling all weights changes neither mean nor gradient."""
     y = torch.rand(4, 5, dtype=dtype, device=device).softmax(1).requires_grad_()
     index, soft = torch.tensor([1, -100, 2, 0], device=device), y.detach().roll(1, 0)
     per_sample = torch.tensor([1.0, 2, 3, 1], dtype=dtype, device=device)
     per_element = torch.arange(20, dtype=dtype, device=device).view(4, 5)
-    size = 2.0 ** (-1060 if dtype == torch.float64 else -140)
+    scale = 2.0 ** (-1060 if dtype == torch.float64 else -140)
     smooth = {"label_smoothing": 0.1, "from_logits": True}
     for loss, options in (*FORMS, (linear, {}), (cross_entropy_error, smooth)):
         for target in (index, soft):
             is_elementwise = loss is sum_squared_error and target is soft
             for weight in (per_sample[:, None], per_element) if is_elementwise else (per_sample,):
-                found = []
-                for w in (weight, weight * size):
+                results = []
+                for w in (weight, weight * scale):
                     value = loss(y, target, reduction="mean", sample_weight=w, **options)
-                    found.append((value, *torch.autograd.grad(value, y)))
-                torch.testing.assert_close(*found)
+                    results.append((value, *torch.autograd.grad(value, y)))
+                torch.testing.assert_close(*results)
                 with torch.no_grad():
                     value = loss(y, target, reduction="mean", sample_weight=w, **options)
-                # On a GPU a sum of losses that are multiplied by what has few bits, and have fewer.
-                torch.testing.assert_close(value, found[0][0].detach(), rtol=0.1, atol=0)
+                # A GPU sums the products with subnormal weights, which have few bits.
+                torch.testing.assert_close(value, results[0][0].detach(), rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize("is_late", [False, True], ids=["default", "late"])
 @pytest.mark.parametrize("is_index", [False, True])
-def test_what_a_hook_keeps_stays_as_it_was(is_index: bool, is_late: bool, device: str) -> None:
+def test_backward_does_not_write_to_tensors_that_a_hook_has(
+    is_index: bool, is_late: bool, device: str
+) -> None:
     y = torch.rand(4, 5, device=device).requires_grad_()
     target = torch.tensor([1, 0, 2, 4], device=device) if is_index else torch.rand_like(y).detach()
-    kept: list[tuple[Tensor, Tensor]] = []
+    packed: list[tuple[Tensor, Tensor]] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append((tensor.detach(), tensor.detach().clone()))
+        packed.append((tensor.detach(), tensor.detach().clone()))
         return tensor
 
     for loss, options in (*FORMS, (linear, {})):
-        kept.clear()
+        packed.clear()
         value = loss(y, target, **options)
         (expected,) = torch.autograd.grad(value, y, torch.full_like(value, 3))
         if is_late:
@@ -275,22 +277,22 @@ def test_what_a_hook_keeps_stays_as_it_was(is_index: bool, is_late: bool, device
                 value = loss(y, target, **options)
         (grad,) = torch.autograd.grad(value, y, torch.full_like(value, 3))
         torch.testing.assert_close(grad, expected)
-        grad.fill_(7)  # Its own, and so the caller's.
-        assert kept or is_late
-        assert all(torch.equal(tensor, before) for tensor, before in kept)
+        grad.fill_(7)  # The gradient belongs to the caller.
+        assert packed or is_late
+        assert all(torch.equal(tensor, before) for tensor, before in packed)
 
 
-def test_upstream_gradients_that_are_zeros_without_memory(device: str) -> None:
+def test_upstream_gradient_may_be_a_zero_tensor_without_storage(device: str) -> None:
     y = torch.rand(2, 5, device=device, requires_grad=True)
     for loss, options in FORMS:
         value = loss(y, torch.tensor([3, 0], device=device), **options)
-        # Private: what torch makes of a gradient that is 0 by itself has no public name.
+        # Private: autograd makes such tensors, but no public function does.
         zero = torch._efficientzerotensor((), device=device)
         assert torch.autograd.grad(value, y, zero)[0].count_nonzero() == 0
 
 
-def test_by_a_soft_target_of_0_where_the_logit_is_minus_infinity(device: str) -> None:
-    """0·log 0 is 0, and so is its slope, whoever computes it."""
+def test_gradient_by_a_target_of_0_at_a_logit_of_minus_infinity_is_0(device: str) -> None:
+    """0·log 0 is 0, and so is its derivative by the target."""
     x = torch.tensor([[-torch.inf, 0.0, 1.0, 2.0]], device=device)
     t = torch.tensor([[0.0, 0.0, 1.0, 0.0]], device=device, requires_grad=True)
     loss = cross_entropy_error(x, t, from_logits=True, delta=0)
@@ -298,7 +300,7 @@ def test_by_a_soft_target_of_0_where_the_logit_is_minus_infinity(device: str) ->
     torch.testing.assert_close(torch.autograd.grad(loss, t)[0], expected)
 
 
-def test_a_slope_that_only_the_divisor_brings_back(device: str) -> None:
+def test_gradient_that_overflows_before_its_division_by_the_count(device: str) -> None:
     y = torch.full((1000, 2), 0.5, device=device)
     y[0, 0] = 1e-39
     t = torch.full_like(y, 0.5)
@@ -307,7 +309,7 @@ def test_a_slope_that_only_the_divisor_brings_back(device: str) -> None:
     torch.testing.assert_close(grad, (-0.5 / y.double() / 1000).float().detach())
 
 
-def test_learned_weights_move(device: str) -> None:
+def test_learned_weights_have_gradients(device: str) -> None:
     weight = torch.nn.Parameter(torch.ones(5, device=device))
     criterion = CrossEntropyError(weight=weight, reduction="mean")
     assert list(criterion.parameters()) == [weight]
@@ -315,14 +317,14 @@ def test_learned_weights_move(device: str) -> None:
     sample_weight = torch.ones(4, device=device, requires_grad=True)
     loss = criterion(y, torch.tensor([0, 1, 2, 2], device=device), sample_weight=sample_weight)
     by_class, by_sample = torch.autograd.grad(loss, (weight, sample_weight))
-    # The mean of one loss per sample: what exceeds the mean pulls the weight up.
+    # ∂(Σ wₖ Eₖ / Σ wₖ)/∂wᵢ = (Eᵢ − mean) / 4 for weights of 1.
     losses = -(y[range(4), [0, 1, 2, 2]] + 1e-7).log()
     torch.testing.assert_close(by_sample, (losses - losses.mean()) / 4)
     assert by_class[3:].tolist() == [0, 0]
     torch.testing.assert_close(by_class[2], by_sample[2:].sum())
 
 
-# Where one argument is made from the other, or both from a third.
+# The target as a function of the input.
 DEPENDENT: dict[str, Callable[[Tensor], Tensor]] = {
     "square": lambda y: y * y,
     "flip": lambda y: y.flip(0),
@@ -331,8 +333,8 @@ DEPENDENT: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def plainly(criterion: torch.nn.Module, y: Tensor, t: Tensor) -> Tensor:
-    """The sum of a criterion's losses in plain operations."""
+def by_torch(criterion: torch.nn.Module, y: Tensor, t: Tensor) -> Tensor:
+    """The criterion's loss in torch operations."""
     if isinstance(criterion, SumSquaredError):
         return (y - t).square().sum() / 2
     p = y.softmax(1) if criterion.from_logits else y
@@ -340,19 +342,19 @@ def plainly(criterion: torch.nn.Module, y: Tensor, t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("criterion", CRITERIA, ids=str)
-@pytest.mark.parametrize("make", DEPENDENT.values(), ids=DEPENDENT)
-def test_arguments_that_hang_together(
-    criterion: torch.nn.Module, make: Callable[[Tensor], Tensor], device: str
+@pytest.mark.parametrize("target_of", DEPENDENT.values(), ids=DEPENDENT)
+def test_target_computed_from_the_input(
+    criterion: torch.nn.Module, target_of: Callable[[Tensor], Tensor], device: str
 ) -> None:
     x = torch.rand(3, 4, dtype=torch.float64, device=device, requires_grad=True)
     results = []
-    for loss in (criterion, lambda y, t: plainly(criterion, y, t)):
-        y = 0.9 * x + 0.05  # What is no leaf goes the same way.
-        value = loss(y, make(y)) * 3
+    for loss in (criterion, lambda y, t: by_torch(criterion, y, t)):
+        y = 0.9 * x + 0.05  # Not a leaf.
+        value = loss(y, target_of(y)) * 3
         (grad,) = torch.autograd.grad(value, x, create_graph=True)
         (second,) = torch.autograd.grad(grad.square().sum(), x, retain_graph=True)
         (first,) = torch.autograd.grad(value, x)
-        hessian = torch.autograd.functional.hessian(lambda y, loss=loss: loss(y, make(y)), x)
+        hessian = torch.autograd.functional.hessian(lambda y, loss=loss: loss(y, target_of(y)), x)
         results.append((value, grad, first, second, hessian))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
@@ -360,25 +362,25 @@ def test_arguments_that_hang_together(
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 @pytest.mark.parametrize("criterion", CRITERIA, ids=str)
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_hooks_run_once_and_see_the_gradient(
+def test_tensor_hooks_run_once_with_the_gradient(
     criterion: torch.nn.Module, create_graph: bool, device: str
 ) -> None:
     x = torch.rand(3, 4, dtype=torch.float64, device=device, requires_grad=True)
-    seen: list[Tensor] = []
+    hooked: list[Tensor] = []
     results = []
-    for loss in (criterion, lambda y, t: plainly(criterion, y, t)):
-        seen.clear()
+    for loss in (criterion, lambda y, t: by_torch(criterion, y, t)):
+        hooked.clear()
         y = x * 0.9
         t = y.detach().requires_grad_()
         y.retain_grad()
-        y.register_hook(seen.append)
-        t.register_hook(seen.append)
+        y.register_hook(hooked.append)
+        t.register_hook(hooked.append)
         (grad,) = torch.autograd.grad(loss(y, t), x, None, True, create_graph)
-        assert len(seen) == 1
+        assert len(hooked) == 1
         loss(y, t).backward(create_graph=create_graph, inputs=[x, y, t])
-        assert len(seen) == 3
+        assert len(hooked) == 3
         assert y.grad is not None
-        results.append((grad, y.grad, t.grad, *seen))
+        results.append((grad, y.grad, t.grad, *hooked))
         x.grad = None
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
@@ -386,7 +388,7 @@ def test_hooks_run_once_and_see_the_gradient(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("is_index", [False, True])
 def test_derivatives_under_a_tiny_guard(dtype: torch.dtype, is_index: bool, device: str) -> None:
-    """From logits: p and δ are small together, and neither their sum nor its square is 0."""
+    """Gradient and Hessian from logits, where (p + δ)² underflows."""
     t = torch.tensor([1] if is_index else [[0.25, 0.75, 0.0]], device=device)
     t = t if is_index else t.to(dtype)
     deltas = [1e-7, 1e-18, 1e-30, 1e-37, 1e-40, 1e-44]
@@ -417,7 +419,7 @@ def test_derivatives_under_a_tiny_guard(dtype: torch.dtype, is_index: bool, devi
 
 @pytest.mark.parametrize("from_logits", [False, True])
 @pytest.mark.parametrize("delta", [1e-45, 1e-40, 1e39, 1e300])
-def test_a_guard_that_float32_does_not_hold(delta: float, from_logits: bool, device: str) -> None:
+def test_a_delta_outside_the_range_of_float32(delta: float, from_logits: bool, device: str) -> None:
     x = torch.tensor([[0.0, 0.5, -2.0]], device=device)
     y = x.softmax(1) if from_logits else x.clamp(min=0)
     x = x if from_logits else y
@@ -435,10 +437,10 @@ def test_a_guard_that_float32_does_not_hold(delta: float, from_logits: bool, dev
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("form", ["sse", "probabilities", "logits"])
 @pytest.mark.parametrize("is_index", [False, True])
-def test_what_changes_before_backward_is_an_error_or_unseen(
+def test_argument_that_changes_before_backward_is_an_error_or_has_no_effect(
     reduction: Any, dtype: torch.dtype, form: str, is_index: bool, device: str
 ) -> None:
-    """Whichever argument it is, and however often backward runs: never the gradient of another."""
+    """For each argument, and for first, repeated and differentiable backward passes."""
     options: dict[str, Any] = {"reduction": reduction}
     loss: Callable[..., Tensor] = sum_squared_error
     if form != "sse":
@@ -447,7 +449,7 @@ def test_what_changes_before_backward_is_an_error_or_unseen(
         if name == "weight" and form == "sse":
             continue
         for use in ("once", "again", "create_graph"):
-            # The leaf has values of its own, for autograd refuses to change a leaf.
+            # The input is a copy of the leaf, since autograd refuses in-place changes of leaves.
             leaf = torch.rand(4, 5, device=device).to(dtype).requires_grad_()
             target = torch.arange(4, device=device) if is_index else torch.rand_like(leaf).detach()
             named = {"input": leaf * 1, "target": target}

@@ -1,4 +1,4 @@
-"""The linear loss is that of its layer, whatever stands in the place of the layer."""
+"""The linear loss agrees with its layer and the loss, for plain, wrapped and replaced layers."""
 
 import copy
 import functools
@@ -19,7 +19,7 @@ FEATURES, CLASSES = 4, 5
 
 
 class Adapter(nn.Module):
-    """A frozen layer and what is learned beside it; its `weight` is that of the layer."""
+    """A frozen layer and a low-rank adapter; `weight` is that of the layer."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -39,26 +39,26 @@ class Adapter(nn.Module):
         return self.base(input) + self.up(self.down(input))
 
 
-class Scaled(nn.Linear):
+class ScaledForward(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * 3
 
 
-class Called(nn.Linear):
+class ScaledCall(nn.Linear):
     def __call__(self, input: Tensor) -> Any:
         return super().__call__(input) * 3
 
 
-class Rounded(nn.Linear):
-    """A layer that learns as if its weight were quantized."""
+class FakeQuantized(nn.Linear):
+    """A layer for quantization-aware training, with a straight-through gradient."""
 
     def forward(self, input: Tensor) -> Tensor:
         rounded = (self.weight * 4).round() / 4
         return F.linear(input, self.weight + (rounded - self.weight).detach(), self.bias)
 
 
-class OwnProduct(Tensor):
-    """A weight with a product of its own, as those of quantization have."""
+class CustomProduct(Tensor):
+    """A weight that overrides `F.linear`, as quantized weights do."""
 
     @classmethod
     def __torch_function__(
@@ -73,7 +73,7 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
-def change(criterion: LinearCrossEntropyError, type: type[nn.Linear]) -> None:
+def replace_layer(criterion: LinearCrossEntropyError, type: type[nn.Linear]) -> None:
     layer = type(FEATURES, CLASSES, bias=criterion.linear.bias is not None, dtype=torch.float64)
     layer.load_state_dict(criterion.linear.state_dict())
     criterion.linear = layer
@@ -83,14 +83,14 @@ def adapt(criterion: LinearCrossEntropyError) -> None:
     criterion.linear = Adapter(criterion.linear)  # type: ignore[assignment]
 
 
-def normalize(criterion: LinearCrossEntropyError, way: str) -> None:
-    """Old and new norms of the weight, and those of a layer that was loaded after them."""
+def parametrize_weight(criterion: LinearCrossEntropyError, method: str) -> None:
+    """Parametrizations of the weight, and the older norms that hooks recompute."""
     layer = criterion.linear
-    if way == "parametrizations":
+    if method == "weight_norm":
         parametrizations.weight_norm(layer)
-    elif way == "parametrize":
+    elif method == "parametrize":
         parametrize.register_parametrization(layer, "weight", Doubled())
-    elif way == "spectral":
+    elif method == "old_spectral_norm":
         nn.utils.spectral_norm(layer)
     else:
         with pytest.warns(FutureWarning, match="weight_norm"):
@@ -98,66 +98,66 @@ def normalize(criterion: LinearCrossEntropyError, way: str) -> None:
         layer.load_state_dict({name: value + 1 for name, value in layer.state_dict().items()})
 
 
-def cut(criterion: LinearCrossEntropyError) -> None:
+def prune_weight(criterion: LinearCrossEntropyError) -> None:
     layer: Any = criterion.linear
     prune.random_unstructured(layer, "weight", 0.5)
-    with torch.no_grad():  # A step, which only the next call of the layer takes to `weight`.
+    with torch.no_grad():  # Only the next call of the layer updates `weight`.
         layer.weight_orig.add_(1)
 
 
-def hook(criterion: LinearCrossEntropyError, way: str) -> None:
+def add_hook(criterion: LinearCrossEntropyError, kind: str) -> None:
     layer: Any = criterion.linear
-    if way == "forward":
+    if kind == "forward":
         layer.register_forward_hook(lambda layer, arguments, output: output * 3)
-    elif way == "pre":
+    elif kind == "forward-pre":
         layer.register_forward_pre_hook(lambda layer, arguments: (arguments[0] * 3,))
-    elif way == "backward":
+    elif kind == "backward":
         layer.register_full_backward_hook(lambda layer, grads, of_output: (grads[0] * 3,))
     else:
         layer.register_full_backward_pre_hook(lambda layer, grads: (grads[0] * 3,))
 
 
-def offload(criterion: LinearCrossEntropyError) -> None:
-    """As libraries do that move a weight for each call."""
+def replace_forward(criterion: LinearCrossEntropyError) -> None:
+    """As libraries do that move the weight to the device for each call."""
     forward = criterion.linear.forward
     criterion.linear.forward = lambda input: forward(input * 3)  # type: ignore[method-assign]
 
 
-def script(criterion: LinearCrossEntropyError, way: Callable[[nn.Module], Any]) -> None:
-    criterion.linear = way(criterion.linear)
+def script(criterion: LinearCrossEntropyError, compile: Callable[[nn.Module], Any]) -> None:
+    criterion.linear = compile(criterion.linear)
 
 
-def set_weight(criterion: LinearCrossEntropyError) -> None:
-    weight = criterion.linear.weight.detach().as_subclass(OwnProduct)
+def subclass_weight(criterion: LinearCrossEntropyError) -> None:
+    weight = criterion.linear.weight.detach().as_subclass(CustomProduct)
     criterion.linear.weight = nn.Parameter(weight)
 
 
-# Each with whether the fused way may serve it.
+# What changes the layer, and whether the loss may still be fused with it.
 CHANGES: dict[str, tuple[Callable[[LinearCrossEntropyError], Any], bool]] = {
     "none": (lambda criterion: None, True),
-    "parametrize": (functools.partial(normalize, way="parametrize"), True),
-    "parametrizations": (functools.partial(normalize, way="parametrizations"), True),
+    "parametrize": (functools.partial(parametrize_weight, method="parametrize"), True),
+    "weight_norm": (functools.partial(parametrize_weight, method="weight_norm"), True),
     "adapter": (adapt, False),
     "identity": (lambda criterion: setattr(criterion, "linear", nn.Identity()), False),
-    "subclass": (functools.partial(change, type=Scaled), False),
-    "subclass-call": (functools.partial(change, type=Called), False),
-    "fake-quantized": (functools.partial(change, type=Rounded), False),
-    "spectral_norm": (functools.partial(normalize, way="spectral"), False),
-    "weight_norm": (functools.partial(normalize, way="weight"), False),
-    "prune": (cut, False),
-    "hook-forward": (functools.partial(hook, way="forward"), False),
-    "hook-pre": (functools.partial(hook, way="pre"), False),
-    "hook-backward": (functools.partial(hook, way="backward"), False),
-    "hook-backward-pre": (functools.partial(hook, way="backward-pre"), False),
-    "instance": (offload, False),
-    "scripted": (functools.partial(script, way=torch.jit.script), False),
+    "subclass": (functools.partial(replace_layer, type=ScaledForward), False),
+    "subclass-call": (functools.partial(replace_layer, type=ScaledCall), False),
+    "fake-quantized": (functools.partial(replace_layer, type=FakeQuantized), False),
+    "old_spectral_norm": (functools.partial(parametrize_weight, method="old_spectral_norm"), False),
+    "old_weight_norm": (functools.partial(parametrize_weight, method="old_weight_norm"), False),
+    "prune": (prune_weight, False),
+    "hook-forward": (functools.partial(add_hook, kind="forward"), False),
+    "hook-forward-pre": (functools.partial(add_hook, kind="forward-pre"), False),
+    "hook-backward": (functools.partial(add_hook, kind="backward"), False),
+    "hook-backward-pre": (functools.partial(add_hook, kind="backward-pre"), False),
+    "forward-replaced": (replace_forward, False),
+    "scripted": (functools.partial(script, compile=torch.jit.script), False),
     "traced": (
         functools.partial(
-            script, way=lambda layer: torch.jit.trace(layer, torch.rand(3, FEATURES).double())
+            script, compile=lambda layer: torch.jit.trace(layer, torch.rand(3, FEATURES).double())
         ),
         False,
     ),
-    "weight-subclass": (set_weight, True),
+    "weight-subclass": (subclass_weight, True),
 }
 
 
@@ -167,7 +167,7 @@ def make(name: str, bias: bool) -> LinearCrossEntropyError:
         reduction="mean", label_smoothing=0.1, dtype=torch.float64,
     )  # fmt: skip
     CHANGES[name][0](criterion)
-    return criterion.eval()  # Old norms change what they hold with every call in training.
+    return criterion.eval()  # In training mode each call of a spectral norm updates its buffers.
 
 
 def results(loss: Tensor, criterion: nn.Module, input: Tensor) -> list[Tensor | None]:
@@ -202,53 +202,51 @@ def check(criterion: LinearCrossEntropyError, call: Callable[..., Tensor]) -> No
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", CHANGES)
-def test_the_loss_is_that_of_the_layer(name: str, bias: bool, path: str) -> None:
+def test_loss_agrees_with_the_layer(name: str, bias: bool, path: str) -> None:
     criterion = make(name, bias)
     check(criterion, criterion)
-    with mock.patch.object(linear, "compute", wraps=linear.compute) as fused_way:
+    with mock.patch.object(linear, "compute", wraps=linear.compute) as fused:
         criterion(
             torch.randn(2, CLASSES if name == "identity" else FEATURES).double(), torch.arange(2)
         )
-    assert fused_way.called == CHANGES[name][1]
+    assert fused.called == CHANGES[name][1]
 
 
-# Dynamo calls no hook of a gradient within a graph and no __call__ of a subclass, and does not
-# trace what the subclass of a tensor does, or a script.
+# Dynamo calls neither backward hooks nor the `__call__` of a subclass, and traces neither tensor
+# subclasses nor scripted modules.
 UNTRACED = (
     "subclass-call", "hook-backward", "hook-backward-pre", "weight-subclass", "scripted", "traced",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in CHANGES if name not in UNTRACED])
-def test_the_compiled_loss_is_that_of_the_layer(name: str) -> None:
+def test_compiled_loss_agrees_with_the_layer(name: str) -> None:
     torch.compiler.reset()
     criterion = make(name, bias=True)
     check(criterion, torch.compile(criterion, fullgraph=True, backend="aot_eager"))
 
 
-def test_hooks_of_all_modules_run(path: str) -> None:
-    seen = []
+def test_global_module_hooks_run(path: str) -> None:
+    called = []
     criterion = make("none", bias=True)
     register: Any
     for register in (
         nn.modules.module.register_module_forward_hook,
         nn.modules.module.register_module_forward_pre_hook,
     ):
-        handle = register(lambda module, *_: seen.append(module))
+        handle = register(lambda module, *_: called.append(module))
         try:
             criterion(torch.randn(2, FEATURES).double(), torch.arange(2))
         finally:
             handle.remove()
-        assert criterion.linear in seen
-        seen.clear()
+        assert criterion.linear in called
+        called.clear()
 
 
 def test_a_quantized_layer(path: str) -> None:
     criterion = LinearCrossEntropyError(FEATURES, CLASSES)
-    layer: Any = (
-        nn.Module()
-    )  # As torch's quantized layers, which have a method in the weight's place.
-    layer.weight = lambda: None
+    layer: Any = nn.Module()
+    layer.weight = lambda: None  # torch's quantized layers have a method of this name.
     layer.forward = lambda input: F.pad(input, (0, 1))
     criterion.linear = layer
     input = torch.randn(2, FEATURES)
@@ -256,8 +254,8 @@ def test_a_quantized_layer(path: str) -> None:
     assert criterion(input, torch.arange(2)) == expected
 
 
-def test_the_layer_s_private_parts_are_there() -> None:
-    """Without one that is asked for, no layer would be known to be plain."""
+def test_this_torch_has_the_private_names_that_tell_plain_layers() -> None:
+    """Without them no layer would count as plain, and no loss would be fused."""
     assert linear.has_global_hook is not checks.unknown
     assert linear.is_plain(nn.Linear(1, 1))
     assert linear.is_plain(copy.deepcopy(nn.Linear(1, 1)))

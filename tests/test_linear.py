@@ -1,4 +1,4 @@
-"""A linear layer and its loss in one call are the two in a row, in every number, and need less."""
+"""The linear loss agrees with the layer followed by the loss, in less memory."""
 
 import contextlib
 import copy
@@ -42,7 +42,7 @@ CHUNK = linear.CHUNK
 
 @pytest.fixture(autouse=True)
 def _small_chunks() -> Iterator[None]:
-    """Two rows in float64, three in float32."""
+    """Chunks of at most two rows in float64, four in float32."""
     with mock.patch.object(linear, "CHUNK", 16), mock.patch.object(linear, "BLOCK", 2):
         yield
 
@@ -52,7 +52,7 @@ def tensors(sample: Sample, dtype: torch.dtype, device: str) -> dict[str, Any]:
     return {"input": input, "target": target} | options
 
 
-def apart(
+def layer_and_loss(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
@@ -60,7 +60,7 @@ def apart(
     linear_bias: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """What the loss is defined as."""
+    """The definition of the linear loss."""
     logits = F.linear(input, linear_weight, linear_bias)
     return cross_entropy_error(logits, target, from_logits=True, dim=-1, **options)
 
@@ -69,8 +69,8 @@ def close(actual: Any, expected: Any) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12, equal_nan=True)
 
 
-def learned(arguments: dict[str, Any], *names: str) -> tuple[Tensor, ...]:
-    """The floating tensors, or those of these names, which are made to require gradients."""
+def require_grad(arguments: dict[str, Any], *names: str) -> tuple[Tensor, ...]:
+    """The floating-point tensors, or those with these names; from now on they require gradients."""
     return tuple(
         value.requires_grad_()
         for name, value in arguments.items()
@@ -80,19 +80,19 @@ def learned(arguments: dict[str, Any], *names: str) -> tuple[Tensor, ...]:
     )  # fmt: skip
 
 
-# ---- The numbers
+# ---- Values and gradients
 
 
 def assert_matches_reference(sample: Sample, dtype: torch.dtype, device: str) -> None:
     arguments = tensors(sample, dtype, device)
-    leaves = learned(arguments, "input", "linear_weight", "linear_bias")
+    leaves = require_grad(arguments, "input", "linear_weight", "linear_bias")
     value = linear_cross_entropy_error(**arguments)
     grads = torch.autograd.grad(value.sum(), leaves)
     expected_value, expected_grads = reference(sample.loss, arguments)
     expected = dict(zip(("input", "linear_weight", "linear_bias"), expected_grads, strict=True))
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     (rtol, atol), (grad_rtol, grad_atol) = TOLERANCES[dtype]
-    if dtype.itemsize == 2:  # Logits and their slopes are rounded, and so are sums over them.
+    if dtype.itemsize == 2:  # Logits, their gradients and sums over them are rounded.
         rtol = atol = grad_rtol = grad_atol = 16 * torch.finfo(dtype).eps
     rtol, atol, grad_rtol, grad_atol = 8 * rtol, 8 * atol, 8 * grad_rtol, 8 * grad_atol
     torch.testing.assert_close(
@@ -114,9 +114,9 @@ def test_matches_the_reference(sample: Sample, dtype: torch.dtype, device: str) 
 @named
 def test_gradients_by_all_arguments_any_number_of_times(sample: Sample, device: str) -> None:
     arguments = tensors(sample, torch.float64, device)
-    for names in (NAMES[:4], NAMES):  # Kernels serve what does not learn its weights.
-        leaves = learned(arguments, *names)
-        loss, expected = linear_cross_entropy_error(**arguments), apart(**arguments)
+    for names in (NAMES[:4], NAMES):  # Kernels serve calls without gradients by the weights.
+        leaves = require_grad(arguments, *names)
+        loss, expected = linear_cross_entropy_error(**arguments), layer_and_loss(**arguments)
         upstream = torch.randn_like(loss)
         expected_grads = torch.autograd.grad(expected, leaves, upstream)
         for _ in range(3):
@@ -125,28 +125,28 @@ def test_gradients_by_all_arguments_any_number_of_times(sample: Sample, device: 
 
 @pytest.mark.parametrize("needed", list(itertools.product((False, True), repeat=3)), ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_only_what_is_asked_for_has_a_gradient(
+def test_only_arguments_that_require_grad_have_gradients(
     needed: tuple[bool, ...], reduction: Any, device: str
 ) -> None:
     for sample in ALL:
         arguments = tensors(sample, torch.float64, device) | {"reduction": reduction}
         names = [name for name, n in zip(NAMES, needed, strict=False) if n]
-        leaves = learned(arguments, *names) if names else ()
+        leaves = require_grad(arguments, *names) if names else ()
         loss = linear_cross_entropy_error(**arguments)
         assert loss.requires_grad == any(needed)
-        close(loss, apart(**arguments))
+        close(loss, layer_and_loss(**arguments))
         if leaves:
-            expected = torch.autograd.grad(apart(**arguments).sum(), leaves)
+            expected = torch.autograd.grad(layer_and_loss(**arguments).sum(), leaves)
             close(torch.autograd.grad(loss.sum(), leaves), expected)
 
 
-def test_promotes_to_a_target_of_float64(device: str) -> None:
+def test_float64_target_promotes_the_loss(device: str) -> None:
     x, w = torch.randn(5, 4, device=device), torch.randn(3, 4, device=device)
     t = torch.rand(5, 3, dtype=torch.float64, device=device).softmax(1).requires_grad_()
     loss = linear_cross_entropy_error(x.requires_grad_(), w, t)
     assert loss.dtype == torch.float64
     by_x, by_t = torch.autograd.grad(loss, (x, t))
-    expected = torch.autograd.grad(apart(x, w, t), (x, t))
+    expected = torch.autograd.grad(layer_and_loss(x, w, t), (x, t))
     assert (by_x.dtype, by_t.dtype) == (torch.float32, torch.float64)
     torch.testing.assert_close((by_x, by_t), expected)
 
@@ -164,7 +164,7 @@ def test_targets_of_any_dtype(kind: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_what_is_ignored_may_hold_anything(reduction: Any, device: str) -> None:
+def test_ignored_rows_may_be_infinite_or_nan(reduction: Any, device: str) -> None:
     x = torch.randn(6, 4, dtype=torch.float64, device=device)
     t = torch.tensor([1, -100, 0, 2, -100, 1], device=device)
     w = torch.randn(3, 4, dtype=torch.float64, device=device, requires_grad=True)
@@ -179,18 +179,21 @@ def test_what_is_ignored_may_hold_anything(reduction: Any, device: str) -> None:
     weight = torch.ones(3, dtype=torch.float64, device=device, requires_grad=True)
     loss = linear_cross_entropy_error(odd, w, t, reduction=reduction, weight=weight)
     close(torch.autograd.grad(loss.sum(), (odd, w)), expected_grads)
-    nothing = linear_cross_entropy_error(odd, w, torch.full_like(t, -100), reduction=reduction)
-    assert nothing.abs().sum() == 0
-    assert all(not g.any() for g in torch.autograd.grad(nothing.sum(), (odd, w)))
+    all_ignored = torch.full_like(t, -100)
+    loss = linear_cross_entropy_error(odd, w, all_ignored, reduction=reduction)
+    assert loss.abs().sum() == 0
+    assert all(not g.any() for g in torch.autograd.grad(loss.sum(), (odd, w)))
 
 
-def test_rows_are_left_out_or_set_to_zero(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a device that would have to be waited for."""
+def test_ignored_rows_are_zeroed_where_labels_cannot_be_read(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU reading the labels would synchronize; on a CPU ignored rows are left out."""
     for sample in ALL:
         arguments = tensors(sample, torch.float64, device)
         if not sample.is_index:
             continue
-        leaves = learned(arguments, *NAMES[:4])
+        leaves = require_grad(arguments, *NAMES[:4])
         expected = linear_cross_entropy_error(**arguments)
         expected_grads = torch.autograd.grad(expected.sum(), leaves)
         with monkeypatch.context() as patch:
@@ -202,7 +205,9 @@ def test_rows_are_left_out_or_set_to_zero(device: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("sizes", [(0, 4, 3), (5, 0, 3), (5, 4, 0), (0, 0, 0)], ids=str)
-def test_nothing_of_something(sizes: tuple[int, int, int], reduction: Any, device: str) -> None:
+def test_no_rows_no_features_or_no_classes(
+    sizes: tuple[int, int, int], reduction: Any, device: str
+) -> None:
     n, d, v = sizes
     x = torch.randn(n, d, dtype=torch.float64, device=device, requires_grad=True)
     w = torch.randn(v, d, dtype=torch.float64, device=device, requires_grad=True)
@@ -211,7 +216,7 @@ def test_nothing_of_something(sizes: tuple[int, int, int], reduction: Any, devic
         targets.append(torch.randint(v, (n,), device=device))
     for t in targets:
         loss, expected = (
-            f(x, w, t, reduction=reduction) for f in (linear_cross_entropy_error, apart)
+            f(x, w, t, reduction=reduction) for f in (linear_cross_entropy_error, layer_and_loss)
         )
         close(loss, expected)
         grads, expected_grads = (
@@ -229,23 +234,23 @@ def test_any_strides(device: str) -> None:
     leaves = [tensor.detach().requires_grad_() for tensor in (x, w, b)]
     losses = [
         f(leaves[0], leaves[1], t, linear_bias=leaves[2], sample_weight=scale, reduction="mean")
-        for f in (linear_cross_entropy_error, apart)
+        for f in (linear_cross_entropy_error, layer_and_loss)
     ]
     close(*losses)
     close(*(torch.autograd.grad(loss, leaves) for loss in losses))
     expanded = x[:1, :1].expand(5, 6, 4)
-    close(linear_cross_entropy_error(expanded, w, t), apart(expanded, w, t))
-    close(linear_cross_entropy_error(x.mT.mT, w, t), apart(x, w, t))
+    close(linear_cross_entropy_error(expanded, w, t), layer_and_loss(expanded, w, t))
+    close(linear_cross_entropy_error(x.mT.mT, w, t), layer_and_loss(x, w, t))
 
 
-def test_a_guard_that_float32_does_not_hold(device: str) -> None:
+def test_a_delta_outside_the_range_of_float32(device: str) -> None:
     x = torch.randn(5, 4, device=device, requires_grad=True)
     w, t = torch.randn(3, 4, device=device), torch.randint(3, (5,), device=device)
-    loss, expected = (f(x, w, t, delta=1e-40) for f in (linear_cross_entropy_error, apart))
+    loss, expected = (f(x, w, t, delta=1e-40) for f in (linear_cross_entropy_error, layer_and_loss))
     torch.testing.assert_close(loss, expected)
 
 
-def test_same_bits_every_time(device: str) -> None:
+def test_results_are_deterministic(device: str) -> None:
     x = torch.randn(9, 4, device=device, requires_grad=True)
     w = torch.randn(7, 4, device=device, requires_grad=True)
     t = torch.randint(7, (9,), device=device)
@@ -261,14 +266,14 @@ def test_same_bits_every_time(device: str) -> None:
 # ---- Half precision
 
 
-def test_sums_of_half_precision_are_of_float32(device: str) -> None:
-    """The gradient of the weight is nearer to float64 than that of the layer and the loss."""
+def test_half_precision_accumulates_in_float32(device: str) -> None:
+    """The weight's gradient, summed over many chunks, is within a few roundings of float64."""
     for dtype in (torch.bfloat16, torch.float16):
         x, w = torch.rand(8192, 16, device=device), torch.randn(8, 16, device=device)
         x, w = x.to(dtype), w.to(dtype).requires_grad_()
         t = torch.zeros(8192, dtype=torch.int64, device=device)
         leaf = w.detach().double().requires_grad_()
-        (exact,) = torch.autograd.grad(apart(x.double(), leaf, t), leaf)
+        (exact,) = torch.autograd.grad(layer_and_loss(x.double(), leaf, t), leaf)
         for weight in (None, torch.ones(8, device=device, requires_grad=True)):
             with mock.patch.object(linear, "CHUNK", 2**7):
                 loss = linear_cross_entropy_error(x, w, t, weight=weight)
@@ -277,20 +282,20 @@ def test_sums_of_half_precision_are_of_float32(device: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_a_loss_scaler_in_half_precision(reduction: Any, device: str) -> None:
-    """Whose factor comes with the upstream gradient, and the divisor of a mean beside it."""
+def test_loss_scaling_in_half_precision(reduction: Any, device: str) -> None:
+    """The scale is part of the upstream gradient, by which the mean's divisor is multiplied."""
     x, w = torch.rand(5, 4, device=device).half(), torch.randn(3, 4, device=device).half()
     t = torch.tensor([0, 2, -100, 1, 2], device=device)
     leaves = [tensor.requires_grad_() for tensor in (x, w)]
     exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
     ours = linear_cross_entropy_error(leaves[0], leaves[1], t, reduction=reduction).sum()
-    theirs = apart(exact[0], exact[1], t, reduction=reduction).sum()
+    theirs = layer_and_loss(exact[0], exact[1], t, reduction=reduction).sum()
     grads = torch.autograd.grad(ours * 64, leaves)
     for actual, expected in zip(grads, torch.autograd.grad(theirs * 64, exact), strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=2**-6)
 
 
-def test_a_sum_beyond_float16(device: str) -> None:
+def test_a_sum_beyond_the_range_of_float16(device: str) -> None:
     x = torch.zeros(50, 4, dtype=torch.float16, device=device, requires_grad=True)
     w, t = torch.zeros_like(x[:3]), torch.zeros(50, dtype=torch.int64, device=device)
     loss = linear_cross_entropy_error(x, w, t, delta=0, sample_weight=torch.full_like(t, 2000))
@@ -298,7 +303,7 @@ def test_a_sum_beyond_float16(device: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_a_loss_scaler_lifts_what_float16_cannot_hold(reduction: Any, device: str) -> None:
+def test_loss_scaling_prevents_underflow_in_float16(reduction: Any, device: str) -> None:
     x = torch.rand(4, 8, device=device).half().requires_grad_()
     w = torch.rand(5, 8, device=device).half().requires_grad_()
     t = torch.randint(5, (4,), device=device)
@@ -308,7 +313,7 @@ def test_a_loss_scaler_lifts_what_float16_cannot_hold(reduction: Any, device: st
     grads = torch.autograd.grad(loss.sum() * factor, (x, w))
     leaves = [tensor.detach().double().requires_grad_() for tensor in (x, w)]
     exact = torch.autograd.grad(
-        apart(leaves[0], leaves[1], t, sample_weight=weights).sum() * factor, leaves
+        layer_and_loss(leaves[0], leaves[1], t, sample_weight=weights).sum() * factor, leaves
     )
     for ours, expected in zip(grads, exact, strict=True):
         assert (expected / factor).abs().max() < 2**-25
@@ -317,14 +322,18 @@ def test_a_loss_scaler_lifts_what_float16_cannot_hold(reduction: Any, device: st
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_autocast_as_of_the_layer(dtype: torch.dtype, bias: bool, device: str) -> None:
+def test_autocast_agrees_with_the_layer_and_loss(
+    dtype: torch.dtype, bias: bool, device: str
+) -> None:
     x = torch.randn(5, 8, device=device, requires_grad=True)
     w, b = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((3, 8), (3,)))
     t = torch.tensor([0, 2, -100, 1, 0], device=device)
     leaves = (x, w, b) if bias else (x, w)
     options: dict[str, Any] = {"linear_bias": b} if bias else {}
     with torch.autocast(device, dtype=dtype):
-        loss, expected = (f(x, w, t, **options) for f in (linear_cross_entropy_error, apart))
+        loss, expected = (
+            f(x, w, t, **options) for f in (linear_cross_entropy_error, layer_and_loss)
+        )
         mixed = linear_cross_entropy_error(x.to(dtype), w, t, **options)
         with pytest.raises(TypeError, match="linear_weight"):
             linear_cross_entropy_error(x.double(), w, t)
@@ -340,8 +349,8 @@ def test_autocast_as_of_the_layer(dtype: torch.dtype, bias: bool, device: str) -
     torch.testing.assert_close(again, expected_grads, **rounded)
 
 
-class Products(TorchDispatchMode):
-    """Of which dtypes they are."""
+class MatmulDtypes(TorchDispatchMode):
+    """Records the dtypes of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -354,7 +363,7 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
-def test_autocast_lets_products_be_of_float32_where_others_are_slow(
+def test_autocast_multiplies_in_float32_where_half_precision_is_slow(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear, "has_fast_matmul", lambda device, dtype: False)
@@ -362,15 +371,15 @@ def test_autocast_lets_products_be_of_float32_where_others_are_slow(
         torch.randn(*shape, device=device, requires_grad=True) for shape in ((5, 8), (3, 8), (3,))
     )
     t = torch.tensor([0, 2, -100, 1, 0], device=device)
-    with Products() as products, torch.autocast(device, dtype=torch.bfloat16):
+    with MatmulDtypes() as products, torch.autocast(device, dtype=torch.bfloat16):
         for reduction in ("mean", "none"):
             loss = linear_cross_entropy_error(x, w, t, linear_bias=b, reduction=reduction)
             torch.autograd.grad(loss.sum(), (x, w, b))
     assert products.dtypes == {torch.float32}
 
 
-def test_where_products_in_bfloat16_are_not_known_to_be_fast() -> None:
-    """What torch has to know it by is private."""
+def test_bfloat16_products_count_as_slow_if_torch_lacks_the_detector() -> None:
+    """torch's detector of fast bfloat16 products is private."""
     cpu = torch.device("cpu")
     assert torch.ops.mkldnn._is_mkldnn_bf16_supported() in (False, True)
     with mock.patch.object(torch.ops, "mkldnn", None):
@@ -384,7 +393,7 @@ def test_where_products_in_bfloat16_are_not_known_to_be_fast() -> None:
                                     or "-(4,)-plain" in s.name], ids=lambda s: s.name)  # fmt: skip
 def test_gradcheck(sample: Sample, device: str, path: str) -> None:
     arguments = tensors(sample, torch.float64, device)
-    leaves = learned(arguments)
+    leaves = require_grad(arguments)
     names = [n for n, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad]
 
     def loss(*values: Tensor) -> Tensor:
@@ -397,7 +406,7 @@ def test_gradcheck(sample: Sample, device: str, path: str) -> None:
 
 @forms
 def test_transforms(sample: Sample, device: str) -> None:
-    """All that torch's own refuses, or answers with another number."""
+    """Transforms for which torch's own linear loss raises an error or returns wrong numbers."""
     arguments = tensors(sample, torch.float64, device)
     x, w = arguments.pop("input"), arguments.pop("linear_weight")
 
@@ -405,7 +414,7 @@ def test_transforms(sample: Sample, device: str) -> None:
         return linear_cross_entropy_error(x, w, **arguments).sum()
 
     def theirs(x: Tensor, w: Tensor) -> Tensor:
-        return apart(x, w, **arguments).sum()
+        return layer_and_loss(x, w, **arguments).sum()
 
     ones = (torch.ones_like(x), torch.ones_like(w))
     for transform in (
@@ -439,8 +448,8 @@ def test_vmap_over_a_bad_class_is_nan(device: str) -> None:
 def test_checkpointing(sample: Sample, use_reentrant: bool, device: str) -> None:
     arguments = tensors(sample, torch.float64, device)
     x = arguments.pop("input").requires_grad_()
-    for name in ("linear_weight", "weight"):  # The second goes by chunks that are checkpointed.
-        learned(arguments, name)
+    for name in ("linear_weight", "weight"):  # The second checkpoints its chunks itself.
+        require_grad(arguments, name)
 
         def f(x: Tensor) -> Tensor:
             return linear_cross_entropy_error(x, **arguments).sum()
@@ -455,12 +464,12 @@ def test_checkpointing(sample: Sample, use_reentrant: bool, device: str) -> None
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("is_index", [False, True])
-def test_arguments_that_hang_together(is_index: bool, reduction: Any, device: str) -> None:
-    """A gradient penalty where all is made from one leaf."""
+def test_arguments_computed_from_one_leaf(is_index: bool, reduction: Any, device: str) -> None:
+    """First derivatives and a gradient penalty."""
     leaf = torch.rand(6, 6, dtype=torch.float64, device=device, requires_grad=True)
     index = torch.arange(6, device=device)
     results = []
-    for loss in (linear_cross_entropy_error, apart):
+    for loss in (linear_cross_entropy_error, layer_and_loss):
         x = leaf * 1.5
         t = index if is_index else x.square()
         named = {"linear_bias": x.sum(0), "reduction": reduction, "sample_weight": index * 0.5}
@@ -476,33 +485,33 @@ def test_arguments_that_hang_together(is_index: bool, reduction: Any, device: st
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("is_index", [False, True])
-def test_what_changes_before_backward_is_an_error_or_unseen(
+def test_argument_that_changes_before_backward_is_an_error_or_has_no_effect(
     reduction: Any, dtype: torch.dtype, is_index: bool, device: str
 ) -> None:
-    """Whichever argument it is, and however often backward runs: never the gradient of another."""
+    """For each argument, and for first, repeated and differentiable backward passes."""
 
-    def make() -> dict[str, Any]:
+    def make_arguments() -> dict[str, Any]:
         torch.manual_seed(0)
-        made: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             name: torch.rand(*shape, device=device).to(dtype)
             for name, shape in (("input", (5, 4)), ("linear_weight", (3, 4)), ("linear_bias", (3,)),
                                 ("weight", (3,)), ("sample_weight", (5,)))
         }  # fmt: skip
-        made["target"] = torch.rand(5, 3, device=device).to(dtype)
+        arguments["target"] = torch.rand(5, 3, device=device).to(dtype)
         if is_index:
-            made["target"] = torch.tensor([0, 1, -100, 2, 1], device=device)
-        return made
+            arguments["target"] = torch.tensor([0, 1, -100, 2, 1], device=device)
+        return arguments
 
     for name, use in itertools.product(NAMES, ("once", "again", "create_graph")):
-        made = make()
-        leaf = made["input"].clone().requires_grad_()
-        made["input"] = leaf * 1
-        value = linear_cross_entropy_error(**made, reduction=reduction).sum() * 3
+        arguments = make_arguments()
+        leaf = arguments["input"].clone().requires_grad_()
+        arguments["input"] = leaf * 1
+        value = linear_cross_entropy_error(**arguments, reduction=reduction).sum() * 3
         (expected,) = torch.autograd.grad(value, leaf, retain_graph=True)
         if use != "again":
-            value = linear_cross_entropy_error(**made, reduction=reduction).sum() * 3
+            value = linear_cross_entropy_error(**arguments, reduction=reduction).sum() * 3
         with torch.no_grad():
-            made[name].zero_()
+            arguments[name].zero_()
         with contextlib.suppress(RuntimeError):
             (found,) = torch.autograd.grad(value, leaf, create_graph=use == "create_graph")
             torch.testing.assert_close(found, expected, msg=f"{name}, {use}")
@@ -537,16 +546,16 @@ def test_compile(sample: Sample, device: str) -> None:
     compiled = torch.compile(
         linear_cross_entropy_error, fullgraph=True, dynamic=True, backend="aot_eager"
     )
-    weights_learn = "soft" in sample.name
+    has_learned_weights = "soft" in sample.name
     stances: list[tuple[Any, int]] = [("default", 1), ("fail_on_recompile", 2)]
     for stance, repeats in stances:
         arguments = tensors(sample, torch.float64, device)
         for name in ("input", "target", "sample_weight"):
             if name in arguments:
                 arguments[name] = torch.cat([arguments[name]] * repeats)
-        leaves = learned(arguments, *(NAMES if weights_learn else NAMES[:4]))
+        leaves = require_grad(arguments, *(NAMES if has_learned_weights else NAMES[:4]))
         with torch.compiler.set_stance(stance):
-            loss, expected = compiled(**arguments), apart(**arguments)
+            loss, expected = compiled(**arguments), layer_and_loss(**arguments)
             close(loss, expected)
             upstream = torch.rand_like(loss)
             close(*(torch.autograd.grad(f, leaves, upstream) for f in (loss, expected)))
@@ -558,8 +567,8 @@ def test_compile_by_inductor(device: str) -> None:
     compiled = torch.compile(linear_cross_entropy_error, fullgraph=True)
     sample = COMPILED[0]
     arguments = tensors(sample, torch.float32, device)
-    leaves = learned(arguments, *NAMES[:4])
-    losses = compiled(**arguments), apart(**arguments)
+    leaves = require_grad(arguments, *NAMES[:4])
+    losses = compiled(**arguments), layer_and_loss(**arguments)
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*(torch.autograd.grad(loss, leaves) for loss in losses))
 
@@ -607,7 +616,7 @@ def test_compiled_transforms_and_bad_classes(device: str) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Its own.
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled_second_derivatives(reduction: Any, device: str) -> None:
-    """By the compiler that leaves them to autograd, since others refuse."""
+    """With `backend="eager"`, which leaves them to autograd; other backends refuse them."""
     torch._dynamo.reset()
     x = torch.randn(5, 4, dtype=torch.float64, device=device, requires_grad=True)
     w = torch.randn(3, 4, dtype=torch.float64, device=device, requires_grad=True)
@@ -619,7 +628,7 @@ def test_compiled_second_derivatives(reduction: Any, device: str) -> None:
         )
         return by_x.square().sum()
 
-    expected = penalty(apart, x, w)
+    expected = penalty(layer_and_loss, x, w)
     compiled = torch.compile(linear_cross_entropy_error, fullgraph=True, backend="eager")
     for found in (
         penalty(compiled, x, w),
@@ -631,14 +640,14 @@ def test_compiled_second_derivatives(reduction: Any, device: str) -> None:
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The kernels of the CPU, as ones that may fail."""
+    """The class of CPU launches, with its kernels marked as ones that may fail."""
     kernels: Any = ops.kernels_of(torch.device("cpu"), "logits")
     monkeypatch.setattr(kernels, "CAN_FAIL", True)
     return kernels.Launch
 
 
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
-def test_a_graph_says_so_when_its_kernels_have_failed(
+def test_a_graph_whose_kernels_failed_asks_to_be_compiled_again(
     path: str, failing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops, "MIN_ELEMENTS", 0)
@@ -655,10 +664,10 @@ def test_a_graph_says_so_when_its_kernels_have_failed(
     with pytest.raises(RuntimeError, match=re.escape("torch.compiler.reset()")):
         compiled(x, w, t)
     torch.compiler.reset()
-    torch.testing.assert_close(compiled(x, w, t), apart(x, w, t))
+    torch.testing.assert_close(compiled(x, w, t), layer_and_loss(x, w, t))
 
 
-class Called(nn.Module):
+class LinearLoss(nn.Module):
     def forward(self, x: Tensor, w: Tensor, t: Tensor) -> Tensor:
         return linear_cross_entropy_error(x, w, t, reduction="mean")
 
@@ -666,19 +675,21 @@ class Called(nn.Module):
 @once
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_exported_and_traced(device: str) -> None:
-    """With nothing in the graph that is this package's."""
+    """Exported graphs contain no operator of this package."""
     arguments = (torch.randn(5, 4), torch.randn(3, 4), torch.randint(3, (5,)))
-    expected = Called()(*arguments)
+    expected = LinearLoss()(*arguments)
     rows = torch.export.Dim("rows")
-    exported = torch.export.export(Called(), arguments, dynamic_shapes=({0: rows}, {}, {0: rows}))
+    exported = torch.export.export(
+        LinearLoss(), arguments, dynamic_shapes=({0: rows}, {}, {0: rows})
+    )
     assert "torchlosses" not in exported.graph_module.code
     torch.testing.assert_close(exported.module()(*arguments), expected)
-    torch.testing.assert_close(torch.jit.trace(Called(), arguments)(*arguments), expected)
+    torch.testing.assert_close(torch.jit.trace(LinearLoss(), arguments)(*arguments), expected)
     module = LinearCrossEntropyError(4, 3, reduction="mean")
     traced = torch.fx.symbolic_trace(module)
     torch.testing.assert_close(traced(arguments[0], arguments[2]), module(*arguments[::2]))
     torch.testing.assert_close(
-        torch.fx.experimental.proxy_tensor.make_fx(Called())(*arguments)(*arguments), expected
+        torch.fx.experimental.proxy_tensor.make_fx(LinearLoss())(*arguments)(*arguments), expected
     )
 
 
@@ -686,7 +697,7 @@ def test_exported_and_traced(device: str) -> None:
 
 
 def peak_memory(call: Callable[[], Any]) -> int:
-    """Bytes at the peak of what the call allocates, after one that has filled all caches."""
+    """Peak of the bytes that the call allocates, after a first call that fills all caches."""
     call()
     with profile(profile_memory=True) as profiler:
         call()
@@ -696,43 +707,43 @@ def peak_memory(call: Callable[[], Any]) -> int:
 
 
 @once
-@pytest.mark.parametrize("way", ["eager", "twice", "none", "compiled", "learned weight", "no_grad",
-                                 "compiled, no_grad"])  # fmt: skip
-def test_the_logits_are_never_there(way: str, path: str) -> None:
-    """Beyond the gradients some chunks: one with kernels, the formula's few without."""
+@pytest.mark.parametrize("mode", ["eager", "twice", "none", "compiled", "learned weight", "no_grad",
+                                  "compiled, no_grad"])  # fmt: skip
+def test_memory_holds_chunks_of_logits_only(mode: str, path: str) -> None:
+    """Beyond the gradients one chunk of logits with kernels, a few chunks with the formula."""
     n, d, v, rows = 4096, 8, 1000, 64
     x, w = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
     t = torch.randint(v, (n,))
-    options: dict[str, Any] = {"reduction": "none" if way == "none" else "mean"}
-    if way in ("learned weight", "compiled, no_grad"):
+    options: dict[str, Any] = {"reduction": "none" if mode == "none" else "mean"}
+    if mode in ("learned weight", "compiled, no_grad"):
         options["weight"] = torch.ones(v, requires_grad=True)
     loss: Callable[..., Tensor] = linear_cross_entropy_error
-    if "compiled" in way:
+    if "compiled" in mode:
         torch._dynamo.reset()
         loss = torch.compile(loss, fullgraph=True, backend="aot_eager")
 
     def step() -> Any:
-        if "no_grad" in way:
+        if "no_grad" in mode:
             with torch.no_grad():
                 return loss(x, w, t, **options)
         value = loss(x, w, t, **options).sum()
-        if way == "twice":
+        if mode == "twice":
             torch.autograd.grad(value, (x, w), retain_graph=True)
         return torch.autograd.grad(value, (x, w))
 
     with mock.patch.object(linear, "CHUNK", 4 * rows):
         peak = peak_memory(step)
     chunk, gradients, per_row = 4 * rows * v, x.nbytes + w.nbytes, 16 * n
-    if "no_grad" in way:
+    if "no_grad" in mode:
         gradients = 0
-    chunks = 5 if way == "learned weight" else 1.1
-    times = 2 if way == "twice" else 1
+    chunks = 5 if mode == "learned weight" else 1.1
+    times = 2 if mode == "twice" else 1
     assert peak < times * gradients + chunks * chunk + per_row < 4 * n * v / 2
 
 
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
-def test_the_memory_of_a_language_model(path: str) -> None:
-    # The weight's sums in float32, and where products are of float32 that weight too.
+def test_memory_of_a_language_model(path: str) -> None:
+    # `weights`: sizes of the weight for its gradient, sums in float32, and a float32 copy of it.
     for dtype, (n, d, v), weights in (
         (torch.float32, (1024, 64, 32000), 1),
         (torch.bfloat16, (2048, 64, 32000), 5),
@@ -751,13 +762,13 @@ def test_the_memory_of_a_language_model(path: str) -> None:
 
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
 @pytest.mark.parametrize("v", [8016, 50])
-def test_half_precision_adds_up_in_the_gradient_itself(
+def test_half_precision_accumulates_in_the_gradient_itself(
     v: int, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sixteenth of 8192 rows of 4096 features and 128256 classes, and of its chunks.
+    """A sixteenth, in each size, of 8192 rows, 4096 features and 128,256 classes.
 
-    Beyond the gradients there are chunks of logits; the error is at most twice that of one product,
-    for few classes too, of each of which many rows add up.
+    Beyond the gradients only chunks of logits are allocated. The error is at most twice that of one
+    product, also with few classes, where each sums over many rows.
     """
     n, d = 512, 256
     monkeypatch.setattr(linear, "CHUNK", CHUNK // 16)
@@ -773,13 +784,13 @@ def test_half_precision_adds_up_in_the_gradient_itself(
     assert (
         v == 50 or peak_memory(step) - sum(leaf.nbytes for leaf in leaves) <= leaves[1].nbytes / 2
     )
-    expected = torch.autograd.grad(apart(exact[0], exact[1], t), exact)
-    reference = torch.autograd.grad(apart(leaves[0], leaves[1], t), leaves)
+    expected = torch.autograd.grad(layer_and_loss(exact[0], exact[1], t), exact)
+    reference = torch.autograd.grad(layer_and_loss(leaves[0], leaves[1], t), leaves)
     for ours, theirs, right in zip(step(), reference, expected, strict=True):
         assert (ours - right).norm() <= 2 * (theirs - right).norm()
 
 
-# ---- What cannot be right
+# ---- Errors
 
 
 def words(*texts: object) -> str:
@@ -818,7 +829,7 @@ BAD: list[tuple[type[Exception], str, Any, tuple[object, ...]]] = [
 
 
 @pytest.mark.parametrize(("error", "name", "value", "texts"), BAD, ids=str)
-def test_arguments_that_do_not_fit(
+def test_invalid_arguments(
     error: type[Exception], name: str, value: Any, texts: Sequence[object], path: str
 ) -> None:
     arguments: dict[str, Any] = {"input": ONES(5, 4), "linear_weight": ONES(3, 4)}
@@ -827,7 +838,7 @@ def test_arguments_that_do_not_fit(
         linear_cross_entropy_error(**arguments)
 
 
-def test_a_bad_class_has_its_position_in_the_whole(path: str) -> None:
+def test_a_bad_class_is_reported_by_its_position_in_the_whole_target(path: str) -> None:
     x, w = torch.ones(3, 5, 4), torch.ones(3, 4)
     t = torch.zeros(3, 5, dtype=torch.int64)
     t[2, 1] = 3
@@ -835,8 +846,8 @@ def test_a_bad_class_has_its_position_in_the_whole(path: str) -> None:
         linear_cross_entropy_error(x, w, t)
 
 
-def test_a_class_beyond_int64_is_not_what_is_ignored(path: str, device: str) -> None:
-    """To the kernels, which get it from an operator, where no value is looked at before."""
+def test_a_label_beyond_int64_is_not_the_ignore_index(path: str, device: str) -> None:
+    """In the kernels; in graphs nothing checks the labels before."""
     kernels = ops.kernels_of(torch.device(device), "logits")
     call = Call("logits", True, 1, "none", 2**63 - 1, torch.float32, 1e-7)
     t = torch.tensor([0, 2**63 - 1, 2**63], dtype=torch.uint64, device=device)
@@ -849,19 +860,19 @@ def test_a_class_beyond_int64_is_not_what_is_ignored(path: str, device: str) -> 
 
 
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
-def test_soft_targets_are_looked_at_on_request(path: str) -> None:
+def test_soft_targets_are_checked_under_anomaly_detection(path: str) -> None:
     x, w, t = torch.ones(5, 4), torch.ones(3, 4), torch.full((5, 3), 1 / 3)
     t[2] = 3
     with torch.autograd.set_detect_anomaly(True):
-        with pytest.warns(UserWarning, match=words("target: the row at position (2,)")) as seen:
+        with pytest.warns(UserWarning, match=words("target: the row at position (2,)")) as caught:
             linear_cross_entropy_error(x, w, t)
-        assert seen[0].filename == __file__
+        assert caught[0].filename == __file__
         linear_cross_entropy_error(x, w, t, sample_weight=torch.tensor([1, 1, 0, 1, 1]))
         linear_cross_entropy_error(x, w, torch.zeros(5).long())
 
 
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
-def test_goes_on_by_the_formula_where_a_kernel_fails(path: str, failing: Any) -> None:
+def test_falls_back_to_the_formula_if_a_kernel_fails(path: str, failing: Any) -> None:
     x, w, t = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4), torch.zeros(5).long()
     for value in (None, linear_cross_entropy_error(x, w, t, reduction="none").sum()):
 
@@ -875,12 +886,12 @@ def test_goes_on_by_the_formula_where_a_kernel_fails(path: str, failing: Any) ->
             pytest.warns(UserWarning, match="a kernel failed"),
         ):
             found = step()
-        torch.testing.assert_close(found, torch.autograd.grad(apart(x, w, t), x)[0])
+        torch.testing.assert_close(found, torch.autograd.grad(layer_and_loss(x, w, t), x)[0])
 
 
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
-def test_what_else_fails_is_no_failure_of_a_kernel(path: str) -> None:
-    """Such as memory that is not there, for which torch has no error of its own on a CPU."""
+def test_other_errors_do_not_disable_the_kernels(path: str) -> None:
+    """Such as a failed allocation, which on a CPU is a plain RuntimeError."""
     x, w, t = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4), torch.zeros(5).long()
     losses = linear_cross_entropy_error(x, w, t, reduction="none")
     for step in (
@@ -899,7 +910,7 @@ def test_what_else_fails_is_no_failure_of_a_kernel(path: str) -> None:
 # ---- The module
 
 
-def test_module_is_the_function(device: str) -> None:
+def test_module_agrees_with_the_function(device: str) -> None:
     options: dict[str, Any] = {
         "reduction": "mean", "delta": 1e-3, "ignore_index": 2, "label_smoothing": 0.25,
         "weight": torch.rand(3, device=device),
@@ -907,7 +918,7 @@ def test_module_is_the_function(device: str) -> None:
     module = LinearCrossEntropyError(4, 3, bias=True, device=device, **options)
     x, t = torch.randn(5, 4, device=device), torch.tensor([0, 1, 2, 1, 0], device=device)
     w = torch.rand(5, device=device)
-    expected = apart(
+    expected = layer_and_loss(
         x, module.linear.weight, t, linear_bias=module.linear.bias, sample_weight=w, **options
     )
     torch.testing.assert_close(module(x, t, sample_weight=w), expected)
@@ -933,11 +944,11 @@ def test_module_is_the_function(device: str) -> None:
     assert half.linear.bias is None
 
 
-def test_module_takes_the_state_of_torch_s_own() -> None:
-    theirs_of = getattr(nn, "LinearCrossEntropyLoss", None)
-    if theirs_of is None:
-        pytest.skip("this torch has none")
-    theirs = theirs_of(4, 3, bias=True, weight=torch.rand(3), label_smoothing=0.1)
+def test_module_loads_the_state_of_torch_s_module() -> None:
+    torch_module = getattr(nn, "LinearCrossEntropyLoss", None)
+    if torch_module is None:
+        pytest.skip("this torch has no LinearCrossEntropyLoss")
+    theirs = torch_module(4, 3, bias=True, weight=torch.rand(3), label_smoothing=0.1)
     ours = LinearCrossEntropyError(
         4, 3, bias=True, weight=torch.ones(3), label_smoothing=0.1, delta=0, reduction="mean"
     )
@@ -946,7 +957,7 @@ def test_module_takes_the_state_of_torch_s_own() -> None:
     torch.testing.assert_close(ours(x, t), theirs(x, t))
 
 
-def test_module_complains_when_it_is_made() -> None:
+def test_module_checks_its_options_at_construction() -> None:
     for changed in ({"reduction": "avg"}, {"delta": -1.0}, {"label_smoothing": 1.5},
                     {"weight": torch.ones(4)}, {"weight": torch.ones(1, 3)}):  # fmt: skip
         with pytest.raises(ValueError, match=words(next(iter(changed)), "got", "expected")):
@@ -955,7 +966,7 @@ def test_module_complains_when_it_is_made() -> None:
 
 @once
 def test_tied_embeddings_learn(device: str) -> None:
-    """One weight for the words that come in and those that go out."""
+    """One weight for the input embedding and the output layer."""
     embedding = nn.Embedding(10, 16, device=device)
     hidden = nn.Linear(16, 16, device=device)
     optimizer = torch.optim.Adam([*embedding.parameters(), *hidden.parameters()], 0.02)
@@ -972,11 +983,11 @@ def test_tied_embeddings_learn(device: str) -> None:
     assert np.isfinite(loss.item())
 
 
-# ---- At random
+# ---- Random calls
 
 
-def check_at_random(seed: int) -> None:
-    """Any shape, strides, dtypes and options: the layer and the loss apart, in float64."""
+def check_random_call(seed: int) -> None:
+    """Random shapes, strides, dtypes and options, against layer and loss in float64."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
 
@@ -986,9 +997,9 @@ def check_at_random(seed: int) -> None:
     def one_in(number: int) -> bool:
         return bool(rng.integers(number) == 0)
 
-    def laid_out(tensor: Tensor) -> Tensor:
+    def with_random_layout(tensor: Tensor) -> Tensor:
         layout = one_of("contiguous", "contiguous", "permuted", "sliced", "offset", "expanded")
-        return calls.laid_out(tensor, layout, rng)
+        return calls.with_layout(tensor, layout, rng)
 
     dtype = one_of(torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.float16)
     wide = torch.promote_types(dtype, torch.float32)
@@ -996,29 +1007,29 @@ def check_at_random(seed: int) -> None:
     width, classes = int(rng.integers(not one_in(8), 9)), int(one_of(1, 2, 5, 17, 70))
     x = torch.randn(*rows, width).to(dtype)
     named: dict[str, Any] = {
-        "linear_weight": laid_out(torch.randn(classes, width).to(dtype)),
+        "linear_weight": with_random_layout(torch.randn(classes, width).to(dtype)),
         "reduction": one_of(*REDUCTIONS),
         "delta": one_of(1e-7, 0, 0.1, 3.0),
         "label_smoothing": one_of(0.0, 0.0, 0.1, 1.0),
     }
     ignore_index = one_of(-100, 0, 1)
-    named["target"] = laid_out(torch.randn(*rows, classes).softmax(-1).to(dtype))
+    named["target"] = with_random_layout(torch.randn(*rows, classes).softmax(-1).to(dtype))
     if one_in(2):
         target = torch.randint(classes, tuple(rows))
         target = target.where(torch.rand(tuple(rows)) < 0.7, ignore_index)
         named["ignore_index"] = ignore_index
-        named["target"] = laid_out(target.to(one_of(torch.int64, torch.int16)))
-    has_nan = x.numel() > 0 and classes > 2 and one_in(8)  # Their last is not ignored.
+        named["target"] = with_random_layout(target.to(one_of(torch.int64, torch.int16)))
+    has_nan = x.numel() > 0 and classes > 2 and one_in(8)  # In the last row, which counts.
     if has_nan:
         x.view(-1)[-1] = torch.nan
         if not named["target"].is_floating_point():
             named["target"] = named["target"].clone()
             named["target"][(-1,) * len(rows)] = classes - 1
-    named["input"] = laid_out(x)
+    named["input"] = with_random_layout(x)
     if one_in(2):
-        named["linear_bias"] = laid_out(torch.randn(classes).to(dtype))
+        named["linear_bias"] = with_random_layout(torch.randn(classes).to(dtype))
     if one_in(2):
-        named["weight"] = laid_out(torch.rand(classes).to(one_of(dtype, wide)))
+        named["weight"] = with_random_layout(torch.rand(classes).to(one_of(dtype, wide)))
     if one_in(2):
         named["sample_weight"] = torch.rand(rows[int(rng.integers(len(rows) + 1)) :])
         named["sample_weight"] = named["sample_weight"].to(one_of(dtype, wide))
@@ -1041,7 +1052,7 @@ def check_at_random(seed: int) -> None:
         with pytest.raises(IndexError, match="target: got class"):
             linear_cross_entropy_error(**named | leaves | {"target": bad})
     loss = linear_cross_entropy_error(**named | leaves)
-    expected = apart(**named | exact)
+    expected = layer_and_loss(**named | exact)
     eps = 2e-15 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
     size = max(int(np.prod(rows)) * classes * width, 1) ** 0.5
 
@@ -1088,13 +1099,13 @@ def check_at_random(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(0, 200, 50))
-def test_some_hundred_calls(seed: int, path: str) -> None:
+def test_a_few_hundred_calls(seed: int, path: str) -> None:
     for number in range(seed, seed + 50):
-        check_at_random(number)
+        check_random_call(number)
 
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("seed", range(1000, 1000 + FUZZ_CASES, 1000))
 def test_many_calls(seed: int, path: str) -> None:
     for number in range(seed, seed + 1000):
-        check_at_random(number)
+        check_random_call(number)

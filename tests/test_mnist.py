@@ -1,4 +1,7 @@
-"""The example trains, reports, resumes and fails as it says, in this process where one serves."""
+"""The example trains, reports, resumes and fails as documented.
+
+Tests run it in their own process, except for those with two processes.
+"""
 
 import contextlib
 import csv
@@ -26,7 +29,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 BOTH = ("SumSquaredError", "CrossEntropyError")
-# Nothing listens on the port of discard: a download that is tried fails at once.
+# Nothing listens on port 9 (discard), so a download fails at once.
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
 METRICS = ("test_accuracy", "test_loss", "train_loss_epoch")
 BRIEF = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=3")
@@ -36,7 +39,7 @@ mnist: Any = importlib.import_module("mnist")
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """More threads of a network this small wait for each other."""
+    """With a network this small, more threads would only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -51,7 +54,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tiny_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data directory with scikit-learn's digits in the files of MNIST, 397 for the test."""
+    """A data directory with scikit-learn's digits in MNIST's format, 397 of them for the test."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -70,27 +73,27 @@ def tiny_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def without_advice() -> Iterator[None]:
-    """Lightning's, on workers, intervals of logs, checkpoints, its own arguments."""
+def without_warnings() -> Iterator[None]:
+    """Lightning's, on workers, logging intervals, checkpoints and its own arguments."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def run(directory: Path, *arguments: str) -> str:
-    """What the script prints, run in this process."""
+    """Runs the script in this process and returns what it prints."""
     out = io.StringIO()
-    with contextlib.chdir(directory), contextlib.redirect_stdout(out), without_advice():
+    with contextlib.chdir(directory), contextlib.redirect_stdout(out), without_warnings():
         try:
             mnist.main(["--trainer.accelerator=cpu", *QUIET, *arguments])
-        except SystemExit as end:  # As --print_config does.
-            if end.code:
+        except SystemExit as exit:  # --print_config exits with status 0.
+            if exit.code:
                 raise
     return out.getvalue()
 
 
 def run_two_processes(directory: Path, *arguments: str) -> str:
-    """What the script prints, run as a script, which starts the other process."""
+    """Runs the script, which starts a second process, and returns what it prints."""
     devices = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp")
     result = subprocess.run(
         [sys.executable, str(EXAMPLES / "mnist.py"), *devices, *arguments],
@@ -115,7 +118,7 @@ def checkpoint(output: str) -> str:
     return files[-1]
 
 
-def log(directory: Path, loss: str, version: int = 0) -> list[dict[str, str]]:
+def metrics(directory: Path, loss: str, version: int = 0) -> list[dict[str, str]]:
     with (directory / loss / f"version_{version}" / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
 
@@ -125,9 +128,9 @@ def files(directory: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, tiny_mnist: Path) -> tuple[Path, str]:
-    """Where one process has trained in float32, and what it printed."""
-    directory = tmp_path_factory.mktemp("alone")
+def one_process(tmp_path_factory: pytest.TempPathFactory, tiny_mnist: Path) -> tuple[Path, str]:
+    """The directory and the output of a run in one process, in float32."""
+    directory = tmp_path_factory.mktemp("one_process")
     return directory, run(directory, *three_epochs(tiny_mnist))
 
 
@@ -135,10 +138,10 @@ def three_epochs(data: Path) -> tuple[str, ...]:
     return "--data=mnist", f"--data-dir={data}", "--trainer.max_epochs=3"
 
 
-def assert_as_good(output: str, expected: str, losses: Sequence[str] = BOTH) -> None:
-    # Of 397 test digits two networks of 90 % differ by 2 % at one standard deviation.
-    wanted = accuracies(expected)
-    assert accuracies(output) == {loss: pytest.approx(wanted[loss], abs=0.05) for loss in losses}
+def assert_same_accuracy(output: str, expected: str, losses: Sequence[str] = BOTH) -> None:
+    # The difference of two accuracies near 90 % on 397 digits has a standard deviation of 2 %.
+    percent = accuracies(expected)
+    assert accuracies(output) == {loss: pytest.approx(percent[loss], abs=0.05) for loss in losses}
 
 
 def test_trains_both_losses_on_mnist_files(tmp_path: Path, tiny_mnist: Path) -> None:
@@ -149,10 +152,10 @@ def test_trains_both_losses_on_mnist_files(tmp_path: Path, tiny_mnist: Path) -> 
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 20_000
     for loss in BOTH:
-        assert sum(bool(row["test_accuracy"]) for row in log(tmp_path / "runs", loss)) == 2
+        assert sum(bool(row["test_accuracy"]) for row in metrics(tmp_path / "runs", loss)) == 2
 
 
-def test_learns_the_embedded_digits_by_the_configuration_that_it_prints(tmp_path: Path) -> None:
+def test_learns_scikit_learn_digits_with_the_configuration_that_it_prints(tmp_path: Path) -> None:
     half = "--trainer.limit_train_batches=0.5"
     (tmp_path / "my.yaml").write_text(run(tmp_path, "--data=digits", half, "--print_config"))
     out = run(tmp_path, "--config=my.yaml")
@@ -161,27 +164,27 @@ def test_learns_the_embedded_digits_by_the_configuration_that_it_prints(tmp_path
     assert accuracies(out) == {loss: pytest.approx(1, abs=0.04) for loss in BOTH}
 
 
-def test_two_processes_learn_and_measure_as_one_does(
-    tmp_path: Path, tiny_mnist: Path, alone: tuple[Path, str]
+def test_two_processes_reach_and_report_the_accuracy_of_one(
+    tmp_path: Path, tiny_mnist: Path, one_process: tuple[Path, str]
 ) -> None:
-    """With an odd number of test digits, so the shares differ."""
-    directory, expected = alone
+    """With an odd number of test digits, so that the processes have different numbers of them."""
+    directory, expected = one_process
     out = run_two_processes(tmp_path, *three_epochs(tiny_mnist))
-    assert_as_good(out, expected)
-    # The first process alone reports.
+    assert_same_accuracy(out, expected)
+    # Only the first process reports.
     assert len(re.findall("^loss ", out, re.MULTILINE)) == 1
     assert out.count("picture: ") == 1
     logs = [name for name in files(tmp_path) if name.endswith("metrics.csv")]
     assert logs == [f"runs/{loss}/version_0/metrics.csv" for loss in sorted(BOTH)]
-    # The script wrote it, where the class is __main__.Classifier.
-    with without_advice():
+    # The checkpoint names the class __main__.Classifier, as a script wrote it.
+    with without_warnings():
         model = mnist.Classifier.load_from_checkpoint(tmp_path / checkpoint(out)).eval()
     assert type(model.criterion).__name__ == BOTH[-1]
     assert model.criterion.reduction == "batchmean"
 
     losses, shares = (
         {name: [float(row[name]) for row in rows if row[name]][-1] for name in METRICS}
-        for rows in (log(place / "runs", BOTH[-1]) for place in (directory, tmp_path))
+        for rows in (metrics(folder / "runs", BOTH[-1]) for folder in (directory, tmp_path))
     )
     test = mnist.load("mnist", str(tiny_mnist)).test
     loss, y = model.loss(test.images, test.labels)
@@ -192,50 +195,50 @@ def test_two_processes_learn_and_measure_as_one_does(
     assert shares["train_loss_epoch"] == pytest.approx(losses["train_loss_epoch"], rel=0.3)
 
 
-def test_a_sum_over_several_processes_is_no_mean() -> None:
+def test_a_summed_loss_is_multiplied_by_the_number_of_processes() -> None:
     import lightning as L
 
     import torchlosses
 
-    with without_advice():
+    with without_warnings():
         model = mnist.Classifier(torchlosses.SumSquaredError()).eval()
     x, labels = torch.rand(4, 1, 28, 28), torch.arange(4)
     for devices in (1, 3):
-        with without_advice():
+        with without_warnings():
             model.trainer = L.Trainer(devices=devices, strategy="ddp", accelerator="cpu")
         loss, y = model.loss(x, labels)
         assert (loss / model.criterion(y, labels)).item() == pytest.approx(devices)
 
 
-def test_without_a_network_it_says_so_and_takes_the_digits(tmp_path: Path) -> None:
+def test_auto_falls_back_to_scikit_learn_digits_without_a_network(tmp_path: Path) -> None:
     out = run(tmp_path, *BRIEF)
     assert re.search("MNIST is not in 'data', and could not be downloaded.*1,797 digits", out)
     assert re.search(r"SumSquaredError +scikit-learn's 1,797 digits instead of MNIST +1 ", out)
 
 
-def test_without_a_network_mnist_is_an_error(tmp_path: Path) -> None:
+def test_data_mnist_is_an_error_without_a_network(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--data mnist: MNIST is not in 'data', and could not be"):
         run(tmp_path, "--data=mnist")
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_network_that_never_answers_is_left_in_seconds(
+def test_download_times_out_if_a_server_never_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert mnist.DOWNLOAD_TIMEOUT <= 5
     monkeypatch.setattr(mnist, "DOWNLOAD_TIMEOUT", 0.5)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        proxy = f"http://127.0.0.1:{server.getsockname()[1]}"
         for name in OFFLINE:
             monkeypatch.setenv(name, proxy)
-        begin = time.perf_counter()
+        start = time.perf_counter()
         with pytest.raises(SystemExit, match="could not be downloaded"):
             run(tmp_path, "--data=mnist")
-    assert time.perf_counter() - begin < 30  # Without a limit it would be for ever.
+    assert time.perf_counter() - start < 30  # Without a timeout it would wait forever.
     assert socket.getdefaulttimeout() is None
 
 
-def test_resumes_and_reloads_with_its_criterion(
+def test_checkpoints_resume_and_restore_the_criterion(
     tmp_path: Path, tiny_mnist: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = (
@@ -250,12 +253,15 @@ def test_resumes_and_reloads_with_its_criterion(
     file = tmp_path / checkpoint(out)
     out = run(tmp_path, *options, "--trainer.max_epochs=3", f"--ckpt_path={file}")
     assert re.search(r"CrossEntropyError +MNIST +3 ", out)
-    assert {row["epoch"] for row in log(tmp_path / "runs", "CrossEntropyError", 1)} == {"1", "2"}
+    assert {row["epoch"] for row in metrics(tmp_path / "runs", "CrossEntropyError", 1)} == {
+        "1",
+        "2",
+    }
 
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path, f"--ckpt_path={file}")
     assert "--model.criterion" in capsys.readouterr().err
-    with without_advice():
+    with without_warnings():
         criterion = mnist.Classifier.load_from_checkpoint(file).criterion
     assert "delta=0.001, from_logits=True" in str(criterion)
 
@@ -263,16 +269,16 @@ def test_resumes_and_reloads_with_its_criterion(
 @pytest.mark.parametrize(
     ("precision", "loss"), [("bf16-true", "SumSquaredError"), ("16-mixed", "CrossEntropyError")]
 )
-def test_lower_precision_learns_as_much(
-    tmp_path: Path, precision: str, loss: str, tiny_mnist: Path, alone: tuple[Path, str]
+def test_lower_precision_reaches_the_same_accuracy(
+    tmp_path: Path, precision: str, loss: str, tiny_mnist: Path, one_process: tuple[Path, str]
 ) -> None:
     criterion = (f"--model.criterion=torchlosses.{loss}", "--model.criterion.reduction=batchmean")
     out = run(tmp_path, *three_epochs(tiny_mnist), f"--trainer.precision={precision}", *criterion)
-    assert_as_good(out, alone[1], (loss,))
+    assert_same_accuracy(out, one_process[1], (loss,))
 
 
-def test_float16_on_the_cpu_becomes_bfloat16() -> None:
-    """By Lightning; float16 itself is in test_precision.py."""
+def test_lightning_replaces_float16_on_the_cpu_by_bfloat16() -> None:
+    """float16 itself is tested in test_precision.py."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         mnist.parse(["--trainer.accelerator=cpu", "--trainer.precision=16-mixed"])
@@ -282,13 +288,13 @@ def test_float16_on_the_cpu_becomes_bfloat16() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true"])
 def test_lower_precision_on_cuda(
-    tmp_path: Path, precision: str, tiny_mnist: Path, alone: tuple[Path, str]
+    tmp_path: Path, precision: str, tiny_mnist: Path, one_process: tuple[Path, str]
 ) -> None:
     cuda = ("--trainer.accelerator=cuda", f"--trainer.precision={precision}")
-    assert_as_good(run(tmp_path, *three_epochs(tiny_mnist), *cuda), alone[1])
+    assert_same_accuracy(run(tmp_path, *three_epochs(tiny_mnist), *cuda), one_process[1])
 
 
-def test_takes_a_yaml_file(tmp_path: Path) -> None:
+def test_reads_a_yaml_file(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(
         "data: digits\n"
         "output_dir: elsewhere\n"
@@ -307,7 +313,7 @@ def test_takes_a_yaml_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments", [("--trainer.max_epochs=0",), ("--trainer.limit_train_batches=0",)]
 )
-def test_trains_nothing_where_nothing_is_asked(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+def test_runs_without_epochs_or_batches(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     out = run(tmp_path, "--data=digits", *arguments)
     for loss in BOTH:
         assert re.search(rf"{loss} +scikit-learn's 1,797 digits +0 +none ", out)
@@ -316,18 +322,18 @@ def test_trains_nothing_where_nothing_is_asked(tmp_path: Path, arguments: tuple[
 
 
 @pytest.mark.parametrize("option", ["--trainer.logger=false", "--trainer.barebones=true"])
-def test_without_a_log_none_is_written(tmp_path: Path, option: str) -> None:
+def test_writes_no_log_without_a_logger(tmp_path: Path, option: str) -> None:
     out = run(tmp_path, "--data=digits", *BRIEF, option)
     assert "picture: runs/mnist.png" in out
     others = [name for name in files(tmp_path) if not name.endswith(".ckpt")]
     assert others == ["runs/mnist.png"]
 
 
-def test_keeps_a_logger_that_is_given(tmp_path: Path) -> None:
+def test_uses_the_logger_of_the_command_line(tmp_path: Path) -> None:
     options = ("--trainer.logger=lightning.pytorch.loggers.CSVLogger",
                "--trainer.logger.save_dir=mine", "--trainer.logger.name=log")  # fmt: skip
     run(tmp_path, "--data=digits", *BRIEF, *options)
-    assert all(log(tmp_path / "mine", "log", version) for version in (0, 1))
+    assert all(metrics(tmp_path / "mine", "log", version) for version in (0, 1))
     assert not (tmp_path / "runs" / "SumSquaredError").exists()
 
 
@@ -340,20 +346,20 @@ def test_keeps_a_logger_that_is_given(tmp_path: Path) -> None:
         ("--model.criterion.from_logits=true", True),
     ],
 )
-def test_a_criterion_gets_what_it_takes(name: str, takes_logits: bool) -> None:
+def test_a_criterion_gets_logits_or_probabilities(name: str, takes_logits: bool) -> None:
     options = [f"--model.criterion={name}", "--model.criterion.reduction=mean"]
     if name.startswith("--"):
         options = ["--model.criterion=torchlosses.CrossEntropyError", *options[1:], name]
-    with without_advice():
+    with without_warnings():
         model = mnist.parse([*options, "--trainer.accelerator=cpu"]).model.eval()
     x, labels = torch.rand(4, 1, 28, 28), torch.arange(4)
     logits = model.network(x)
     loss, _ = model.loss(x, labels)
-    given = logits if takes_logits else logits.softmax(1)
-    torch.testing.assert_close(loss, model.criterion(given, labels))
+    y = logits if takes_logits else logits.softmax(1)
+    torch.testing.assert_close(loss, model.criterion(y, labels))
 
 
-def test_help_says_how_to_list_the_options_of_a_criterion(
+def test_help_tells_how_to_list_the_options_of_a_criterion(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["mnist.py"])

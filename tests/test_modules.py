@@ -1,4 +1,4 @@
-"""The modules are modules: they show, save, copy and move what they hold."""
+"""The modules: options, repr, state, copies, devices and scripting."""
 
 import copy
 import functools
@@ -85,7 +85,7 @@ def test_repr_shows_the_options() -> None:
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_survives_copies(index: int) -> None:
+def test_copies_and_pickles_are_equal(index: int) -> None:
     criterion = criteria()[index]
     expected = criterion(*arguments())
     file = io.BytesIO()
@@ -104,8 +104,8 @@ def test_survives_copies(index: int) -> None:
     "module",
     [SumSquaredError, CrossEntropyError, functools.partial(LinearCrossEntropyError, 5, 5)],
 )
-def test_the_reduction_is_set_and_set_back(module: Any, device: str) -> None:
-    """As fastai, Opacus and captum do around a call."""
+def test_the_reduction_may_be_changed_and_restored(module: Any, device: str) -> None:
+    """fastai, Opacus and captum do so around a call."""
     criterion, (y, t) = module(reduction="mean").to(device), arguments(device)
     mean = criterion(y, t)
     criterion.reduction = "none"
@@ -134,8 +134,8 @@ def test_class_weights_are_a_buffer(device: str) -> None:
     assert CrossEntropyError().state_dict() == {}
 
 
-class Holder(nn.Module):
-    """A model that holds a loss, and does not use it where it predicts."""
+class ModelWithLoss(nn.Module):
+    """A model with a loss as a submodule that `forward` does not use."""
 
     def __init__(self, criterion: nn.Module) -> None:
         super().__init__()
@@ -147,9 +147,9 @@ class Holder(nn.Module):
         return result
 
 
-def test_a_model_that_holds_a_loss_is_scripted_and_saved() -> None:
+def test_a_model_with_a_loss_can_be_scripted_and_saved() -> None:
     for criterion in (*criteria(), LinearCrossEntropyError(3, 2, weight=torch.ones(2))):
-        model = Holder(criterion)
+        model = ModelWithLoss(criterion)
         file = io.BytesIO()
         torch.jit.save(torch.jit.script(model), file)
         file.seek(0)

@@ -16,17 +16,18 @@ from torchlosses.functional import (
     sum_squared_error,
 )
 
-# Triton's interpreter cuts bits off where it makes bfloat16: up to a whole unit, not half a one.
+# The largest rounding error of a gradient, in units in the last place: Triton's interpreter
+# truncates float32 to bfloat16.
 UNITS = 1 if os.environ.get("TRITON_INTERPRET") == "1" else 0.5
 
-# rtol, atol of the value and of the gradient, against float64 on the same rounded arguments.
+# (rtol, atol) of the value and of the gradient, against float64 with the same rounded arguments.
 TOLERANCES = {
-    # A handful of operations at 1.1e-16 each; sums of at most 120 terms.
+    # A few roundings of 1.1e-16 each; sums of at most 120 terms.
     torch.float64: ((1e-12, 1e-13), (1e-12, 1e-13)),
-    # The same at 6e-8; log(y + δ) near y = 1 is right to one rounding of 1, not relatively.
+    # The same with 6e-8; the absolute error of log(y + δ) near y = 1 is one rounding of 1.
     torch.float32: ((2e-6, 5e-7), (2e-6, 5e-7)),
     # The value is computed in float32. The gradient is rounded once, at the end: by half a unit in
-    # the last of 11 or 8 bits, or of the smallest subnormal number.
+    # the last place of 11 or 8 bits, or by half the smallest subnormal number.
     torch.float16: ((2e-6, 5e-7), (1.01 * 2**-11, 2**-24)),
     torch.bfloat16: ((2e-6, 5e-7), (UNITS * 1.01 * 2**-7, 5e-7)),
 }
@@ -58,7 +59,7 @@ def test_matches_reference(sample: Sample, dtype: torch.dtype, device: str) -> N
 
 
 @pytest.mark.parametrize("from_logits", [False, True])
-def test_a_class_weight_of_0_does_not_hide_log_0(from_logits: bool, device: str) -> None:
+def test_log_0_is_nan_at_a_class_weight_of_0(from_logits: bool, device: str) -> None:
     y = torch.tensor([[-torch.inf, 0.0]] if from_logits else [[0.0, 1.0]], device=device)
     weight = torch.tensor([0.0, 1.0], device=device)
     loss = CrossEntropyError(weight=weight, delta=0, from_logits=from_logits)
@@ -77,8 +78,8 @@ def test_class_weights_of_any_strides(from_logits: bool, device: str) -> None:
     torch.testing.assert_close(value, expected)
 
 
-def test_of_a_bool_any_byte_but_0_is_true(device: str) -> None:
-    """As in a mask of 0 and 255 that was read from an image."""
+def test_any_nonzero_byte_of_a_bool_tensor_is_true(device: str) -> None:
+    """For example a mask of 0 and 255 from an image, viewed as bool."""
     y = torch.rand(3, 5, device=device).softmax(1)
     image = torch.tensor([[0, 255, 0, 1, 0], [2, 0, 0, 0, 0], [0, 128, 0, 0, 7]], device=device)
     mask = image.to(torch.uint8).view(torch.bool)
@@ -90,10 +91,10 @@ def test_of_a_bool_any_byte_but_0_is_true(device: str) -> None:
         (linear_cross_entropy_error, {"target": mask, "linear_weight": torch.eye(5).to(device)}),
     ]
     for loss, options in calls:
-        clean = {
+        zeros_and_ones = {
             name: (value.view(torch.uint8) != 0)
             if isinstance(value, torch.Tensor) and value.dtype == torch.bool
             else value
             for name, value in options.items()
         }
-        torch.testing.assert_close(loss(y, **options), loss(y, **clean))
+        torch.testing.assert_close(loss(y, **options), loss(y, **zeros_and_ones))

@@ -1,4 +1,4 @@
-"""Half precision: what autocast and loss scaling do to the losses, and what float16 cannot hold."""
+"""Half precision: training under autocast and loss scaling, and overflow in float16."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def accuracy(
     is_scaled: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> float:
-    """Of a small network, after 50 steps on all digits, of which every fifth is for the test."""
+    """The accuracy of a small network after 50 steps on the digits, tested on every fifth."""
     images, labels = (
         torch.tensor(array, device=device) for array in datasets.load_digits(return_X_y=True)
     )
@@ -54,8 +54,8 @@ def accuracy(
         scaler.step(optimizer)
         scaler.update()
     assert not is_scaled or scaler.get_scale() > 1
-    right = model(images[is_test]).argmax(1) == labels[is_test]
-    return float(right.double().mean())
+    is_right = model(images[is_test]).argmax(1) == labels[is_test]
+    return float(is_right.double().mean())
 
 
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
@@ -65,19 +65,20 @@ def test_training_reaches_the_accuracy_of_float32(name: str, is_index: bool, dev
     criterion = CRITERIA[name]
     expected = accuracy(criterion, is_index, device)
     assert expected > 0.95
-    for ways in (
+    for precision in (
         {"autocast": torch.bfloat16},
         {"autocast": torch.float16, "is_scaled": True},
         {"dtype": torch.bfloat16},
     ):
-        # One standard deviation of two such networks on 360 digits is 1.5 %.
-        assert accuracy(criterion, is_index, device, **ways) == pytest.approx(expected, abs=0.03)
+        # The difference of two such networks on 360 digits has a standard deviation of 1.5 %.
+        found = accuracy(criterion, is_index, device, **precision)
+        assert found == pytest.approx(expected, abs=0.03)
 
 
 def slope_at_zero(
     device: str, dtype: torch.dtype, logit: float | None = None, **options: Any
 ) -> Tensor:
-    """Of a right class of probability 0, or of such a logit beside one of 0."""
+    """The gradient by the right class: at probability 0, or at this logit, with the other at 0."""
     right, wrong = (0.0, 1.0) if logit is None else (logit, 0.0)
     y = torch.tensor([[right, wrong]], dtype=dtype, device=device, requires_grad=True)
     CrossEntropyError(**options)(y, torch.tensor([0], device=device)).backward()
@@ -86,10 +87,10 @@ def slope_at_zero(
     return y.grad[0, 0]
 
 
-def test_a_slope_that_float16_cannot_hold_and_what_helps(device: str) -> None:
+def test_gradient_that_overflows_in_float16_and_its_remedies(device: str) -> None:
     assert 1 / 1e-7 > torch.finfo(torch.float16).max == 65504
     assert slope_at_zero(device, torch.float16) == -torch.inf
-    # Another dtype, of 8 bits of precision; a larger δ; from logits no slope is larger than 1.
+    # Remedies: bfloat16, with 8 bits of precision; a larger δ; logits, whose gradient is at most 1.
     assert slope_at_zero(device, torch.bfloat16).item() == pytest.approx(-1e7, rel=2**-8)
     assert slope_at_zero(device, torch.float16, delta=1.6e-5).item() == pytest.approx(-62500, 1e-3)
     assert slope_at_zero(device, torch.float16, delta=1.5e-5) == -torch.inf
@@ -98,10 +99,10 @@ def test_a_slope_that_float16_cannot_hold_and_what_helps(device: str) -> None:
         assert slope.item() == pytest.approx(-1, rel=0.01)
 
 
-def test_a_loss_scaler_skips_that_step(device: str) -> None:
+def test_a_loss_scaler_skips_a_step_with_an_infinite_gradient(device: str) -> None:
     label = torch.tensor([0], device=device)
 
-    def steps(dtype: torch.dtype, **options: Any) -> bool:
+    def takes_step(dtype: torch.dtype, **options: Any) -> bool:
         y = nn.Parameter(torch.tensor([[0.0, 1.0]], device=device))
         optimizer = torch.optim.SGD([y], 1e-3)
         scaler = torch.amp.GradScaler(device, init_scale=2.0)
@@ -109,11 +110,11 @@ def test_a_loss_scaler_skips_that_step(device: str) -> None:
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        moved = bool(y[0, 0] != 0)
-        assert moved == (scaler.get_scale() == 2)
-        return moved
+        has_moved = bool(y[0, 0] != 0)
+        assert has_moved == (scaler.get_scale() == 2)
+        return has_moved
 
-    assert not steps(torch.float16)
-    assert steps(torch.bfloat16)
-    assert steps(torch.float16, delta=1e-4)
-    assert steps(torch.float16, from_logits=True)
+    assert not takes_step(torch.float16)
+    assert takes_step(torch.bfloat16)
+    assert takes_step(torch.float16, delta=1e-4)
+    assert takes_step(torch.float16, from_logits=True)

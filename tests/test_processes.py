@@ -1,4 +1,4 @@
-"""One module in many calls, in threads, in worker processes and in another version of torch."""
+"""Modules in many calls, threads and worker processes, and pickled by other versions of torch."""
 
 import contextlib
 import copy
@@ -20,14 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from torchlosses import CrossEntropyError, LinearCrossEntropyError, SumSquaredError
 
-# With CALLS=1000000 the test of memory is one of endurance, in minutes.
+# The number of calls in the tests of memory; CALLS=1000000 takes minutes.
 CALLS = int(os.environ.get("CALLS", "2000"))
-RESIDENT = Path("/proc/self/statm")
+STATM = Path("/proc/self/statm")
 PICKLES = sorted(Path(__file__).with_name("pickles").glob("torch-*.pkl"))
 
 
 def criteria() -> list[nn.Module]:
-    """Those of the pickles: `pickle.dump(criteria(), file)`, by the torch of the file's name."""
+    """The modules in the pickles, which `pickle.dump(criteria(), file)` wrote in other versions."""
     options: dict[str, Any] = {"reduction": "mean", "dim": -1, "ignore_index": 7}
     weight = torch.tensor([0.5, 1.0, 2.0])
     smooth = CrossEntropyError(
@@ -45,7 +45,7 @@ def value_and_grad(criterion: nn.Module, seed: int, rows: int = 50) -> tuple[Ten
     return loss.detach(), y.grad
 
 
-def same(results: Any, expected: Any) -> bool:
+def equal(results: Any, expected: Any) -> bool:
     return all(
         torch.equal(one, other)
         for pair, pair_of_expected in zip(results, expected, strict=True)
@@ -53,37 +53,38 @@ def same(results: Any, expected: Any) -> bool:
     )
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(RESIDENT.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident_bytes() -> int:
+    """The resident memory of this process."""
+    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def once_more(y: Tensor, t: Tensor, loss: Tensor) -> None:
+def backward_twice(y: Tensor, t: Tensor, loss: Tensor) -> None:
     loss.backward(retain_graph=True)
     loss.backward()
 
 
-def penalty(y: Tensor, t: Tensor, loss: Tensor) -> None:
+def gradient_penalty(y: Tensor, t: Tensor, loss: Tensor) -> None:
     (grad,) = torch.autograd.grad(loss, y, create_graph=True)
     torch.autograd.grad(grad.square().sum(), y)
 
 
-def dropped(y: Tensor, t: Tensor, loss: Tensor) -> None:
-    """A loss that no one goes backward from."""
+def no_backward(y: Tensor, t: Tensor, loss: Tensor) -> None: ...
 
 
-@pytest.mark.skipif(not RESIDENT.exists(), reason="the file is Linux's")
-@pytest.mark.parametrize("use", [once_more, penalty, dropped], ids=lambda use: use.__name__)
+@pytest.mark.skipif(not STATM.exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    "use", [backward_twice, gradient_penalty, no_backward], ids=lambda use: use.__name__
+)
 @pytest.mark.parametrize(
     "criterion",
     [SumSquaredError(), CrossEntropyError(), CrossEntropyError(from_logits=True)],
     ids=["sse", "probabilities", "logits"],
 )
-def test_memory_is_flat(
+def test_memory_does_not_grow(
     criterion: nn.Module, use: Callable[[Tensor, Tensor, Tensor], None], path: str
 ) -> None:
     gc.collect()
-    gc.freeze()  # To count what other tests left takes seconds after a compilation.
+    gc.freeze()  # After a compilation, counting the objects of other tests takes seconds.
     y = torch.rand(256, 64, requires_grad=True)
     targets = torch.rand(256, 64), torch.arange(256) % 64
 
@@ -93,27 +94,27 @@ def test_memory_is_flat(
         y.grad = None
         gc.collect()
 
-    calls = max(CALLS // 18, 20)  # All tests together.
+    calls = max(CALLS // 18, 20)  # CALLS in all parametrizations together.
     call(calls // 4 + 20)
-    grown = []
-    for _ in range(3):  # The allocator may grow once, for what came before; a leak goes on.
-        bytes_before, objects_before = resident(), len(gc.get_objects())
+    growth = []
+    for _ in range(3):  # The allocator may grow once, for earlier calls; a leak grows each time.
+        bytes_before, objects_before = resident_bytes(), len(gc.get_objects())
         call(calls)
         assert len(gc.get_objects()) - objects_before < 20
-        grown.append(resident() - bytes_before)
-    # Less than a leak of one gradient or term, of 64 kB, in each of the fewest calls.
-    assert min(grown) < 2**22
+        growth.append(resident_bytes() - bytes_before)
+    # A leaked gradient of 64 kB per call would be more, even with the default CALLS.
+    assert min(growth) < 2**22
 
 
-def test_threads_call_one_module_at_once() -> None:
-    """Some in plain autograd, two in transforms, which the others must not see."""
+def test_threads_share_one_module() -> None:
+    """Transforms in two threads must not affect plain autograd in the others."""
     seeds, rows = range(4), 3000
     start = threading.Barrier(len(seeds) + 2)
 
     def plain(criterion: nn.Module, seed: int, expected: tuple[Tensor, Tensor]) -> None:
         start.wait()
         for _ in range(50):
-            # While there is a tangent anywhere the formula serves, which rounds otherwise.
+            # While any thread computes tangents the formula serves, which rounds differently.
             torch.testing.assert_close(value_and_grad(criterion, seed, rows), expected)
 
     def per_sample(criterion: nn.Module, y: Tensor, t: Tensor) -> Any:
@@ -124,7 +125,7 @@ def test_threads_call_one_module_at_once() -> None:
 
     def forward(criterion: nn.Module, y: Tensor, t: Tensor) -> Any:
         start.wait()
-        for _ in range(10):  # Not in two threads: torch's own count of levels is that of all.
+        for _ in range(10):  # In one thread only: torch counts levels globally.
             result = torch.func.jvp(lambda y: criterion(y, t), (y,), (y,))[1]
         return result
 
@@ -141,7 +142,7 @@ def test_threads_call_one_module_at_once() -> None:
 
 
 class Losses(Dataset[tuple[Tensor, Tensor]]):
-    """What a worker that looks for hard examples does."""
+    """A data set that computes losses, as in a search for hard examples."""
 
     def __init__(self) -> None:
         self.criteria = criteria()
@@ -154,21 +155,21 @@ class Losses(Dataset[tuple[Tensor, Tensor]]):
 
 
 def use_workers(rank: int, method: str) -> None:
-    here = Losses()
-    expected = [here[index] for index in range(len(here))]
-    there = DataLoader(
-        here, batch_size=None, num_workers=2, multiprocessing_context=method, timeout=60
+    losses = Losses()
+    expected = [losses[index] for index in range(len(losses))]
+    loader = DataLoader(
+        losses, batch_size=None, num_workers=2, multiprocessing_context=method, timeout=60
     )
     with warnings.catch_warnings():
-        # Python says so of every fork of a process with threads, and torch has some.
+        # Python warns of every fork of a process with threads, and torch starts some.
         warnings.filterwarnings("ignore", "This process .* is multi-threaded")
-        results = list(there)
-    assert same(results, expected)
+        results = list(loader)
+    assert equal(results, expected)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_worker_processes(method: str) -> None:
-    """From a new process: one that has gone backward on another device cannot do so in a fork."""
+def test_losses_in_worker_processes(method: str) -> None:
+    """In a new process: autograd cannot run in the fork of one that has used it on a GPU."""
     if method not in torch.multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} on this system")
     torch.multiprocessing.spawn(use_workers, (method,))  # type: ignore[attr-defined]
@@ -177,20 +178,20 @@ def test_worker_processes(method: str) -> None:
 @pytest.mark.parametrize("file", PICKLES, ids=lambda file: file.stem)
 def test_pickles_of_other_versions_of_torch(file: Path) -> None:
     unpickled = pickle.loads(file.read_bytes())
-    for criterion, made_here in zip(unpickled, criteria(), strict=True):
-        assert repr(criterion) == repr(made_here)
-        assert same([value_and_grad(criterion, 0)], [value_and_grad(made_here, 0)])
+    for criterion, expected in zip(unpickled, criteria(), strict=True):
+        assert repr(criterion) == repr(expected)
+        assert equal([value_and_grad(criterion, 0)], [value_and_grad(expected, 0)])
         state = criterion.state_dict()
-        assert str(state) == str(made_here.state_dict())
-        assert same([value_and_grad(copy.deepcopy(criterion), 1)], [value_and_grad(made_here, 1)])
+        assert str(state) == str(expected.state_dict())
+        assert equal([value_and_grad(copy.deepcopy(criterion), 1)], [value_and_grad(expected, 1)])
 
 
-def test_there_are_pickles_of_two_versions() -> None:
+def test_pickles_of_two_versions_exist() -> None:
     assert len(PICKLES) >= 2
 
 
-def go_backward_from_read_only_memory(rank: int, folder: str) -> None:
-    """As a hook leaves it that spills what is saved to a disk, and maps the file."""
+def backward_from_read_only_memory(rank: int, folder: str) -> None:
+    """With a hook that writes saved tensors to a disk and maps the files read-only."""
 
     def pack(tensor: Tensor) -> Tensor:
         file = Path(folder, str(len(os.listdir(folder))))
@@ -204,8 +205,8 @@ def go_backward_from_read_only_memory(rank: int, folder: str) -> None:
     y, soft, index = torch.rand(4, 3), torch.rand(4, 3), torch.tensor([1, 0, 2, 1])
     layer = LinearCrossEntropyError(3, 3)
     for criterion in (*criteria(), CrossEntropyError(), layer):
-        is_set = criterion.ignore_index != -100  # Which a dense target refuses.
-        for target in (index,) if is_set else (soft, index):
+        has_ignore_index = criterion.ignore_index != -100  # An error with a dense target.
+        for target in (index,) if has_ignore_index else (soft, index):
             for factor in (1, 3):
                 grads = []
                 for hooks in (
@@ -217,11 +218,11 @@ def go_backward_from_read_only_memory(rank: int, folder: str) -> None:
                         loss = criterion(leaf, target)
                     (loss * factor).backward()
                     assert leaf.grad is not None
-                    grads.append(leaf.grad.mul_(2))  # As clipping does.
+                    grads.append(leaf.grad.mul_(2))  # Gradient clipping writes to it too.
                 torch.testing.assert_close(*grads)
 
 
 def test_saved_tensors_in_read_only_memory(tmp_path: Path) -> None:
-    """In a process of its own, which the system would end."""
-    arguments = (go_backward_from_read_only_memory, (str(tmp_path),))
+    """In a process of its own, since a write would end the process."""
+    arguments = (backward_from_read_only_memory, (str(tmp_path),))
     torch.multiprocessing.spawn(*arguments)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Where torch has the same loss, value and gradient are torch's; where it differs, it is shown."""
+"""Where torch has the same loss, value and gradient are torch's; other losses differ as stated."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchlosses import CrossEntropyError, SumSquaredError
 
-# Both compute in float64, in a different order.
+# Both compute in float64, with sums in a different order.
 CLOSE: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-14}
 TORCH_REDUCTIONS = ("sum", "mean", "none")
 SHAPES = ((5,), (4, 5), (4, 5, 3), (2, 5, 3, 4))
@@ -96,7 +96,7 @@ def test_nll_loss_of_the_guarded_log(
     assert_same(ours, F.nll_loss((input + 1e-7).log(), target, **options), input)
 
 
-def test_dim_serves_what_torch_transposes(device: str) -> None:
+def test_dim_equals_a_transpose(device: str) -> None:
     input = randn(2, 3, 5, device=device)
     target = torch.randint(5, (2, 3), device=device)
     ours = CrossEntropyError(from_logits=True, delta=0, dim=-1)(input, target)
@@ -108,7 +108,7 @@ def test_bce_loss_is_another_loss(device: str) -> None:
     target = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64, device=device)
     binary = F.binary_cross_entropy(input, target, reduction="sum")
     ours = CrossEntropyError(delta=0)(input, target)
-    # It also counts −log(1−y) for the classes that are wrong.
+    # It adds −log(1−y) for the other classes.
     torch.testing.assert_close(binary - ours, -(1 - input[0, 1:]).log().sum(), **CLOSE)
 
 
@@ -137,7 +137,7 @@ def test_half_precision_is_summed_in_float32(dtype: torch.dtype, device: str) ->
         assert F.mse_loss(input, torch.zeros_like(input), reduction="sum").isinf()
 
 
-def test_mean_over_nothing_is_zero_where_torch_has_nan(device: str) -> None:
+def test_mean_over_no_samples_is_zero_where_torch_has_nan(device: str) -> None:
     input, target = randn(3, 5, device=device), torch.full((3,), -100, device=device)
     assert F.cross_entropy(input, target).isnan()
     loss = CrossEntropyError(from_logits=True, reduction="mean")(input, target)
@@ -147,7 +147,7 @@ def test_mean_over_nothing_is_zero_where_torch_has_nan(device: str) -> None:
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32),
                                     (torch.float16, torch.bfloat16)], ids=str)  # fmt: skip
-def test_unlike_dtypes_promote(dtypes: tuple[torch.dtype, torch.dtype], device: str) -> None:
+def test_different_dtypes_promote(dtypes: tuple[torch.dtype, torch.dtype], device: str) -> None:
     input = torch.rand(4, 5, dtype=dtypes[0], device=device, requires_grad=True)
     target = torch.rand(4, 5, dtype=dtypes[1], device=device, requires_grad=True)
     for criterion in (SumSquaredError(), CrossEntropyError()):

@@ -1,4 +1,4 @@
-"""`torch.func` and the compiler give the numbers of a plain call."""
+"""Losses under `torch.func`, `torch.compile` and tracers agree with eager losses."""
 
 import functools
 import itertools
@@ -18,7 +18,7 @@ from torchlosses.functional import (
     sum_squared_error,
 )
 
-# Every form of a loss once, with all that the options can bring together.
+# Every loss and kind of target, without options and with all of them.
 FORMS = [
     sample
     for sample in SAMPLES
@@ -50,8 +50,8 @@ def test_first_derivatives(sample: Sample, device: str) -> None:
     forward = jvp(loss, (input,), (torch.ones_like(input),))
     value, tangent = forward[0], forward[1]
     close(value, loss(input))
-    finite = expected.isfinite().all()
-    if finite:  # 0·∞ on the way of a tangent is NaN where a gradient has no such product.
+    is_finite = expected.isfinite().all()
+    if is_finite:  # Elsewhere a tangent may contain 0·∞ = NaN, which the gradient does not.
         close(tangent.sum(), expected.sum())
         close(jacfwd(lambda y: loss(y).sum())(input), expected)
     close(jacrev(lambda y: loss(y).sum())(input), expected)
@@ -68,7 +68,7 @@ def test_hessian(sample: Sample, device: str) -> None:
 @pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean", "none"])
 @pytest.mark.parametrize("form", ["sse", "probabilities", "logits"])
 @pytest.mark.parametrize("is_index", [False, True])
-def test_vmap_is_a_loop(form: str, is_index: bool, reduction: Any, device: str) -> None:
+def test_vmap_equals_a_loop(form: str, is_index: bool, reduction: Any, device: str) -> None:
     criterion: nn.Module = SumSquaredError(reduction=reduction)
     if form != "sse":
         criterion = CrossEntropyError(reduction=reduction, from_logits=form == "logits")
@@ -94,8 +94,8 @@ def test_vmap_over_samples_with_class_weights(from_logits: bool, device: str) ->
     criterion = CrossEntropyError(weight=weight, from_logits=from_logits, reduction="mean")
     y = torch.rand(3, 5, dtype=torch.float64, device=device)
     t = torch.tensor([0, 4, -100], device=device)
-    loop = [by_autograd(lambda row, i=i: criterion(row, t[i]), y[i]) for i in range(3)]
-    close(vmap(grad(criterion))(y, t), torch.stack(loop))
+    expected = [by_autograd(lambda row, i=i: criterion(row, t[i]), y[i]) for i in range(3)]
+    close(vmap(grad(criterion))(y, t), torch.stack(expected))
 
 
 def test_vmap_over_a_bad_class_is_nan(device: str) -> None:
@@ -107,37 +107,37 @@ def test_vmap_over_a_bad_class_is_nan(device: str) -> None:
         assert by_row.all(1).tolist() == by_row.any(1).tolist() == [False, True, False]
 
 
-# The compiler gets the formula whatever the path, and the plain call beside it the kernels.
+# Graphs do not depend on the path; the eager calls that they are compared with run the kernels.
 once = pytest.mark.parametrize("path", ["kernels"], indirect=True)
-# The whole compiler takes ten seconds for some losses with all options, so it has each form with
-# all options, and plain losses of class indices. Autograd ahead of time has the other plain losses,
-# and those without a guard; Dynamo alone traces the rest. A sum shows less of hard values than what
-# is not reduced.
-WHOLE = re.compile(
+# Inductor takes ten seconds for some losses with all options, so it compiles each loss once with
+# all options, and losses of class indices without options. "aot_eager" compiles the other losses
+# without options, and those without a guard; "eager" traces the rest. For the samples with special
+# values, reductions that hide differences are left out.
+INDUCTOR = re.compile(
     "sse-dense.*-mean|sse-index.*-none-ignored|ce-probabilities-soft.*-all-mean|"
     "ce-probabilities-index.*-(all-none|plain-none)|ce-logits-soft.*-all-none|"
     "ce-logits-index.*-(all-mean|plain-mean)"
 )
-AHEAD = re.compile("sse-index.*=None-(mean|none)$|ce-.*-plain-(mean|none)$|ce-.*-delta=0-")
+AOT_EAGER = re.compile("sse-index.*=None-(mean|none)$|ce-.*-plain-(mean|none)$|ce-.*-delta=0-")
 TRACED = FORMS + [s for s in HARD if not s.name.endswith(("-sum", "-batchmean"))]
 
 
 def backend_of(sample: Sample) -> str:
-    if WHOLE.match(sample.name):
+    if INDUCTOR.match(sample.name):
         return "inductor"
-    return "aot_eager" if AHEAD.match(sample.name) else "eager"
+    return "aot_eager" if AOT_EAGER.match(sample.name) else "eager"
 
 
-def grows(sample: Sample) -> bool:
-    """Whether twice the samples need no other options."""
+def can_repeat(sample: Sample) -> bool:
+    """Whether input and target may be repeated along dimension 0 with the same options."""
     return sample.options.get("dim") in (None, -1) and "sample_weight" not in sample.options
 
 
-GRAPHS = [  # One of four losses takes less time than four graphs.
+GRAPHS = [  # One graph of four losses compiles faster than four graphs.
     (backend, samples[start : start + 4])
     for backend in ("inductor", "aot_eager", "eager")
-    for is_growing in (True, False)
-    for samples in [[s for s in TRACED if (backend_of(s), grows(s)) == (backend, is_growing)]]
+    for repeats in (True, False)
+    for samples in [[s for s in TRACED if (backend_of(s), can_repeat(s)) == (backend, repeats)]]
     for start in range(0, len(samples), 4)
 ]
 
@@ -155,20 +155,20 @@ def test_compile(backend: str, samples: list[Sample], device: str) -> None:
     compiled = torch.compile(losses, fullgraph=True, dynamic=True, backend=backend)
     calls: list[Any] = [sample.tensors(torch.float64, device) for sample in samples]
     for stance in ("default", "fail_on_recompile"):
-        plain, graph = (
+        eager_calls, compiled_calls = (
             [(input.clone().requires_grad_(), *rest) for input, *rest in calls] for _ in range(2)
         )
         with torch.compiler.set_stance(stance):
-            results = compiled(graph)
-        expected = losses(plain)
+            results = compiled(compiled_calls)
+        expected = losses(eager_calls)
         torch.stack([loss.sum() for loss in expected]).sum().backward()
         torch.stack([loss.sum() for loss in results]).sum().backward()
         for sample, *pair, ours, theirs in zip(
-            samples, results, expected, graph, plain, strict=True
+            samples, results, expected, compiled_calls, eager_calls, strict=True
         ):
             for actual, number in (pair, (ours[0].grad, theirs[0].grad)):
                 close(actual, number, msg=lambda text, name=sample.name: f"{name}: {text}")
-        if grows(samples[0]):  # More samples must not need another graph.
+        if can_repeat(samples[0]):  # A larger batch must not recompile.
             calls = [
                 (torch.cat((input, input)), torch.cat((target, target)), options)
                 for input, target, options in calls
@@ -186,19 +186,19 @@ def count_graphs() -> int:
 
 @once
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_two_graphs_serve_every_number(backend: str, device: str) -> None:
-    """One of the first δ and ε, one of all others; 0, 1 and a δ beyond float32 have their own."""
-    whole = backend == "inductor"  # It takes its time.
+def test_two_graphs_serve_every_delta_and_smoothing(backend: str, device: str) -> None:
+    """One graph for the first pair, one for all others; 0, 1 and δ outside float32 add graphs."""
+    is_slow = backend == "inductor"
     x, w = torch.randn(6, 5, device=device), torch.randn(5, 5, device=device)
     soft = torch.randn(6, 5, device=device).softmax(1)
     label = torch.tensor([1, 4, -100, 0, 2, 2], device=device)
 
     def losses(x: Tensor, delta: float, smoothing: float) -> list[Tensor]:
         options: Any = {"delta": delta, "label_smoothing": smoothing}
-        options["reduction"] = "mean" if whole else "none"
+        options["reduction"] = "mean" if is_slow else "none"
         return [
             loss
-            for t in ((label,) if whole else (label, soft))
+            for t in ((label,) if is_slow else (label, soft))
             for loss in (
                 cross_entropy_error(x.softmax(1), t, **options),
                 cross_entropy_error(x, t, from_logits=True, **options),
@@ -210,7 +210,7 @@ def test_two_graphs_serve_every_number(backend: str, device: str) -> None:
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(losses, fullgraph=True, backend=backend)
     sweep = list(zip(DELTAS, SMOOTHINGS, strict=True))
-    others = [] if whole else [(0.0, 0.0), (1e-40, 1.0)]
+    others = [] if is_slow else [(0.0, 0.0), (1e-40, 1.0)]
     for delta, smoothing in sweep + others:
         leaves = [x.clone().requires_grad_() for _ in range(2)]
         results = [
@@ -270,7 +270,7 @@ def test_compiled_bad_class_is_nan(device: str) -> None:
         assert y.grad[2].count_nonzero() == 0
 
 
-def test_fake_and_meta_tensors_have_shapes_and_no_values() -> None:
+def test_fake_and_meta_tensors() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     y, t = torch.rand(4, 5, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
@@ -280,7 +280,7 @@ def test_fake_and_meta_tensors_have_shapes_and_no_values() -> None:
         assert cross_entropy_error(y, t, reduction="none").shape == (4,)
 
 
-def test_functional_call_swaps_the_class_weights() -> None:
+def test_functional_call_replaces_the_class_weights() -> None:
     criterion = CrossEntropyError(weight=torch.ones(5))
     y, t = torch.rand(4, 5), torch.tensor([0, 1, 2, 3])
     weights = {"weight": torch.full((5,), 2.0)}
@@ -300,10 +300,10 @@ MASKED = [
 
 
 @pytest.mark.parametrize("is_index", [False, True])
-def test_a_batch_whose_size_depends_on_data(is_index: bool) -> None:
-    """Compiled and exported, and empty batches too: what is not known of a size the graph asks.
+def test_batch_size_that_depends_on_data(is_index: bool) -> None:
+    """Compiled and exported graphs with unbacked sizes, which may be 0.
 
-    By the reductions that divide by it, and losses of as many samples.
+    With the reductions that divide by the batch size, and with unreduced losses.
     """
     criteria = [*MASKED[4:12], MASKED[-4], MASKED[-2]]
     y = torch.rand(6, 5, dtype=torch.float64)
@@ -316,12 +316,12 @@ def test_a_batch_whose_size_depends_on_data(is_index: bool) -> None:
             y, t, w = y[mask], t[mask], w[mask]
             losses = []
             for number, criterion in enumerate(criteria):
-                each = (
+                weight = (
                     w if t.shape == y.shape and isinstance(criterion, SumSquaredError) else w[:, 0]
                 )
-                # Of four losses by each reduction every other one, by turns.
-                weighs = (number + number // 4) % 2 == 1
-                losses.append(criterion(y, t, sample_weight=each if weighs else None))
+                # Two of the four losses of each reduction are weighted, in turn.
+                is_weighted = (number + number // 4) % 2 == 1
+                losses.append(criterion(y, t, sample_weight=weight if is_weighted else None))
             return losses
 
     masked = Masked()
@@ -334,7 +334,7 @@ def test_a_batch_whose_size_depends_on_data(is_index: bool) -> None:
             for graph in graphs:
                 losses = graph(leaf, t, w, part), masked(leaf, t, w, part)
                 close(*losses)
-                sums = (sum(x.sum() * (k + 1) for k, x in enumerate(each)) for each in losses)
+                sums = (sum(x.sum() * (k + 1) for k, x in enumerate(result)) for result in losses)
                 close(*(torch.autograd.grad(x, leaf) for x in sums))
 
 

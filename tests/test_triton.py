@@ -1,6 +1,6 @@
-"""The GPU's kernels without a GPU: in Triton's interpreter, and compiled ahead of time.
+"""The GPU kernels without a GPU: run in Triton's interpreter, and compiled ahead of time.
 
-The interpreter must be on before Triton is imported, so its tests run in a process of their own:
+Triton reads TRITON_INTERPRET at import, so the interpreter's tests run in a process of their own:
 `TRITON_INTERPRET=1 python -m pytest -W ignore::RuntimeWarning tests/test_triton.py`.
 """
 
@@ -86,11 +86,11 @@ def test_passes_in_the_interpreter() -> None:
     here = Path(__file__).parent
     child = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider",
-         # NumPy computes there, and warns where a kernel makes ∞ or NaN.
+         # The interpreter computes in NumPy, which warns where a kernel makes ∞ or NaN.
          "-W", "ignore::RuntimeWarning",
-         # A launch takes some ms, and the check of a gradient by differences a thousand launches.
-         # What autograd does with a gradient that is made is the same for all kernels, in float64
-         # they meet the samples in small tiles, and bfloat16 does not depend on the reduction.
+         # A launch takes several ms, and a gradcheck needs a thousand. Left out: what autograd does
+         # with a gradient, which is the same for all kernels; float64, which the tests with small
+         # tiles cover; and most reductions in bfloat16, whose rounding does not depend on them.
          "-k", "not formula and not gradcheck and not gradgradcheck and not torch.float16 "
          "and not changes_before_backward and not upstream_gradient_any_number "
          "and not (matches_reference and torch.float64) "
@@ -104,7 +104,7 @@ def test_passes_in_the_interpreter() -> None:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows longer than a tile, more blocks than programs, offsets of 64 bits, a count ahead."""
+    """Rows of several tiles, several blocks per program, int64 offsets, and the count kernel."""
     configure, plan = kernels.tiles.configure, kernels.blocks.Plan
 
     def small(body: str, classes: int, *rest: Any) -> Any:
@@ -118,8 +118,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
             per_thread=1,
         )
 
-    def wide(**known: Any) -> Any:
-        return plan(**known | {"INDEX": triton.language.int64})
+    def wide(**constants: Any) -> Any:
+        return plan(**constants | {"INDEX": triton.language.int64})
 
     monkeypatch.setattr(sys.modules[__name__], "launches", {})
     monkeypatch.setattr(ops, "_prepared", {})
@@ -143,16 +143,16 @@ def test_small_tiles_match_the_reference() -> None:
 
 
 @interpreted
-def test_linear_layers_match_the_reference() -> None:
-    """Whose logits the kernel turns into their gradient where they are."""
+def test_linear_loss_matches_the_reference() -> None:
+    """Its kernel overwrites the logits with their gradient."""
     for sample in LINEAR_CROSS_ENTROPIES:
         if sample.input.ndim == 2:
             test_linear.assert_matches_reference(sample, torch.float32, "cpu")
 
 
 @interpreted
-def test_losses_without_gradients_are_the_same() -> None:
-    """Whose divisor is counted along with them."""
+def test_means_without_gradients_match_the_reference() -> None:
+    """They count the divisor in the loss kernel, and leave all counters at 0."""
     for sample in SAMPLES:
         if sample.options.get("reduction") == "mean":
             input, target, options = sample.tensors(torch.float64)
@@ -166,7 +166,7 @@ def test_losses_without_gradients_are_the_same() -> None:
     )
 
 
-def by_target(sample: Sample) -> Tensor:
+def gradient_by_target(sample: Sample) -> Tensor:
     input, target, options = sample.tensors(torch.float64)
     losses = sample.function(input, target.requires_grad_(), **options)
     (grad,) = torch.autograd.grad(losses.sum(), target)
@@ -174,11 +174,11 @@ def by_target(sample: Sample) -> Tensor:
 
 
 @interpreted
-@pytest.mark.parametrize("tiles", ["usual", "small"])
+@pytest.mark.parametrize("tiles", ["default", "small"])
 def test_gradients_by_the_target(
     tiles: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference has none; where p is 0 those of the formula are as arbitrary as others."""
+    """Agree with those of the formula, as the reference has none."""
     if tiles == "small":
         request.getfixturevalue("small_tiles")
     is_soft = re.compile("sse-dense|ce-[a-z]*-soft").match
@@ -186,31 +186,29 @@ def test_gradients_by_the_target(
         s for s in SAMPLES
         if is_soft(s.name) and s.options["reduction"] == "none" and s.input.size <= 24
     ]  # fmt: skip
-    ours = list(map(by_target, soft))
+    ours = list(map(gradient_by_target, soft))
     use_kernels(monkeypatch, {})
     for sample, grad in zip(soft, ours, strict=True):
-        torch.testing.assert_close(grad, by_target(sample), msg=sample.name)
+        torch.testing.assert_close(grad, gradient_by_target(sample), msg=sample.name)
 
 
 @interpreted
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gradients_that_wait_are_taken_with_those_of_the_losses(
-    reduction: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each element, sample or sum has an upstream gradient of its own, in whatever strides."""
+def test_upstream_gradients_of_any_strides(reduction: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For gradients computed in backward, from one upstream gradient per element, sample or sum."""
 
     def gradients() -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(0)
         for shape, dim in (((3, 5), 1), ((5, 3), 0), ((2, 5, 3), 1)):
             samples = shape[:dim] + shape[dim + 1 :]
             for loss, options in FORMS:
-                dense = loss is sum_squared_error
+                is_elementwise = loss is sum_squared_error
                 for target in (
                     torch.rand(shape, generator=generator),
                     torch.randint(5, samples, generator=generator),
                 ):
                     rows = (*shape[:dim], 1, *shape[dim + 1 :])
-                    size = rows if dense and target.shape == shape else samples
+                    size = rows if is_elementwise and target.shape == shape else samples
                     weight = torch.rand(size, generator=generator)
                     y = torch.rand(shape, generator=generator).half().requires_grad_()
                     for sample_weight in (None, weight):
@@ -220,8 +218,8 @@ def test_gradients_that_wait_are_taken_with_those_of_the_losses(
                         )  # fmt: skip
                         upstream = torch.rand(value.shape[::-1], generator=generator)
                         upstream = upstream.permute(tuple(reversed(range(value.dim()))))
-                        for each in (upstream, upstream.contiguous()):
-                            yield torch.autograd.grad(value, y, each, retain_graph=True)[0]
+                        for grad in (upstream, upstream.contiguous()):
+                            yield torch.autograd.grad(value, y, grad, retain_graph=True)[0]
 
     ours = list(gradients())
     use_kernels(monkeypatch, {})
@@ -258,7 +256,7 @@ def test_sizes_around_a_tile(shape: tuple[int, ...], dtype: torch.dtype, is_inde
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_logits_as_low_as_they_come(dtype: torch.dtype) -> None:
+def test_logits_at_the_lowest_finite_number(dtype: torch.dtype) -> None:
     x = torch.full((2, 2**14 + 9), torch.finfo(dtype).min, dtype=dtype)
     expected = x.new_tensor(float(x.shape[1])).log().expand(2)
     for target in (torch.tensor([0, x.shape[1] - 1]), torch.ones_like(x) / x.shape[1]):
@@ -270,7 +268,7 @@ def test_logits_as_low_as_they_come(dtype: torch.dtype) -> None:
 
 
 def calls(reduction: str, *, is_index: bool, dtype: torch.dtype = torch.float32) -> Iterator[Call]:
-    """One for each form of the kernel."""
+    """A call for every specialization of the loss kernel."""
     call = functools.partial(Call, is_index=is_index, dim=1, reduction=reduction, ignore_index=-100)
     yield call(kind="squares", dtype=dtype)
     for kind in ("probabilities", "logits"):
@@ -286,7 +284,7 @@ def calls(reduction: str, *, is_index: bool, dtype: torch.dtype = torch.float32)
      for bits in (8, 16, 32, 64)] + [(torch.uint64, 2**64 - 100)],
 )  # fmt: skip
 def test_a_class_out_of_range_is_not_read(dtype: torch.dtype, far: int) -> None:
-    """On a device nobody looks at the classes before; an unsigned −100 is no `ignore_index`."""
+    """GPU labels are not checked before the launch; −100 mod 2ⁿ is not `ignore_index`."""
     target = torch.tensor([1, far, 3, 0], dtype=dtype)
     ignored = [False] * 4
     if dtype.is_signed:
@@ -310,7 +308,8 @@ def test_a_class_out_of_range_is_not_read(dtype: torch.dtype, far: int) -> None:
 
 @interpreted
 def test_offsets_beyond_2_to_the_31() -> None:
-    y = torch.from_numpy(np.zeros((3, 2**30), np.float16))  # The memory is there once touched.
+    # np.zeros allocates pages when they are touched, and few are.
+    y = torch.from_numpy(np.zeros((3, 2**30), np.float16))
     y[2, -1] = 0.5
     assert cross_entropy_error(y[2:], torch.tensor([2**30 - 1]), delta=0) == torch.tensor(2.0).log()
     loss = cross_entropy_error(y, torch.tensor([0, 0, 2**30 - 1]), delta=0.5, reduction="none")
@@ -319,7 +318,7 @@ def test_offsets_beyond_2_to_the_31() -> None:
 
 @interpreted
 @pytest.mark.parametrize("ignore_index", [2**63 - 1, -100])
-def test_a_class_beyond_int64_is_not_what_is_ignored(ignore_index: int) -> None:
+def test_a_label_beyond_int64_is_not_the_ignore_index(ignore_index: int) -> None:
     call = Call("logits", True, 1, "none", ignore_index, torch.float32, 1e-7)
     target = torch.tensor([0, ignore_index % 2**64, 2**63 + 5], dtype=torch.uint64)
     losses, *_ = run(call, torch.rand(3, 5), target, None, None, (False, False))
@@ -327,7 +326,7 @@ def test_a_class_beyond_int64_is_not_what_is_ignored(ignore_index: int) -> None:
 
 
 @interpreted
-def test_rescale_reads_the_factor() -> None:
+def test_rescale_multiplies_in_place() -> None:
     gradient = torch.rand(5000).bfloat16()
     for factor in (torch.tensor(1.0), torch.tensor(0.5)):
         expected = gradient * factor
@@ -338,15 +337,15 @@ def test_rescale_reads_the_factor() -> None:
         assert torch.equal(rescaled, expected.bfloat16())
 
 
-# To compile all kernels for all capabilities takes minutes, so the three take turns; with SHARE=1
-# each has all.
+# Compiling all kernels for all compute capabilities takes minutes, so each capability compiles one
+# kernel in SHARE; with SHARE=1 all of them.
 CAPABILITIES = (80, 90, 100)
 SHARE = int(os.environ.get("SHARE", "3"))
 LAUNCH = JITFunction.run
 
 
 def use_target(device: int, capability: int) -> None:
-    """Makes Triton compile for a GPU that need not be there."""
+    """Makes Triton compile for this capability, without a GPU."""
     triton.runtime.driver.set_active(
         types.SimpleNamespace(
             get_current_device=lambda: device,
@@ -358,33 +357,34 @@ def use_target(device: int, capability: int) -> None:
 
 @pytest.fixture
 def binaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[Any]]]:
-    """Compiles its share of what is launched from now on for a GPU of the given capability."""
-    made: list[Any] = []
+    """A function that makes launches compile for a capability, and returns the list of binaries."""
+    results: list[Any] = []
     numbers = itertools.count()
 
     def run(kernel: Any, *arguments: Any, **options: Any) -> None:
         if next(numbers) % SHARE == 0:
-            made.append((kernel.__name__, LAUNCH(kernel, *arguments, **options | {"warmup": True})))
+            binary = LAUNCH(kernel, *arguments, **options | {"warmup": True})
+            results.append((kernel.__name__, binary))
 
     def start(capability: int) -> list[Any]:
         nonlocal numbers
         numbers = itertools.count(CAPABILITIES.index(capability))
-        use_target(capability, capability)  # Triton keeps what it compiled by device.
-        return made
+        use_target(capability, capability)  # Triton caches binaries by device.
+        return results
 
     monkeypatch.setattr(JITFunction, "run", run)
     yield start
-    with contextlib.suppress(RuntimeError):  # Without a GPU there is nothing to go back to.
+    with contextlib.suppress(RuntimeError):  # Without a GPU there is no driver to restore.
         triton.runtime.driver.reset_active()
 
 
 def tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Without memory."""
+    """A tensor without storage."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def launch_all(shape: tuple[int, ...], dtype: torch.dtype, *, has_all_options: bool) -> None:
-    """Every form of the kernel, and the others."""
+    """Launches every specialization of the loss kernel, and the count and rescale kernels."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     samples = (shape[0], *shape[2:])
     y, soft, index = tensor(shape, dtype), tensor(shape, dtype), tensor(samples, torch.int64)
@@ -411,8 +411,8 @@ def launch_all(shape: tuple[int, ...], dtype: torch.dtype, *, has_all_options: b
 def test_compiles_without_spills(
     capability: int, binaries: Callable[[int], list[Any]], tmp_path: Path
 ) -> None:
-    made = binaries(capability)
-    # Rows of one tile and of several; few classes; and samples, not classes, side by side.
+    built = binaries(capability)
+    # Rows of one tile and of several; few classes; images, whose samples are contiguous.
     for shape, dtype, has_all_options in (
         ((4096, 4096), torch.float32, True),
         ((4096, 32768), torch.float32, False),
@@ -427,13 +427,13 @@ def test_compiles_without_spills(
     y, target = tensor((4096, 10), torch.float32), tensor((4096,), torch.int64)
     for call in calls("mean", is_index=True):
         run(call, y, target, None, None, (False, False))
-    assert {name for name, _ in made} == {"_loss_kernel", "_count_kernel", "_rescale_kernel"}
-    assert_no_spills(made, tmp_path)
+    assert {name for name, _ in built} == {"_loss_kernel", "_count_kernel", "_rescale_kernel"}
+    assert_no_spills(built, tmp_path)
 
 
-def assert_no_spills(made: list[Any], folder: Path) -> None:
+def assert_no_spills(built: list[Any], folder: Path) -> None:
     path = folder / "kernel.cubin"
-    for name, binary in {id(binary): (name, binary) for name, binary in made}.values():
+    for name, binary in {id(binary): (name, binary) for name, binary in built}.values():
         path.write_bytes(binary.asm["cubin"])
         usage = subprocess.run(
             [triton.knobs.nvidia.cuobjdump.path, "-res-usage", path],
@@ -445,31 +445,31 @@ def assert_no_spills(made: list[Any], folder: Path) -> None:
 
 @compiled
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_classes_of_a_pixel_lie_in_one_thread(
+def test_one_thread_holds_all_classes_of_two_pixels(
     capability: int, binaries: Callable[[int], list[Any]], tmp_path: Path
 ) -> None:
-    """Two pixels in each, a load of both for each class, and nothing exchanged before the sum."""
-    made = binaries(capability)
+    """One load per class serves both pixels, and threads exchange nothing before the sum."""
+    built = binaries(capability)
     for classes in (3, 21, 32):
         for dtype in (torch.bfloat16, torch.float16):
             for delta in (1e-7, 0.0):
                 call = Call("logits", True, 1, "sum", -100, torch.float32, delta)
                 x = tensor((16, classes, 512, 512), dtype)
                 target = tensor((16, 512, 512), torch.int64)
-                before = len(made)
+                before = len(built)
                 run(call, x, target, None, None, (True, False))
-                for _, binary in made[before:]:
+                for _, binary in built[before:]:
                     code = binary.asm["ptx"]
                     assert len(re.findall(r"\bbar(rier)?\.sync\b", code)) <= 8
                     assert len(re.findall(r"\bld\.global(\.\w+)*\.b32\b", code)) >= classes
-    assert_no_spills(made, tmp_path)
+    assert_no_spills(built, tmp_path)
 
 
-class Binary:
-    """Stands for what Triton has compiled, and looks whether Triton itself would launch it."""
+class FakeBinary:
+    """Replaces a compiled kernel, and checks that Triton itself would launch the same one."""
 
     function = packed_metadata = None
-    kept = 0
+    launches = 0
 
     def __init__(self, kernel: Any, options: dict[str, Any]) -> None:
         self.kernel, self.options = kernel, options
@@ -482,51 +482,53 @@ class Binary:
         return self.launch
 
     def launch(self, *arguments: Any, stream: int | None) -> None:
-        given, *rest = arguments
-        if isinstance(given, tuple):
-            given = kernels.blocks.Given(*given)
+        first, *rest = arguments
+        if isinstance(first, tuple):
+            first = kernels.blocks.Given(*first)
         else:
-            assert rest[2] == given.numel()
-        assert LAUNCH(self.kernel, given, *rest, **self.options | {"warmup": True}) is self
-        Binary.kept += 1
+            assert rest[2] == first.numel()
+        assert LAUNCH(self.kernel, first, *rest, **self.options | {"warmup": True}) is self
+        FakeBinary.launches += 1
 
 
 @compiled
 @pytest.mark.usefixtures("binaries")
-def test_what_is_kept_is_what_triton_would_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By types and places of tensors, and by sizes and strides."""
+def test_cached_binaries_are_those_that_triton_would_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For random dtypes, alignments, sizes and strides."""
     draw = random.Random(0).choice  # noqa: S311
 
-    given: dict[str, Any] = {}
+    last_options: dict[str, Any] = {}
 
     def run(kernel: Any, *arguments: Any, **options: Any) -> Any:
-        given.clear()
-        given.update(options)
+        last_options.clear()
+        last_options.update(options)
         return LAUNCH(kernel, *arguments, **options)
 
-    def build(kernel: Any, key: str, signature: Any, device: int, *_: Any) -> Binary:
-        binary = kernel.device_caches[device][0][key] = Binary(kernel, dict(given))
+    def build(kernel: Any, key: str, signature: Any, device: int, *_: Any) -> FakeBinary:
+        binary = kernel.device_caches[device][0][key] = FakeBinary(kernel, dict(last_options))
         return binary
 
-    def place(shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
-        """At one of several places, and at one of two distances."""
+    def random_tensor(shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
+        """With a random alignment and step."""
         step = draw([1, 1, 2])
         start = draw([0, 0, 1, 4])
         numbers = torch.zeros(2**10, dtype=draw(dtypes))[start : start + step * math.prod(shape)]
         return numbers[::step].view(shape)
 
     def like(tensor: Any) -> Any:
-        """Another with all that a launch is prepared for."""
+        """Another tensor with the same shape, strides, dtype and alignment."""
         if tensor is None:
             return None
         offset = tensor.storage_offset() + draw([0, 16])
         return tensor.new_zeros(2**10).as_strided(tensor.shape, tensor.stride(), offset)
 
-    use_target(-90, 90)  # A device for which nothing is compiled.
+    use_target(-90, 90)  # A device number without cached binaries.
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(JITFunction, "_do_compile", build)
     monkeypatch.setattr(kernels, "COUNT_ALONE", 0)
-    monkeypatch.setattr(Binary, "kept", 0)
+    monkeypatch.setattr(FakeBinary, "launches", 0)
     shapes = [(1, 1), (16, 1), (1, 16), (3, 5), (16, 4), (2, 5, 3), (1, 4, 16)]
     dtypes = (torch.float32, torch.float16)
     for _ in range(400):
@@ -536,27 +538,35 @@ def test_what_is_kept_is_what_triton_would_launch(monkeypatch: pytest.MonkeyPatc
             "logits", draw([True, False]), 1, draw(["none", "sum", "mean"]), -100, torch.float32
         )
         target = (
-            place(samples, torch.int64, torch.uint8) if call.is_index else place(shape, *dtypes)
+            random_tensor(samples, torch.int64, torch.uint8)
+            if call.is_index
+            else random_tensor(shape, *dtypes)
         )
-        weight, sample_weight = place(shape[1:2], *dtypes), place(samples, *dtypes)
-        tensors = (place(shape, *dtypes), target, draw([None, weight]), draw([None, sample_weight]))
+        weight, sample_weight = (random_tensor(s, *dtypes) for s in (shape[1:2], samples))
+        tensors = (
+            random_tensor(shape, *dtypes),
+            target,
+            draw([None, weight]),
+            draw([None, sample_weight]),
+        )
         launch = kernels.prepare(call, *tensors)
         for _ in range(8):
             input, target, weight, sample_weight = map(like, tensors)
-            upstream = place(samples if call.reduction == "none" else (), torch.float32)
+            upstream = random_tensor(samples if call.reduction == "none" else (), torch.float32)
             needs = (True, not call.is_index and draw([True, False]))
             launch.compute(
                 input, target, weight, sample_weight, needs, draw([None, upstream]),
                 draw([True, False]),
             )  # fmt: skip
             flat = tensor((2**31 - draw([0, 16]),), input.dtype)
-            labels = place(samples, target.dtype) if call.is_index else target
-            launch.rescale([place(shape, input.dtype), flat], upstream.view(-1)[:1], labels)
-    assert Binary.kept > 3000
+            labels = random_tensor(samples, target.dtype) if call.is_index else target
+            gradient = random_tensor(shape, input.dtype)
+            launch.rescale([gradient, flat], upstream.view(-1)[:1], labels)
+    assert FakeBinary.launches > 3000
 
 
 @compiled
-def test_what_may_run_at_once_shares_no_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_launches_share_no_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     stream, is_captured = 1, False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_captured)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -569,25 +579,25 @@ def test_what_may_run_at_once_shares_no_workspace(monkeypatch: pytest.MonkeyPatc
 
     with FakeTensorMode():
         is_captured = True
-        made = [find()]  # Before there is a counter for it.
+        found = [find()]  # Captured before any eager launch.
         is_captured = False
         first = find()
         assert find() is first
-        made += [first, find(torch.float64)]
+        found += [first, find(torch.float64)]
         stream = 2
-        made.append(find())
-        assert find() is made[-1]
+        found.append(find())
+        assert find() is found[-1]
         is_captured = True
-        made += [find() for _ in range(3)]
-        counters = [counter for _, counter in made]
+        found += [find() for _ in range(3)]
+        counters = [counter for _, counter in found]
         assert [counter._is_view() for counter in counters] == [False] * 4 + [True, True, False]
         assert counters[4].storage_offset() != counters[5].storage_offset()
-        for tensors in zip(*made, strict=True):
-            assert len(set(map(id, tensors))) == len(made)
+        for tensors in zip(*found, strict=True):
+            assert len(set(map(id, tensors))) == len(found)
 
 
 class Operations(TorchDispatchMode):
-    """The names of torch's own operations."""
+    """Records the names of torch operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -603,7 +613,7 @@ class Operations(TorchDispatchMode):
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(128, 10), (65_536, 10), (8, 21, 64, 64)], ids=str)
-def test_forward_and_backward_are_two_launches_or_three(
+def test_forward_and_backward_take_two_or_three_launches(
     shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[str] = []
@@ -636,8 +646,8 @@ def test_forward_and_backward_are_two_launches_or_three(
                     is_counted = reduction == "mean" and (is_index or sample_weight is not None)
                     is_counted &= samples[0] * len(index[0].view(-1)) > kernels.COUNT_ALONE
                     assert len(launched) == 2 + is_counted, (call, launched)
-                    made = [n for n in operations.names if n in ("empty_like", "new_empty")]
-                    assert len(made) == 2 + is_late  # Losses, and a gradient.
+                    allocations = [n for n in operations.names if n in ("empty_like", "new_empty")]
+                    assert len(allocations) == 2 + is_late  # Loss and gradient.
                     assert set(operations.names) <= {
                         "empty_like",
                         "new_empty",
@@ -649,7 +659,7 @@ def test_forward_and_backward_are_two_launches_or_three(
 
 
 @compiled
-def test_where_triton_cannot_build_the_formula_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_formula_serves_where_triton_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     find = ops._find_triton.__wrapped__

@@ -1,4 +1,4 @@
-"""The losses give the numbers of their definition, and so does the NumPy reference."""
+"""The losses and the NumPy reference agree with their definition, published and by hand."""
 
 import importlib.util
 import math
@@ -13,7 +13,7 @@ import torch
 import torchlosses
 from torchlosses import CrossEntropyError, SumSquaredError, functional, reference
 
-# Rows of ten class probabilities, and what they cost when class 2 is right.
+# Rows of ten class probabilities, and their loss for class 2.
 RIGHT = [0.1, 0.05, 0.6, 0.0, 0.05, 0.1, 0.0, 0.1, 0.0, 0.0]
 WRONG = [0.1, 0.05, 0.1, 0.0, 0.05, 0.1, 0.0, 0.6, 0.0, 0.0]
 UNNORMALIZED = [0.2, 0.5, 0.1, 0.1, 0.05, 0.1, 0.0, 0.6, 0.0, 0.0]
@@ -50,7 +50,7 @@ def test_default_reduction_is_sum_and_default_delta_is_1e_7() -> None:
     assert SumSquaredError()(input, torch.tensor([1, 1])).item() == 1.0
 
 
-# By hand: two rows of three classes, rounded from pencil and paper where logarithms come in.
+# By hand: two rows of three classes.
 ROWS = [[0.5, 0.25, 0.25], [0.125, 0.375, 0.5]]
 LOG2 = math.log(2)
 BY_HAND: list[tuple[str, Any, dict[str, Any], Any]] = [
@@ -100,8 +100,8 @@ def test_values_by_hand(
     assert loss.tolist() == pytest.approx(expected, abs=1e-14)
 
 
-def test_mean_of_weights_that_repeat(device: str) -> None:
-    """Every weight counts for ten elements; their sum must not drift with their number."""
+def test_mean_by_four_million_broadcast_weights(device: str) -> None:
+    """Every weight counts for ten elements; rounding errors must not add up in their sum."""
     weight = torch.rand(4_000_000, 1, device=device)
     ones = torch.ones((), device=device).expand(4_000_000, 10)
     loss = functional.sum_squared_error(ones, ones * 0, reduction="mean", sample_weight=weight)
@@ -123,17 +123,18 @@ def test_reference_gradients_by_hand() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("from_logits", [False, True])
-def test_weights_of_what_does_not_count(bad: float, from_logits: bool, device: str) -> None:
-    """Of a class that no index names, and of a sample that is ignored."""
+def test_weights_of_absent_classes_and_ignored_samples_may_be_infinite_or_nan(
+    bad: float, from_logits: bool, device: str
+) -> None:
     y, target = np.array([[0.25, 0.5, 0.25], [0.5, 0.25, 0.25], [0.25, 0.25, 0.5]]), [0, -100, 1]
     weight, sample_weight = np.array([1, 2, bad]), np.array([1, bad, 3])
     options: dict[str, Any] = {"reduction": "mean", "from_logits": from_logits}
     reference_options = options | {"weight": weight, "sample_weight": sample_weight}
     value = reference.cross_entropy_error(y, target, **reference_options)
     grad = reference.cross_entropy_error_grad(y, target, **reference_options)
-    rest = options | {"weight": [1, 2, 5], "sample_weight": [1, 5, 3]}
-    assert value == reference.cross_entropy_error(y, target, **rest)
-    assert grad.tolist() == reference.cross_entropy_error_grad(y, target, **rest).tolist()
+    finite = options | {"weight": [1, 2, 5], "sample_weight": [1, 5, 3]}
+    assert value == reference.cross_entropy_error(y, target, **finite)
+    assert grad.tolist() == reference.cross_entropy_error_grad(y, target, **finite).tolist()
 
     def tensor(values: Any) -> torch.Tensor:
         return torch.tensor(values, device=device)
@@ -175,14 +176,14 @@ def test_public_names() -> None:
     ]
 
 
-def test_squares_near_the_end_of_the_dtype(device: str) -> None:
+def test_squares_near_the_largest_number_of_the_dtype(device: str) -> None:
     """½ (y − t)² is finite where (y − t)² is not."""
     y = torch.tensor([2.4e19, -2.5e19], device=device)
     loss = functional.sum_squared_error(y, torch.zeros_like(y), reduction="none")
     torch.testing.assert_close(loss, torch.tensor([2.88e38, 3.125e38], device=device))
 
 
-def test_a_mean_by_weights_that_cancel_is_no_mean_over_nothing(device: str) -> None:
+def test_mean_is_finite_for_weights_of_0_but_not_for_weights_that_cancel(device: str) -> None:
     y, t = torch.full((2, 3), 0.5, device=device), torch.tensor([0, 1], device=device)
     for weights in ((1.0, -1.0), (0.0, 0.0)):
         sample_weight = torch.tensor(weights, device=device)

@@ -163,7 +163,7 @@ def check_dim(input: Tensor, dim: int | None) -> int:
             f"dim: got {dim} for an input of shape {tuple(input.shape)}; "
             f"expected {-rank} to {rank - 1}"
         )
-    return dim % rank
+    return operator.index(dim) % rank  # A constant in a graph.
 
 
 def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> torch.Size:
