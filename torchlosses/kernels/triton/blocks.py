@@ -150,11 +150,11 @@ def _inner(g, P: tl.constexpr):
 
 @triton.jit
 def _blocks(g, P: tl.constexpr, SAMPLES: tl.constexpr):
-    """How many blocks of so many samples there are."""
+    """The number of blocks of SAMPLES samples, in 32 bits: a 64-bit division is slow and spills."""
     if P.IS_SPATIAL:
-        return g.outer * tl.cdiv(_inner(g, P), SAMPLES)
+        return tl.cast(g.outer, tl.int32) * tl.cast(tl.cdiv(_inner(g, P), SAMPLES), tl.int32)
     else:  # noqa: RET505 - Only one branch is compiled.
-        return tl.cdiv(g.outer, SAMPLES)
+        return tl.cast(tl.cdiv(g.outer, SAMPLES), tl.int32)
 
 
 @triton.jit
@@ -175,8 +175,8 @@ def _block(g, f, block, P: tl.constexpr, SAMPLES: tl.constexpr):
     i = tl.cast(0, tl.int32) if SAMPLES == 1 else tl.arange(0, SAMPLES)
     classes, inner = _classes(g, P), _inner(g, P)
     if P.IS_SPATIAL:
-        blocks = tl.cdiv(inner, SAMPLES)
-        start = block % blocks * SAMPLES
+        blocks = tl.cast(tl.cdiv(inner, SAMPLES), tl.int32)
+        start = tl.cast(block % blocks, P.INDEX) * SAMPLES
         outside = tl.cast(block // blocks, tl.int64)
         inside = start + i
         first = outside * inner + start
