@@ -255,13 +255,17 @@ def _make_tile(b, start, CONST: tl.constexpr):
     """Class indices from `start` on, which of them exist, offsets, and which are the label."""
     threads: tl.constexpr = CONST.TILE.threads
     vector: tl.constexpr = CONST.TILE.vector
-    k = tl.arange(0, threads)[:, None] * vector + tl.arange(0, vector)[None, :]
-    k += tl.arange(0, CONST.TILE.per_thread)[:, None, None, None] * (threads * vector)
+    thread_start = tl.arange(0, threads)[:, None] * vector
+    step = tl.arange(0, CONST.TILE.per_thread)[:, None, None, None] * (threads * vector)
+    step += tl.arange(0, vector)[None, :]
+    k = thread_start + step
     class_mask = k < b.classes - start
     if CONST.IS_EVEN:
         class_mask = tl.full(k.shape, True, tl.int1)
     offsets = _over_classes(b.row + start * b.class_stride) + k * b.class_stride
-    return start + k, class_mask, offsets, _over_classes(b.label - start) == k
+    # `k == label - start`, in fewer registers: `step` is a constant in each.
+    is_label = _over_classes(b.label - start) - thread_start == step
+    return start + k, class_mask, offsets, is_label
 
 
 @triton.jit
