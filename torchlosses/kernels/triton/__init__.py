@@ -11,16 +11,17 @@ gradients. As Triton's argument processing takes longer than a small loss, a `La
 compiled binary directly after the first call. It allocates nothing but the loss and its gradients.
 
 The input is seen as (outer, classes, inner). A tile has the shape (per_thread, samples, threads,
-vector), where each thread holds the first and the last dimension, of one sample's classes. With
-inner = 1 samples are contiguous rows, and a flat tensor has classes = 1 too. Otherwise samples are
-contiguous along inner, classes are strided, and a block of samples has one outer index. So offsets
-within a block fit in 32 bits, and only the block's index needs a division.
+vector): each thread holds the first and the last dimension in its registers. With inner = 1 samples
+are contiguous rows, and a flat tensor has classes = 1 too. Otherwise samples are contiguous along
+inner, classes are strided, and a block of samples has one outer index. So offsets within a block
+fit in 32 bits, and only the block's index needs a division.
 
 Each program takes every `num_programs`-th block of samples and adds up its losses in a fixed order.
 The last program to finish adds up the partial sums in a fixed order too, so the same input gives
 the same bits.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -83,38 +84,34 @@ def prepare(
     return Launch(call, input, target, weight, sample_weight)
 
 
+@dataclasses.dataclass
 class Pass:
     """A forward or backward pass: the programs of its kernels and all arguments but tensors.
 
-    `run_divisor` and `run_loss` launch the compiled kernels; they are None before the first call.
+    `run_loss` and `run_divisor` launch the compiled kernels; they are None before the first call.
     """
 
-    def __init__(
-        self,
-        constants: Constants,
-        programs: int,
-        divisor_programs: int,
-        copies_upstream: bool,
-        sizes: tuple[int, ...],
-        factors: tuple[float, ...],
-        options: dict[str, int],
-    ) -> None:
-        self.constants, self.programs = constants, programs
-        self.divisor_programs = divisor_programs
-        self.copies_upstream = copies_upstream
-        self.sizes, self.rest, self.options = sizes, (*factors, constants), options
-        self.run_loss: Any = None
-        self.run_divisor: Any = None
+    constants: Constants
+    programs: int
+    divisor_programs: int  # 0 if there is no `_divisor_kernel`.
+    copies_upstream: bool
+    sizes: tuple[int, ...]
+    factors: tuple[float, ...]
+    options: dict[str, int]
+    run_loss: Any = None
+    run_divisor: Any = None
 
     def launch(
-        self, args: tuple[Any, ...], partials: Tensor | None, counter: Tensor | None, keeps: bool
+        self, args: tuple[Any, ...], partials: Tensor | None, counter: Tensor | None, keep: bool
     ) -> None:
-        """Launches the kernels by Triton, which compiles them, and may keep the binaries."""
+        """Launches the kernels through Triton, which compiles them, and may keep the binaries."""
         common, run_divisor = (KernelArgs(*args), partials, counter), None
         if self.divisor_programs:
             run_divisor = _launch(_divisor_kernel, self.divisor_programs, (*common, self.constants))
-        run_loss = _launch(_loss_kernel, self.programs, (*common, *self.rest), **self.options)
-        if keeps:
+        run_loss = _launch(
+            _loss_kernel, self.programs, (*common, *self.factors, self.constants), **self.options
+        )
+        if keep:
             self.run_divisor, self.run_loss = run_divisor, run_loss
 
 
@@ -227,11 +224,13 @@ class Launch:
             *prepared.sizes,
         )  # fmt: skip
         if prepared.run_loss is None or not is_aligned:
-            prepared.launch(args, partials, counter, keeps=is_aligned)
+            prepared.launch(args, partials, counter, keep=is_aligned)
         else:
             if prepared.run_divisor is not None:
                 prepared.run_divisor(args, partials, counter, prepared.constants, stream=stream)
-            prepared.run_loss(args, partials, counter, *prepared.rest, stream=stream)
+            prepared.run_loss(
+                args, partials, counter, *prepared.factors, prepared.constants, stream=stream
+            )
         return loss, grad_input, grad_target
 
     def rescale(
