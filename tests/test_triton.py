@@ -180,10 +180,10 @@ def target_gradient(sample: Sample) -> Tensor:
 
 @interpreted
 @pytest.mark.parametrize("tiles", ["usual", "small"])
-def test_target_gradients_match_the_formula(
+def test_target_gradients(
     tiles: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference has none. Samples with p = 0 are left out, where −log p is infinite."""
+    """Against the formula. Samples with p = 0 are left out, where −log p is infinite."""
     if tiles == "small":
         request.getfixturevalue("small_tiles")
     is_soft = re.compile("sse-dense|ce-[a-z]*-soft").match
@@ -199,10 +199,8 @@ def test_target_gradients_match_the_formula(
 
 @interpreted
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gradients_with_upstream_match_the_formula(
-    reduction: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a different upstream gradient for each element or sample, contiguous or not."""
+def test_gradients_times_upstream(reduction: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the formula, with upstream gradients per element or sample, contiguous or not."""
 
     def gradients() -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(0)
