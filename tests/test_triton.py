@@ -1,6 +1,6 @@
-"""The GPU kernels without a GPU: run in Triton's interpreter, and compiled ahead of time.
+"""The Triton kernels without a GPU: run in Triton's interpreter, and compiled ahead of time.
 
-Triton reads TRITON_INTERPRET at import, so the interpreter's tests run in a process of their own:
+The interpreter must be enabled before Triton is imported, so its tests run in a separate process:
 `TRITON_INTERPRET=1 python -m pytest -W ignore::RuntimeWarning tests/test_triton.py`.
 """
 
@@ -43,7 +43,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from torchlosses.kernels import triton as kernels  # noqa: E402
 
 IS_INTERPRETED = triton.knobs.runtime.interpret
-interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="runs in the interpreter's process")
+interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="needs TRITON_INTERPRET=1")
 compiled = pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter does not compile")
 
 launches: dict[Any, Any] = {}
@@ -70,7 +70,8 @@ def rescale(gradients: Any, grad_loss: Tensor, call: Any = None, target: Any = N
     return find_launch(call, like, target, None, None).rescale(gradients, grad_loss, target)
 
 
-FORMS: list[tuple[Any, dict[str, Any]]] = [
+# Calls that together use every body of `_loss_kernel`.
+LOSSES: list[tuple[Any, dict[str, Any]]] = [
     (sum_squared_error, {}),
     (cross_entropy_error, {}),
     (cross_entropy_error, {"from_logits": True}),
@@ -82,20 +83,20 @@ FORMS: list[tuple[Any, dict[str, Any]]] = [
 @compiled
 def test_passes_in_the_interpreter() -> None:
     if TorchVersion(triton.__version__) < "3.7" and TorchVersion(np.__version__) >= "2.4":
-        pytest.skip("this NumPy makes no loop bounds for the interpreter of this Triton")
-    here = Path(__file__).parent
+        pytest.skip("the interpreter of Triton 3.6 cannot read loop bounds from NumPy 2.4")
+    folder = Path(__file__).parent
     child = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider",
-         # The interpreter computes in NumPy, which warns where a kernel makes ∞ or NaN.
+         # The interpreter computes by NumPy, which warns of results that are ∞ or NaN.
          "-W", "ignore::RuntimeWarning",
-         # A launch takes several ms, and a gradcheck needs a thousand. Left out: what autograd does
-         # with a gradient, which is the same for all kernels; float64, which the tests with small
-         # tiles cover; and most reductions in bfloat16, whose rounding does not depend on them.
+         # A launch takes some ms, so these are left out: gradient checks by finite differences (a
+         # thousand launches each), what autograd does after a kernel, float64 (tested in small
+         # tiles), and all but one reduction of bfloat16.
          "-k", "not formula and not gradcheck and not gradgradcheck and not torch.float16 "
          "and not changes_before_backward and not upstream_gradient_any_number "
          "and not (matches_reference and torch.float64) "
          "and not -sum-torch.bfloat16 and not -batchmean-torch.bfloat16",
-         *(here / f"test_{name}.py" for name in ("triton", "parity", "gradients", "fuzz"))],
+         *(folder / f"test_{name}.py" for name in ("triton", "parity", "gradients", "fuzz"))],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stdout[-4000:]
@@ -104,8 +105,8 @@ def test_passes_in_the_interpreter() -> None:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of several tiles, several blocks per program, int64 offsets, and the count kernel."""
-    configure, plan = kernels.tiles.configure, kernels.blocks.Plan
+    """Rows longer than a tile, more blocks than programs, 64-bit offsets, a divisor kernel."""
+    configure, constants = kernels.tiles.configure, kernels.blocks.Constants
 
     def small(body: str, classes: int, *rest: Any) -> Any:
         width = min(triton.next_power_of_2(classes), 4)
@@ -118,18 +119,22 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
             per_thread=1,
         )
 
-    def wide(**constants: Any) -> Any:
-        return plan(**constants | {"INDEX": triton.language.int64})
+    def wide(**values: Any) -> Any:
+        return constants(**values | {"INDEX": triton.language.int64})
 
     monkeypatch.setattr(sys.modules[__name__], "launches", {})
     monkeypatch.setattr(ops, "_prepared", {})
     monkeypatch.setattr(kernels, "_workspaces", {})
     monkeypatch.setattr(kernels, "configure", small)
-    monkeypatch.setattr(kernels, "Plan", wide)
-    for name, value in {"MAX_PROGRAMS": 2, "COUNT_PROGRAMS": 2, "COUNT_ALONE": 0}.items():
+    monkeypatch.setattr(kernels, "Constants", wide)
+    for name, value in {
+        "MAX_PROGRAMS": 2,
+        "DIVISOR_PROGRAMS": 2,
+        "LOCAL_DIVISOR_SAMPLES": 0,
+    }.items():
         monkeypatch.setattr(kernels, name, value)
     for module in (kernels, kernels.kernels):
-        monkeypatch.setattr(module, "COUNT_BLOCK", triton.language.constexpr(4))
+        monkeypatch.setattr(module, "DIVISOR_BLOCK", triton.language.constexpr(4))
 
 
 @interpreted
@@ -143,8 +148,8 @@ def test_small_tiles_match_the_reference() -> None:
 
 
 @interpreted
-def test_linear_loss_matches_the_reference() -> None:
-    """Its kernel overwrites the logits with their gradient."""
+def test_linear_layers_match_the_reference() -> None:
+    """The gradient of the logits overwrites them."""
     for sample in LINEAR_CROSS_ENTROPIES:
         if sample.input.ndim == 2:
             test_linear.assert_matches_reference(sample, torch.float32, "cpu")
@@ -152,7 +157,7 @@ def test_linear_loss_matches_the_reference() -> None:
 
 @interpreted
 def test_means_without_gradients_match_the_reference() -> None:
-    """They count the divisor in the loss kernel, and leave all counters at 0."""
+    """`_loss_kernel` then computes loss and divisor in the same loop."""
     for sample in SAMPLES:
         if sample.options.get("reduction") == "mean":
             input, target, options = sample.tensors(torch.float64)
@@ -166,7 +171,7 @@ def test_means_without_gradients_match_the_reference() -> None:
     )
 
 
-def gradient_by_target(sample: Sample) -> Tensor:
+def target_gradient(sample: Sample) -> Tensor:
     input, target, options = sample.tensors(torch.float64)
     losses = sample.function(input, target.requires_grad_(), **options)
     (grad,) = torch.autograd.grad(losses.sum(), target)
@@ -174,11 +179,11 @@ def gradient_by_target(sample: Sample) -> Tensor:
 
 
 @interpreted
-@pytest.mark.parametrize("tiles", ["default", "small"])
-def test_gradients_by_the_target(
+@pytest.mark.parametrize("tiles", ["usual", "small"])
+def test_target_gradients(
     tiles: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Agree with those of the formula, as the reference has none."""
+    """Against the formula. Samples with p = 0 are left out, where −log p is infinite."""
     if tiles == "small":
         request.getfixturevalue("small_tiles")
     is_soft = re.compile("sse-dense|ce-[a-z]*-soft").match
@@ -186,29 +191,29 @@ def test_gradients_by_the_target(
         s for s in SAMPLES
         if is_soft(s.name) and s.options["reduction"] == "none" and s.input.size <= 24
     ]  # fmt: skip
-    ours = list(map(gradient_by_target, soft))
+    ours = list(map(target_gradient, soft))
     use_kernels(monkeypatch, {})
     for sample, grad in zip(soft, ours, strict=True):
-        torch.testing.assert_close(grad, gradient_by_target(sample), msg=sample.name)
+        torch.testing.assert_close(grad, target_gradient(sample), msg=sample.name)
 
 
 @interpreted
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_upstream_gradients_of_any_strides(reduction: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For gradients computed in backward, from one upstream gradient per element, sample or sum."""
+def test_gradients_times_upstream(reduction: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the formula, with upstream gradients per element or sample, contiguous or not."""
 
     def gradients() -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(0)
         for shape, dim in (((3, 5), 1), ((5, 3), 0), ((2, 5, 3), 1)):
             samples = shape[:dim] + shape[dim + 1 :]
-            for loss, options in FORMS:
-                is_elementwise = loss is sum_squared_error
+            for loss, options in LOSSES:
+                is_per_element = loss is sum_squared_error
                 for target in (
                     torch.rand(shape, generator=generator),
                     torch.randint(5, samples, generator=generator),
                 ):
                     rows = (*shape[:dim], 1, *shape[dim + 1 :])
-                    size = rows if is_elementwise and target.shape == shape else samples
+                    size = rows if is_per_element and target.shape == shape else samples
                     weight = torch.rand(size, generator=generator)
                     y = torch.rand(shape, generator=generator).half().requires_grad_()
                     for sample_weight in (None, weight):
@@ -218,8 +223,8 @@ def test_upstream_gradients_of_any_strides(reduction: Any, monkeypatch: pytest.M
                         )  # fmt: skip
                         upstream = torch.rand(value.shape[::-1], generator=generator)
                         upstream = upstream.permute(tuple(reversed(range(value.dim()))))
-                        for grad in (upstream, upstream.contiguous()):
-                            yield torch.autograd.grad(value, y, grad, retain_graph=True)[0]
+                        for each in (upstream, upstream.contiguous()):
+                            yield torch.autograd.grad(value, y, each, retain_graph=True)[0]
 
     ours = list(gradients())
     use_kernels(monkeypatch, {})
@@ -239,7 +244,7 @@ def test_sizes_around_a_tile(shape: tuple[int, ...], dtype: torch.dtype, is_inde
     target = torch.rand(shape).to(dtype)
     if is_index:
         target = torch.randint(shape[1], (shape[0], *shape[2:]))
-    for loss, options in FORMS:
+    for loss, options in LOSSES:
         ours, exact = (x.detach().clone().requires_grad_() for x in (y, y.double()))
         value = loss(ours, target, **options)
         value.backward()
@@ -268,7 +273,7 @@ def test_logits_at_the_lowest_finite_number(dtype: torch.dtype) -> None:
 
 
 def calls(reduction: str, *, is_index: bool, dtype: torch.dtype = torch.float32) -> Iterator[Call]:
-    """A call for every specialization of the loss kernel."""
+    """One call for each variant of `_loss_kernel`."""
     call = functools.partial(Call, is_index=is_index, dim=1, reduction=reduction, ignore_index=-100)
     yield call(kind="squares", dtype=dtype)
     for kind in ("probabilities", "logits"):
@@ -283,8 +288,8 @@ def calls(reduction: str, *, is_index: bool, dtype: torch.dtype = torch.float32)
     [(getattr(torch, f"{sign}int{bits}"), 2**62 >> (64 - bits)) for sign in ("", "u")
      for bits in (8, 16, 32, 64)] + [(torch.uint64, 2**64 - 100)],
 )  # fmt: skip
-def test_a_class_out_of_range_is_not_read(dtype: torch.dtype, far: int) -> None:
-    """GPU labels are not checked before the launch; −100 mod 2ⁿ is not `ignore_index`."""
+def test_invalid_labels_give_nan(dtype: torch.dtype, far: int) -> None:
+    """Labels are not checked before, and no unsigned one equals an `ignore_index` of −100."""
     target = torch.tensor([1, far, 3, 0], dtype=dtype)
     ignored = [False] * 4
     if dtype.is_signed:
@@ -308,8 +313,7 @@ def test_a_class_out_of_range_is_not_read(dtype: torch.dtype, far: int) -> None:
 
 @interpreted
 def test_offsets_beyond_2_to_the_31() -> None:
-    # np.zeros allocates pages when they are touched, and few are.
-    y = torch.from_numpy(np.zeros((3, 2**30), np.float16))
+    y = torch.from_numpy(np.zeros((3, 2**30), np.float16))  # Pages are allocated when touched.
     y[2, -1] = 0.5
     assert cross_entropy_error(y[2:], torch.tensor([2**30 - 1]), delta=0) == torch.tensor(2.0).log()
     loss = cross_entropy_error(y, torch.tensor([0, 0, 2**30 - 1]), delta=0.5, reduction="none")
@@ -318,7 +322,7 @@ def test_offsets_beyond_2_to_the_31() -> None:
 
 @interpreted
 @pytest.mark.parametrize("ignore_index", [2**63 - 1, -100])
-def test_a_label_beyond_int64_is_not_the_ignore_index(ignore_index: int) -> None:
+def test_labels_beyond_int64_are_not_ignored(ignore_index: int) -> None:
     call = Call("logits", True, 1, "none", ignore_index, torch.float32, 1e-7)
     target = torch.tensor([0, ignore_index % 2**64, 2**63 + 5], dtype=torch.uint64)
     losses, *_ = run(call, torch.rand(3, 5), target, None, None, (False, False))
@@ -337,15 +341,15 @@ def test_rescale_multiplies_in_place() -> None:
         assert torch.equal(rescaled, expected.bfloat16())
 
 
-# Compiling all kernels for all compute capabilities takes minutes, so each capability compiles one
-# kernel in SHARE; with SHARE=1 all of them.
+# Compiling all kernels for all capabilities takes minutes, so each capability compiles one in
+# SHARE of them.
 CAPABILITIES = (80, 90, 100)
 SHARE = int(os.environ.get("SHARE", "3"))
-LAUNCH = JITFunction.run
+TRITON_RUN = JITFunction.run
 
 
 def use_target(device: int, capability: int) -> None:
-    """Makes Triton compile for this capability, without a GPU."""
+    """Makes Triton compile for a GPU that does not exist."""
     triton.runtime.driver.set_active(
         types.SimpleNamespace(
             get_current_device=lambda: device,
@@ -356,35 +360,35 @@ def use_target(device: int, capability: int) -> None:
 
 
 @pytest.fixture
-def binaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[Any]]]:
-    """A function that makes launches compile for a capability, and returns the list of binaries."""
-    results: list[Any] = []
+def compile_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[Any]]]:
+    """A function that makes launches compile for a capability, and returns a list of binaries."""
+    binaries: list[Any] = []
     numbers = itertools.count()
 
     def run(kernel: Any, *arguments: Any, **options: Any) -> None:
         if next(numbers) % SHARE == 0:
-            binary = LAUNCH(kernel, *arguments, **options | {"warmup": True})
-            results.append((kernel.__name__, binary))
+            binary = TRITON_RUN(kernel, *arguments, **options | {"warmup": True})
+            binaries.append((kernel.__name__, binary))
 
     def start(capability: int) -> list[Any]:
         nonlocal numbers
         numbers = itertools.count(CAPABILITIES.index(capability))
         use_target(capability, capability)  # Triton caches binaries by device.
-        return results
+        return binaries
 
     monkeypatch.setattr(JITFunction, "run", run)
     yield start
-    with contextlib.suppress(RuntimeError):  # Without a GPU there is no driver to restore.
+    with contextlib.suppress(RuntimeError):  # Without a GPU there is no driver to reset to.
         triton.runtime.driver.reset_active()
 
 
 def tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor without storage."""
+    """A tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def launch_all(shape: tuple[int, ...], dtype: torch.dtype, *, has_all_options: bool) -> None:
-    """Launches every specialization of the loss kernel, and the count and rescale kernels."""
+    """Launches every variant of `_loss_kernel`, and the other kernels."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     samples = (shape[0], *shape[2:])
     y, soft, index = tensor(shape, dtype), tensor(shape, dtype), tensor(samples, torch.int64)
@@ -409,10 +413,10 @@ def launch_all(shape: tuple[int, ...], dtype: torch.dtype, *, has_all_options: b
 @compiled
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_compiles_without_spills(
-    capability: int, binaries: Callable[[int], list[Any]], tmp_path: Path
+    capability: int, compile_for: Callable[[int], list[Any]], tmp_path: Path
 ) -> None:
-    built = binaries(capability)
-    # Rows of one tile and of several; few classes; images, whose samples are contiguous.
+    binaries = compile_for(capability)
+    # Rows of one tile and of several; few classes; and strided classes.
     for shape, dtype, has_all_options in (
         ((4096, 4096), torch.float32, True),
         ((4096, 32768), torch.float32, False),
@@ -427,13 +431,13 @@ def test_compiles_without_spills(
     y, target = tensor((4096, 10), torch.float32), tensor((4096,), torch.int64)
     for call in calls("mean", is_index=True):
         run(call, y, target, None, None, (False, False))
-    assert {name for name, _ in built} == {"_loss_kernel", "_count_kernel", "_rescale_kernel"}
-    assert_no_spills(built, tmp_path)
+    assert {name for name, _ in binaries} == {"_loss_kernel", "_divisor_kernel", "_rescale_kernel"}
+    assert_no_spills(binaries, tmp_path)
 
 
-def assert_no_spills(built: list[Any], folder: Path) -> None:
+def assert_no_spills(binaries: list[Any], folder: Path) -> None:
     path = folder / "kernel.cubin"
-    for name, binary in {id(binary): (name, binary) for name, binary in built}.values():
+    for name, binary in {id(binary): (name, binary) for name, binary in binaries}.values():
         path.write_bytes(binary.asm["cubin"])
         usage = subprocess.run(
             [triton.knobs.nvidia.cuobjdump.path, "-res-usage", path],
@@ -445,28 +449,28 @@ def assert_no_spills(built: list[Any], folder: Path) -> None:
 
 @compiled
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_one_thread_holds_all_classes_of_two_pixels(
-    capability: int, binaries: Callable[[int], list[Any]], tmp_path: Path
+def test_classes_of_a_pixel_lie_in_one_thread(
+    capability: int, compile_for: Callable[[int], list[Any]], tmp_path: Path
 ) -> None:
-    """One load per class serves both pixels, and threads exchange nothing before the sum."""
-    built = binaries(capability)
+    """It holds two pixels: one load of both per class, and no exchange before the sum."""
+    binaries = compile_for(capability)
     for classes in (3, 21, 32):
         for dtype in (torch.bfloat16, torch.float16):
             for delta in (1e-7, 0.0):
                 call = Call("logits", True, 1, "sum", -100, torch.float32, delta)
                 x = tensor((16, classes, 512, 512), dtype)
                 target = tensor((16, 512, 512), torch.int64)
-                before = len(built)
+                before = len(binaries)
                 run(call, x, target, None, None, (True, False))
-                for _, binary in built[before:]:
+                for _, binary in binaries[before:]:
                     code = binary.asm["ptx"]
                     assert len(re.findall(r"\bbar(rier)?\.sync\b", code)) <= 8
                     assert len(re.findall(r"\bld\.global(\.\w+)*\.b32\b", code)) >= classes
-    assert_no_spills(built, tmp_path)
+    assert_no_spills(binaries, tmp_path)
 
 
-class FakeBinary:
-    """Replaces a compiled kernel, and checks that Triton itself would launch the same one."""
+class Binary:
+    """A stub of a compiled kernel: its launch asserts that Triton would select it too."""
 
     function = packed_metadata = None
     launches = 0
@@ -484,19 +488,19 @@ class FakeBinary:
     def launch(self, *arguments: Any, stream: int | None) -> None:
         first, *rest = arguments
         if isinstance(first, tuple):
-            first = kernels.blocks.Given(*first)
-        else:
+            first = kernels.blocks.KernelArgs(*first)
+        else:  # The gradient of `_rescale_kernel`.
             assert rest[2] == first.numel()
-        assert LAUNCH(self.kernel, first, *rest, **self.options | {"warmup": True}) is self
-        FakeBinary.launches += 1
+        assert TRITON_RUN(self.kernel, first, *rest, **self.options | {"warmup": True}) is self
+        Binary.launches += 1
 
 
 @compiled
-@pytest.mark.usefixtures("binaries")
-def test_cached_binaries_are_those_that_triton_would_launch(
+@pytest.mark.usefixtures("compile_for")
+def test_prepared_launches_use_the_binary_that_triton_selects(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """For random dtypes, alignments, sizes and strides."""
+    """For random dtypes, shapes, strides and alignments."""
     draw = random.Random(0).choice  # noqa: S311
 
     last_options: dict[str, Any] = {}
@@ -504,31 +508,31 @@ def test_cached_binaries_are_those_that_triton_would_launch(
     def run(kernel: Any, *arguments: Any, **options: Any) -> Any:
         last_options.clear()
         last_options.update(options)
-        return LAUNCH(kernel, *arguments, **options)
+        return TRITON_RUN(kernel, *arguments, **options)
 
-    def build(kernel: Any, key: str, signature: Any, device: int, *_: Any) -> FakeBinary:
-        binary = kernel.device_caches[device][0][key] = FakeBinary(kernel, dict(last_options))
+    def build(kernel: Any, key: str, signature: Any, device: int, *_: Any) -> Binary:
+        binary = kernel.device_caches[device][0][key] = Binary(kernel, dict(last_options))
         return binary
 
-    def random_tensor(shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
-        """With a random alignment and step."""
+    def draw_tensor(shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
+        """With a random offset and stride."""
         step = draw([1, 1, 2])
         start = draw([0, 0, 1, 4])
-        numbers = torch.zeros(2**10, dtype=draw(dtypes))[start : start + step * math.prod(shape)]
-        return numbers[::step].view(shape)
+        storage = torch.zeros(2**10, dtype=draw(dtypes))[start : start + step * math.prod(shape)]
+        return storage[::step].view(shape)
 
     def like(tensor: Any) -> Any:
-        """Another tensor with the same shape, strides, dtype and alignment."""
+        """Another tensor that the same launch serves."""
         if tensor is None:
             return None
         offset = tensor.storage_offset() + draw([0, 16])
         return tensor.new_zeros(2**10).as_strided(tensor.shape, tensor.stride(), offset)
 
-    use_target(-90, 90)  # A device number without cached binaries.
+    use_target(-90, 90)  # A device without cached binaries.
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(JITFunction, "_do_compile", build)
-    monkeypatch.setattr(kernels, "COUNT_ALONE", 0)
-    monkeypatch.setattr(FakeBinary, "launches", 0)
+    monkeypatch.setattr(kernels, "LOCAL_DIVISOR_SAMPLES", 0)
+    monkeypatch.setattr(Binary, "launches", 0)
     shapes = [(1, 1), (16, 1), (1, 16), (3, 5), (16, 4), (2, 5, 3), (1, 4, 16)]
     dtypes = (torch.float32, torch.float16)
     for _ in range(400):
@@ -538,13 +542,13 @@ def test_cached_binaries_are_those_that_triton_would_launch(
             "logits", draw([True, False]), 1, draw(["none", "sum", "mean"]), -100, torch.float32
         )
         target = (
-            random_tensor(samples, torch.int64, torch.uint8)
+            draw_tensor(samples, torch.int64, torch.uint8)
             if call.is_index
-            else random_tensor(shape, *dtypes)
+            else draw_tensor(shape, *dtypes)
         )
-        weight, sample_weight = (random_tensor(s, *dtypes) for s in (shape[1:2], samples))
+        weight, sample_weight = draw_tensor(shape[1:2], *dtypes), draw_tensor(samples, *dtypes)
         tensors = (
-            random_tensor(shape, *dtypes),
+            draw_tensor(shape, *dtypes),
             target,
             draw([None, weight]),
             draw([None, sample_weight]),
@@ -552,17 +556,16 @@ def test_cached_binaries_are_those_that_triton_would_launch(
         launch = kernels.prepare(call, *tensors)
         for _ in range(8):
             input, target, weight, sample_weight = map(like, tensors)
-            upstream = random_tensor(samples if call.reduction == "none" else (), torch.float32)
+            upstream = draw_tensor(samples if call.reduction == "none" else (), torch.float32)
             needs = (True, not call.is_index and draw([True, False]))
             launch.compute(
                 input, target, weight, sample_weight, needs, draw([None, upstream]),
                 draw([True, False]),
             )  # fmt: skip
             flat = tensor((2**31 - draw([0, 16]),), input.dtype)
-            labels = random_tensor(samples, target.dtype) if call.is_index else target
-            gradient = random_tensor(shape, input.dtype)
-            launch.rescale([gradient, flat], upstream.view(-1)[:1], labels)
-    assert FakeBinary.launches > 3000
+            labels = draw_tensor(samples, target.dtype) if call.is_index else target
+            launch.rescale([draw_tensor(shape, input.dtype), flat], upstream.view(-1)[:1], labels)
+    assert Binary.launches > 3000
 
 
 @compiled
@@ -579,7 +582,7 @@ def test_concurrent_launches_share_no_workspace(monkeypatch: pytest.MonkeyPatch)
 
     with FakeTensorMode():
         is_captured = True
-        found = [find()]  # Captured before any eager launch.
+        found = [find()]  # Before counters for graphs exist.
         is_captured = False
         first = find()
         assert find() is first
@@ -597,7 +600,7 @@ def test_concurrent_launches_share_no_workspace(monkeypatch: pytest.MonkeyPatch)
 
 
 class Operations(TorchDispatchMode):
-    """Records the names of torch operations."""
+    """Records the names of torch's operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -613,7 +616,7 @@ class Operations(TorchDispatchMode):
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(128, 10), (65_536, 10), (8, 21, 64, 64)], ids=str)
-def test_forward_and_backward_take_two_or_three_launches(
+def test_forward_and_backward_are_two_launches_or_three(
     shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[str] = []
@@ -643,23 +646,20 @@ def test_forward_and_backward_take_two_or_three_launches(
                         else:
                             _, *grads = run(call, *arguments, (True, False))
                             rescale(grads, upstream, call, target)
-                    is_counted = reduction == "mean" and (is_index or sample_weight is not None)
-                    is_counted &= samples[0] * len(index[0].view(-1)) > kernels.COUNT_ALONE
-                    assert len(launched) == 2 + is_counted, (call, launched)
-                    allocations = [n for n in operations.names if n in ("empty_like", "new_empty")]
-                    assert len(allocations) == 2 + is_late  # Loss and gradient.
+                    sums_divisor = reduction == "mean" and (is_index or sample_weight is not None)
+                    sums_divisor &= (
+                        samples[0] * len(index[0].view(-1)) > kernels.LOCAL_DIVISOR_SAMPLES
+                    )
+                    assert len(launched) == 2 + sums_divisor, (call, launched)
+                    # One gradient, and the loss: once per pass.
+                    assert operations.names.count("empty_like") == 2 + is_late
                     assert set(operations.names) <= {
-                        "empty_like",
-                        "new_empty",
-                        "view",
-                        "expand",
-                        "_unsafe_view",
-                        "detach",
-                    }
+                        "empty_like", "view", "expand", "_unsafe_view", "detach"
+                    }  # fmt: skip
 
 
 @compiled
-def test_formula_serves_where_triton_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_or_gpu_the_formula_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     find = ops._find_triton.__wrapped__

@@ -1,4 +1,4 @@
-"""Blocks of samples, and tiles of classes: what is known of them, loads, stores, reductions."""
+"""Blocks of samples and tiles of classes: arguments, loads, stores, reductions, fast functions."""
 
 import collections
 import dataclasses
@@ -19,14 +19,14 @@ LOWEST = {
     tl.float64: torch.finfo(torch.float64).min,
 }
 IS_INTERPRETED = triton.knobs.runtime.interpret
-# Among dimensions of equal contiguity Triton 3.6 gives threads to the first one first. Later
-# versions begin with the last, which the shape of a tile is made for.
+# Among dimensions of equal contiguity Triton 3.6 distributes the first over threads first. Later
+# versions start with the last, which the shape of a tile assumes.
 NEEDS_ORDER = tl.constexpr(TorchVersion(triton.__version__) < "3.7")
 
-# Runtime arguments: pointers (or None), sizes and strides. Strides are fields of their own: Triton
-# 3.6 loses a 1 in a tuple within a tuple.
-Given = collections.namedtuple(
-    "Given",
+# Runtime arguments: pointers (or None), sizes and strides. Strides are separate fields: Triton 3.6
+# loses a 1 in a nested tuple.
+KernelArgs = collections.namedtuple(
+    "KernelArgs",
     "input_ptr target_ptr class_weight_ptr sample_weight_ptr upstream_ptr loss_ptr "
     "grad_input_ptr grad_target_ptr outer classes inner sample_weight_outer_stride "
     "sample_weight_inner_stride upstream_outer_stride upstream_class_stride upstream_inner_stride "
@@ -34,27 +34,29 @@ Given = collections.namedtuple(
 )
 # A block of samples.
 # first: index of its first sample; i: sample index within the block.
-# base: element offset of the block; row: each sample's offset from base; step: stride of classes.
-# is_there: the sample exists; is_read: load mask; is_used: not ignored, and its label is valid.
-# weight, slope_weight: factors of loss and gradient; counted: its part of the divisor of a mean.
-# upstream: offset of the upstream gradient; delta, kept, uniform: δ, 1 − ε, ε/C.
+# base: element offset of the block; row: offset of each sample from base.
+# in_bounds: the sample exists; is_valid: it also has a label that is neither ignored nor invalid;
+# load_mask: the samples whose input is loaded.
+# weight, grad_weight: factors of loss and gradient; divisor_weight: its share of the divisor.
+# upstream: offset of the upstream gradient; one_minus_eps: 1 − ε; eps_per_class: ε/C.
 Block = collections.namedtuple(
     "Block",
-    "first i base row step classes is_there is_read is_used label weight slope_weight counted "
-    "upstream delta kept uniform",
+    "first i base row class_stride classes in_bounds load_mask is_valid label weight grad_weight "
+    "divisor_weight upstream delta one_minus_eps eps_per_class",
 )
-# Factor of sample weights, 1/divisor, δ, 1 − ε and ε/C.
-Factors = collections.namedtuple("Factors", "lift by_divisor delta kept uniform")
+Factors = collections.namedtuple(
+    "Factors", "weight_scale inv_divisor delta one_minus_eps eps_per_class"
+)
 # The function in losses.py that computes a loss: for dense targets, and for class indices.
 BODIES = {
-    "squares": ("elements", "elements"),
-    "probabilities": ("elements", "element_of_class"),
-    "logits": ("softmax", "softmax_of_class"),
+    "squares": ("elementwise", "elementwise"),
+    "probabilities": ("elementwise", "nll"),
+    "logits": ("softmax", "softmax_nll"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Constants:
     """Compile-time constants of a kernel."""
 
     LOSS: str
@@ -62,258 +64,290 @@ class Plan:
     TILE: Tile
     INDEX: Any  # Type of offsets within a block.
     ALIGNMENT: int  # Known divisor of `classes`, or of `inner` if spatial.
-    DIVISOR: (
-        str  # Who computes that of a mean: "host", "count_kernel", "each_program", "last_program".
-    )
+    DIVISOR: str  # Computed by "host", "divisor_kernel", "each_program" or "last_program".
     PER_ELEMENT: bool
     IS_INDEX: bool
-    IS_EXACT: bool  # δ is 0.
-    IS_SMOOTH: bool
+    IS_EXACT: bool  # δ = 0.
+    IS_SMOOTHED: bool
     IS_REDUCED: bool
     IS_SPATIAL: bool
-    IS_EVEN: bool  # Classes fill every tile.
+    IS_EVEN: bool  # The tile size divides the number of classes.
     NUM_CLASSES: int  # The number of classes if it is a constant, else 0.
 
     @property
     def BODY(self) -> str:  # noqa: N802
-        return find_body(self.LOSS, self.IS_INDEX, self.IS_SMOOTH)
+        return find_body(self.LOSS, self.IS_INDEX, self.IS_SMOOTHED)
 
     @property
-    def IS_EAGER(self) -> bool:  # noqa: N802
-        """Whether loads of the input do not wait for the labels."""
+    def LOADS_IGNORED(self) -> bool:  # noqa: N802
+        """Whether the input of ignored samples is loaded too, so that no load waits for labels."""
         return self.IS_INDEX and (self.IS_SPATIAL or self.TILE.samples > 1)
 
     @property
-    def IS_FAST(self) -> bool:  # noqa: N802
+    def APPROXIMATE(self) -> bool:  # noqa: N802
         """Whether approximate instructions are accurate enough."""
-        # Probabilities can be too small for them where no δ is added.
-        is_tiny = self.BODY == "elements" and self.IS_EXACT
-        return not (IS_INTERPRETED or tl.float64 == self.DTYPE or is_tiny)
+        # They flush subnormal numbers, which probabilities may be where no δ is added.
+        may_be_subnormal = self.BODY == "elementwise" and self.IS_EXACT
+        return not (IS_INTERPRETED or tl.float64 == self.DTYPE or may_be_subnormal)
 
     @property
     def LOWEST(self) -> float:  # noqa: N802
         return LOWEST[self.DTYPE]
 
 
-def find_body(loss: str, is_index: bool, is_smooth: bool) -> str:
-    """A smoothed class is one of many."""
-    return BODIES[loss][is_index and not is_smooth]
+def find_body(loss: str, is_index: bool, is_smoothed: bool) -> str:
+    """The function that computes a loss. Smoothing makes a dense target of a class index."""
+    return BODIES[loss][is_index and not is_smoothed]
 
 
 @triton.jit
-def _column(x):
-    """Broadcasts a per-sample value over classes (a scalar for one sample).
+def _over_classes(x):
+    """Broadcasts a per-sample value over classes.
 
-    A scalar has no layout, so nothing is exchanged between threads to bring it into another.
+    For one sample it is a scalar: that has no layout, which threads would have to convert.
     """
     return x if len(x.shape) == 0 else x[None, :, None, None]
 
 
 @triton.jit
-def _sum_by_thread(tile):
-    """Of what a thread holds of a sample, in its registers."""
+def _thread_sum(tile):
+    """The sum per sample and thread, in registers."""
     return tl.sum(tl.sum(tile, 3, keep_dims=True), 0, keep_dims=True)
 
 
 @triton.jit
-def _max_by_thread(tile):
+def _thread_max(tile):
+    """The maximum per sample and thread, in registers."""
     return tl.max(tl.max(tile, 3, keep_dims=True), 0, keep_dims=True)
 
 
 @triton.jit
-def _sum(tile):
+def _class_sum(tile):
+    """The sum over classes: per sample, or a scalar for one."""
     tile = tl.sum(tl.sum(tile, 3), 0)
     return tl.sum(tile) if tile.shape[0] == 1 else tl.sum(tile, 1)
 
 
 @triton.jit
-def _max(tile):
+def _class_max(tile):
+    """The maximum over classes: per sample, or a scalar for one."""
     tile = tl.max(tl.max(tile, 3), 0)
     return tl.max(tile) if tile.shape[0] == 1 else tl.max(tile, 1)
 
 
 @triton.jit
-def _classes(g, P: tl.constexpr):
-    if P.NUM_CLASSES:
-        return tl.full((), P.NUM_CLASSES, P.INDEX)
+def _num_classes(args, CONST: tl.constexpr):
+    if CONST.NUM_CLASSES:
+        return tl.full((), CONST.NUM_CLASSES, CONST.INDEX)
     else:  # noqa: RET505 - Only one branch is compiled.
-        return tl.cast(g.classes, P.INDEX) * (1 if P.IS_SPATIAL else P.ALIGNMENT)
+        return tl.cast(args.classes, CONST.INDEX) * (1 if CONST.IS_SPATIAL else CONST.ALIGNMENT)
 
 
 @triton.jit
-def _inner(g, P: tl.constexpr):
-    if P.IS_SPATIAL:  # Decodes the size that `Launch._plan` encodes.
-        return tl.cast(g.inner >> 1, P.INDEX) * P.ALIGNMENT
+def _inner_size(args, CONST: tl.constexpr):
+    if CONST.IS_SPATIAL:  # Decodes what `Launch._prepare` encodes.
+        return tl.cast(args.inner >> 1, CONST.INDEX) * CONST.ALIGNMENT
     else:  # noqa: RET505 - Only one branch is compiled.
-        return tl.cast(g.inner, P.INDEX)
+        return tl.cast(args.inner, CONST.INDEX)
 
 
 @triton.jit
-def _blocks(g, P: tl.constexpr, SAMPLES: tl.constexpr):
-    """How many blocks of so many samples there are."""
-    if P.IS_SPATIAL:
-        return g.outer * tl.cdiv(_inner(g, P), SAMPLES)
+def _blocks_per_outer(args, CONST: tl.constexpr, SAMPLES: tl.constexpr):
+    return tl.cast(tl.cdiv(_inner_size(args, CONST), SAMPLES), tl.int32)
+
+
+@triton.jit
+def _num_blocks(args, CONST: tl.constexpr, SAMPLES: tl.constexpr):
+    """The number of blocks of SAMPLES samples, in 32 bits: a 64-bit division is slow and spills."""
+    if CONST.IS_SPATIAL:
+        return tl.cast(args.outer, tl.int32) * _blocks_per_outer(args, CONST, SAMPLES)
     else:  # noqa: RET505 - Only one branch is compiled.
-        return tl.cdiv(g.outer, SAMPLES)
+        return tl.cast(tl.cdiv(args.outer, SAMPLES), tl.int32)
 
 
 @triton.jit
 def _is_ignored(label, ignore_index):
     is_ignored = label.to(tl.int64) == ignore_index
-    if label.dtype == tl.uint64:  # Nothing is that int64 cannot hold.
+    if label.dtype == tl.uint64:  # Labels from 2⁶³ on wrap around, and are never ignored.
         is_ignored &= label.to(tl.int64) >= 0
     return is_ignored
 
 
 @triton.jit
-def _block(g, f, block, P: tl.constexpr, SAMPLES: tl.constexpr):
-    """A block of samples.
+def _load_labels(args, samples, in_bounds, sample_weight, classes, CONST: tl.constexpr):
+    """Labels, which of them are valid, and their weights in the loss and in the divisor.
 
-    `weight` is sample weight times class weight, 0 for ignored samples and NaN for invalid labels.
-    In the divisor an invalid label counts like class 0, as in the formula.
+    The weight in the loss is sample weight times class weight, 0 for ignored samples and NaN for
+    invalid labels. In the divisor an invalid label counts like class 0, as in the formula.
     """
+    label = tl.load(args.target_ptr + samples, mask=in_bounds, other=0)
+    not_ignored = in_bounds & ~_is_ignored(label, args.ignore_index)
+    label = label.to(tl.int64)
+    is_class = label.to(tl.uint64) < classes.to(tl.uint64)  # Negative labels wrap around.
+    is_valid = not_ignored & is_class
+    divisor_weight = tl.where(not_ignored, sample_weight, 0)
+    weight = tl.where(not_ignored, tl.where(is_class, sample_weight, float("nan")), 0)
+    if args.class_weight_ptr is not None:
+        pointers = args.class_weight_ptr + tl.where(is_class, label, 0)
+        divisor_weight *= tl.load(pointers, mask=not_ignored, other=0).to(CONST.DTYPE)
+    if not CONST.IS_SMOOTHED:  # Else `_load_targets` applies class weights, per element.
+        weight = tl.where(not_ignored & ~is_class, float("nan"), divisor_weight)
+    label = tl.where(is_valid, label, -1).to(CONST.INDEX)
+    return label, is_valid, weight, divisor_weight
+
+
+@triton.jit
+def _make_block(args, factors, block, CONST: tl.constexpr, SAMPLES: tl.constexpr):
+    """The block of samples with index `block`: R labels, weights and upstream gradients."""
     i = tl.cast(0, tl.int32) if SAMPLES == 1 else tl.arange(0, SAMPLES)
-    classes, inner = _classes(g, P), _inner(g, P)
-    if P.IS_SPATIAL:
-        blocks = tl.cdiv(inner, SAMPLES)
-        start = block % blocks * SAMPLES
-        outside = tl.cast(block // blocks, tl.int64)
-        inside = start + i
-        first = outside * inner + start
-        is_there = inside < inner
-        base, row, step = first + outside * (classes - 1) * inner, i, inner
+    classes, inner = _num_classes(args, CONST), _inner_size(args, CONST)
+    if CONST.IS_SPATIAL:
+        blocks = _blocks_per_outer(args, CONST, SAMPLES)
+        start = tl.cast(block % blocks, CONST.INDEX) * SAMPLES
+        outer_index = tl.cast(block // blocks, tl.int64)
+        inner_index = start + i
+        first = outer_index * inner + start
+        in_bounds = inner_index < inner
+        base, row, class_stride = first + outer_index * (classes - 1) * inner, i, inner
     else:
         first = tl.cast(block, tl.int64) * SAMPLES
-        outside = first + i
-        inside = 0
-        is_there = i < tl.minimum(g.outer - first, SAMPLES).to(tl.int32)
-        if SAMPLES == 1:  # Every block has one.
-            is_there = tl.full((), True, tl.int1)
-        base, row, step = first * classes, i * classes, 1
-    weight = tl.where(is_there, 1, 0).to(P.DTYPE)
-    if g.sample_weight_ptr is not None:
-        offsets = outside * g.sample_weight_outer_stride + inside * g.sample_weight_inner_stride
-        weight = tl.load(g.sample_weight_ptr + offsets, mask=is_there, other=0).to(P.DTYPE)
-    counted = weight
-    is_used = is_there
+        outer_index = first + i
+        inner_index = 0
+        in_bounds = i < tl.minimum(args.outer - first, SAMPLES).to(tl.int32)
+        if SAMPLES == 1:
+            in_bounds = tl.full((), True, tl.int1)
+        base, row, class_stride = first * classes, i * classes, 1
+    weight = tl.where(in_bounds, 1, 0).to(CONST.DTYPE)
+    if args.sample_weight_ptr is not None:
+        offsets = (
+            outer_index * args.sample_weight_outer_stride
+            + inner_index * args.sample_weight_inner_stride
+        )
+        weight = tl.load(args.sample_weight_ptr + offsets, mask=in_bounds, other=0).to(CONST.DTYPE)
+    divisor_weight = weight
+    is_valid = in_bounds
     label = i
-    if P.IS_INDEX:
-        label = tl.load(g.target_ptr + first + i, mask=is_there, other=0)
-        is_kept = is_there & ~_is_ignored(label, g.ignore_index)
-        label = label.to(tl.int64)
-        is_class = label.to(tl.uint64) < classes.to(tl.uint64)  # And not below 0.
-        is_used = is_kept & is_class
-        counted = tl.where(is_kept, weight, 0)
-        weight = tl.where(is_kept, tl.where(is_class, weight, float("nan")), 0)
-        if g.class_weight_ptr is not None:
-            pointers = g.class_weight_ptr + tl.where(is_class, label, 0)
-            counted *= tl.load(pointers, mask=is_kept, other=0).to(P.DTYPE)
-        if not P.IS_SMOOTH:  # With smoothing, `_targets` applies class weights per element.
-            weight = tl.where(is_kept & ~is_class, float("nan"), counted)
-        label = tl.where(is_used, label, -1).to(P.INDEX)
-    weight *= f.lift
-    # A product with 0 is NaN for the ignored where a factor is not finite.
-    slope_weight = tl.where(is_used, weight * f.by_divisor, weight)
-    upstream = i  # No None, which Triton 3.6 makes a tensor of.
-    if g.upstream_ptr is not None:
-        upstream = outside * g.upstream_outer_stride + inside * g.upstream_inner_stride
-        if not P.PER_ELEMENT:
-            pointers = g.upstream_ptr + upstream
-            slope_weight *= tl.load(pointers, mask=is_used, other=0).to(P.DTYPE)
+    if CONST.IS_INDEX:
+        label, is_valid, weight, divisor_weight = _load_labels(
+            args, first + i, in_bounds, weight, classes, CONST
+        )
+    weight *= factors.weight_scale
+    # Ignored samples keep 0: times an infinite factor it would be NaN.
+    grad_weight = tl.where(is_valid, weight * factors.inv_divisor, weight)
+    upstream = i  # Unused, but Triton 3.6 makes a tensor of None.
+    if args.upstream_ptr is not None:
+        upstream = (
+            outer_index * args.upstream_outer_stride + inner_index * args.upstream_inner_stride
+        )
+        if not CONST.PER_ELEMENT:
+            pointers = args.upstream_ptr + upstream
+            grad_weight *= tl.load(pointers, mask=is_valid, other=0).to(CONST.DTYPE)
+    load_mask = in_bounds if CONST.LOADS_IGNORED else is_valid
     return Block(
-        first, i, base, row, step, classes, is_there, is_there if P.IS_EAGER else is_used, is_used,
-        label, weight, slope_weight, counted, upstream, f.delta, f.kept, f.uniform,
+        first, i, base, row, class_stride, classes, in_bounds, load_mask, is_valid, label, weight,
+        grad_weight, divisor_weight, upstream, factors.delta, factors.one_minus_eps,
+        factors.eps_per_class,
     )  # fmt: skip
 
 
 @triton.jit
-def _tile(b, start, P: tl.constexpr):
-    """Classes of a tile, those that exist, offsets, and which is that of each sample."""
-    k = tl.arange(0, P.TILE.threads)[:, None] * P.TILE.vector + tl.arange(0, P.TILE.vector)[None, :]
-    k += tl.arange(0, P.TILE.per_thread)[:, None, None, None] * (P.TILE.threads * P.TILE.vector)
-    in_row = k < b.classes - start
-    if P.IS_EVEN:
-        in_row = tl.full(k.shape, True, tl.int1)
-    offsets = _column(b.row + start * b.step) + k * b.step
-    return start + k, in_row, offsets, _column(b.label - start) == k
+def _make_tile(b, start, CONST: tl.constexpr):
+    """Class indices from `start` on, which of them exist, offsets, and which are the label."""
+    threads: tl.constexpr = CONST.TILE.threads
+    vector: tl.constexpr = CONST.TILE.vector
+    thread_start = tl.arange(0, threads)[:, None] * vector
+    step = tl.arange(0, CONST.TILE.per_thread)[:, None, None, None] * (threads * vector)
+    step += tl.arange(0, vector)[None, :]
+    k = thread_start + step
+    class_mask = k < b.classes - start
+    if CONST.IS_EVEN:
+        class_mask = tl.full(k.shape, True, tl.int1)
+    offsets = _over_classes(b.row + start * b.class_stride) + k * b.class_stride
+    # `k == label - start`, in fewer registers: `step` is a constant in each.
+    is_label = _over_classes(b.label - start) - thread_start == step
+    return start + k, class_mask, offsets, is_label
 
 
 @triton.jit
-def _pointers(pointer, offsets, P: tl.constexpr):
-    """Pointers of a tile, the dimensions of which get threads from the last to the first."""
+def _pointers(pointer, offsets, CONST: tl.constexpr):
+    """Pointers of a tile, whose last dimension is distributed over threads first."""
     pointers = pointer + offsets
-    if NEEDS_ORDER and P.TILE.classes > 1 and not P.IS_SPATIAL:
-        # Only an order: a dimension's size bounds how much of it a thread takes at once.
+    if NEEDS_ORDER and CONST.TILE.classes > 1 and not CONST.IS_SPATIAL:
+        # Only an order: the contiguity is bounded by the size of the dimension.
         pointers = tl.max_contiguous(pointers, (1, 2, 4, 8))
     return pointers
 
 
 @triton.jit
-def _load(g, b, offsets, in_row, OTHER: tl.constexpr, P: tl.constexpr):
-    """A tile of the input, and OTHER where none is used."""
-    mask = _column(b.is_read) & in_row
-    pointers = _pointers(g.input_ptr + b.base, offsets, P)
-    x = tl.load(pointers, mask=mask, other=OTHER).to(P.DTYPE)
-    return tl.where(_column(b.is_used), x, OTHER) if P.IS_EAGER else x
+def _load_input(args, b, offsets, class_mask, OTHER: tl.constexpr, CONST: tl.constexpr):
+    """A tile of the input, OTHER beyond the last class and for samples that are not valid."""
+    mask = _over_classes(b.load_mask) & class_mask
+    pointers = _pointers(args.input_ptr + b.base, offsets, CONST)
+    x = tl.load(pointers, mask=mask, other=OTHER).to(CONST.DTYPE)
+    return tl.where(_over_classes(b.is_valid), x, OTHER) if CONST.LOADS_IGNORED else x
 
 
 @triton.jit
-def _load_of_class(g, b, P: tl.constexpr):
-    offsets = b.row + b.label * b.step
-    return tl.load(g.input_ptr + b.base + offsets, mask=b.is_used, other=0).to(P.DTYPE)
+def _load_target_class(args, b, CONST: tl.constexpr):
+    """The input at the label of each sample, 0 for samples that are not valid."""
+    offsets = b.row + b.label * b.class_stride
+    return tl.load(args.input_ptr + b.base + offsets, mask=b.is_valid, other=0).to(CONST.DTYPE)
 
 
 @triton.jit
-def _targets(g, b, k, in_row, offsets, is_label, P: tl.constexpr):
-    """The weighted smoothed target, whether the unweighted one is 0, and the derivative by t."""
-    mask = _column(b.is_used) & in_row
-    if P.IS_INDEX:
-        t = tl.where(is_label, 1, 0).to(P.DTYPE)
+def _load_targets(args, b, k, class_mask, offsets, is_label, CONST: tl.constexpr):
+    """w·t′ with t′ = (1 − ε)·t + ε/C, whether t′ = 0, and the derivative (1 − ε)·w.
+
+    t is a tile of the target, one-hot for labels, and w are class weights.
+    """
+    mask = _over_classes(b.is_valid) & class_mask
+    if CONST.IS_INDEX:
+        t = tl.where(is_label, 1, 0).to(CONST.DTYPE)
     else:
-        pointers = _pointers(g.target_ptr + b.base, offsets, P)
-        t = tl.load(pointers, mask=mask, other=0).to(P.DTYPE)
-    by_target = tl.full((1, 1, 1, 1), 1, P.DTYPE)
-    if P.IS_SMOOTH:
-        t = tl.where(mask, t * b.kept + b.uniform, 0)
-        by_target *= b.kept
-    is_0 = t == 0
-    if g.class_weight_ptr is not None:
-        pointers = _pointers(g.class_weight_ptr, k, P)
-        class_weight = tl.load(pointers, mask=in_row, other=0).to(P.DTYPE)
+        pointers = _pointers(args.target_ptr + b.base, offsets, CONST)
+        t = tl.load(pointers, mask=mask, other=0).to(CONST.DTYPE)
+    dtarget = tl.full((1, 1, 1, 1), 1, CONST.DTYPE)
+    if CONST.IS_SMOOTHED:
+        t = tl.where(mask, t * b.one_minus_eps + b.eps_per_class, 0)
+        dtarget *= b.one_minus_eps
+    is_zero = t == 0
+    if args.class_weight_ptr is not None:
+        pointers = _pointers(args.class_weight_ptr, k, CONST)
+        class_weight = tl.load(pointers, mask=class_mask, other=0).to(CONST.DTYPE)
         t *= class_weight
-        by_target *= class_weight
-    return t, is_0, by_target
+        dtarget *= class_weight
+    return t, is_zero, dtarget
 
 
 @triton.jit
-def _store(pointer, b, offsets, in_row, value, P: tl.constexpr):
-    """Streaming store: gradients are not read again, inputs are."""
+def _store(pointer, b, offsets, class_mask, value, CONST: tl.constexpr):
+    """Stores a tile, to be evicted first: gradients are not read again, inputs are."""
     if pointer is not None:
-        mask = _column(b.is_there) & in_row
-        pointers = _pointers(pointer + b.base, offsets, P)
+        mask = _over_classes(b.in_bounds) & class_mask
+        pointers = _pointers(pointer + b.base, offsets, CONST)
         tl.store(pointers, value, mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
 def _exp(x):
-    """eˣ: in float32 by one instruction, which makes 0 of what would be subnormal."""
+    """eˣ, in float32 by one instruction, which flushes subnormal results to 0."""
     return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
-def _instruction(x, NAME: tl.constexpr):
+def _approx(x, NAME: tl.constexpr):
     return tl.inline_asm_elementwise(
         NAME + ".approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
     )
 
 
 @triton.jit
-def _log2(x, P: tl.constexpr):
-    """log₂ x: fast, in one instruction, right to 2⁻²² of it, or, where x is near 1, to 2⁻²²."""
-    return _instruction(x, "lg2") if P.IS_FAST else tl.log2(x)
+def _log2(x, CONST: tl.constexpr):
+    """log₂ x. Approximate: a relative error of 2⁻²², near x = 1 an absolute one."""
+    return _approx(x, "lg2") if CONST.APPROXIMATE else tl.log2(x)
 
 
 @triton.jit
-def _reciprocal(x, P: tl.constexpr):
-    """1/x: fast, in one instruction, where a division takes eight, right to 2⁻²³ of it."""
-    return _instruction(x, "rcp") if P.IS_FAST else 1 / x
+def _reciprocal(x, CONST: tl.constexpr):
+    """1/x. Approximate: a relative error of 2⁻²³, in one instruction; a division takes eight."""
+    return _approx(x, "rcp") if CONST.APPROXIMATE else 1 / x

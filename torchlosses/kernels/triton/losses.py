@@ -1,4 +1,8 @@
-"""The losses of a block of samples, each form by what it reads (R) and writes (W)."""
+"""Losses and gradients of a block of samples: one function for each name in `BODIES`.
+
+Each returns weighted losses per sample, and stores the gradients that have a pointer, times
+`grad_weight`. R and W say what it reads and writes: y or x is the input, t a dense target.
+"""
 
 import collections
 
@@ -8,243 +12,254 @@ import triton.language as tl
 from torchlosses.kernels.triton.blocks import (
     LN_2,
     LOG2_E,
-    _column,
+    _class_max,
+    _class_sum,
     _exp,
-    _load,
-    _load_of_class,
+    _load_input,
+    _load_target_class,
+    _load_targets,
     _log2,
-    _max,
-    _max_by_thread,
+    _make_tile,
+    _over_classes,
     _pointers,
     _reciprocal,
     _store,
-    _sum,
-    _sum_by_thread,
-    _targets,
-    _tile,
+    _thread_max,
+    _thread_sum,
 )
 
-Operands = collections.namedtuple("Operands", "x t is_0 by_target in_row offsets")
+SoftmaxTile = collections.namedtuple("SoftmaxTile", "x t target_is_zero dtarget class_mask offsets")
 
 
 @triton.jit
 def _squared_error(y, t, weight):
-    """½ (y − t)²."""
+    """½ (y − t)², its derivative by y times `weight`, and its derivative by t."""
     difference = y - t
-    term = difference * (difference * 0.5)  # Its square overflows first.
-    return term, difference * weight, -difference
+    loss = difference * (difference * 0.5)  # (y − t)² overflows earlier.
+    return loss, difference * weight, -difference
 
 
 @triton.jit
-def _guarded_log(y, t, weight, is_0, b, P: tl.constexpr):
-    """−t·log(y + δ)."""
+def _guarded_log(y, t, weight, target_is_zero, b, CONST: tl.constexpr):
+    """−t·log(y + δ), its derivative by y times `weight`, and its derivative by t."""
     guarded = y + b.delta
-    if P.IS_EXACT:  # 0·log 0 is 0.
-        guarded = tl.where(is_0 & (guarded == 0), 1, guarded)
-    log = _log2(guarded, P) * LN_2
-    slope = -t * weight  # First: their quotient by y + δ overflows where this does not.
-    slope = slope * _reciprocal(guarded, P) if P.IS_FAST else slope / guarded
-    return -t * log, slope, -log
+    if CONST.IS_EXACT:  # 0·log 0 is 0.
+        guarded = tl.where(target_is_zero & (guarded == 0), 1, guarded)
+    log = _log2(guarded, CONST) * LN_2
+    grad = -t * weight  # Before the quotient: t / (y + δ) may overflow where the result does not.
+    grad = grad * _reciprocal(guarded, CONST) if CONST.APPROXIMATE else grad / guarded
+    return -t * log, grad, -log
 
 
 @triton.jit
-def _term(y, t, weight, is_0, b, P: tl.constexpr):
-    """The loss of elements, its derivative by y times `weight`, and its derivative by t."""
-    tl.static_assert(P.LOSS == "squares" or P.LOSS == "probabilities")  # Or nobody knows it.
-    if P.LOSS == "squares":
+def _element_loss(y, t, weight, target_is_zero, b, CONST: tl.constexpr):
+    """The loss per element, its derivative by y times `weight`, and its derivative by t."""
+    tl.static_assert(CONST.LOSS == "squares" or CONST.LOSS == "probabilities")
+    if CONST.LOSS == "squares":
         return _squared_error(y, t, weight)
     else:  # noqa: RET505 - Only one branch is compiled.
-        return _guarded_log(y, t, weight, is_0, b, P)
+        return _guarded_log(y, t, weight, target_is_zero, b, CONST)
 
 
 @triton.jit
-def _elements(g, b, P: tl.constexpr):
-    """Terms of single elements: R y, R t if dense, W each gradient."""
-    total = tl.full(P.TILE.shape, 0, P.DTYPE)
-    for start in range(0, b.classes, P.TILE.classes):
-        k, in_row, offsets, is_label = _tile(b, start, P)
-        y = _load(g, b, offsets, in_row, 0, P)
-        t, is_0, by_target = _targets(g, b, k, in_row, offsets, is_label, P)
-        weight = _column(b.slope_weight)
-        if P.PER_ELEMENT and g.upstream_ptr is not None:
-            pointers = _column(g.upstream_ptr + b.upstream)
-            pointers = _pointers(pointers, k * g.upstream_class_stride, P)
-            mask = _column(b.is_used) & in_row
-            weight *= tl.load(pointers, mask=mask, other=0).to(P.DTYPE)
-        term, slope, target_slope = _term(y, t, weight, is_0, b, P)
-        _store(g.grad_input_ptr, b, offsets, in_row, slope, P)
-        _store(g.grad_target_ptr, b, offsets, in_row, target_slope * by_target * weight, P)
-        term = tl.where(in_row, term, 0) * _column(b.weight)  # No loss beyond the last class.
-        if P.PER_ELEMENT and not P.IS_REDUCED:
-            _store(g.loss_ptr, b, offsets, in_row, term, P)
+def _elementwise(args, b, CONST: tl.constexpr):
+    """Σ over classes of a loss per element: R y, R t if dense, W each gradient."""
+    total = tl.full(CONST.TILE.shape, 0, CONST.DTYPE)
+    for start in range(0, b.classes, CONST.TILE.classes):
+        k, class_mask, offsets, is_label = _make_tile(b, start, CONST)
+        y = _load_input(args, b, offsets, class_mask, 0, CONST)
+        t, target_is_zero, dtarget = _load_targets(args, b, k, class_mask, offsets, is_label, CONST)
+        weight = _over_classes(b.grad_weight)
+        if CONST.PER_ELEMENT and args.upstream_ptr is not None:
+            pointers = _over_classes(args.upstream_ptr + b.upstream)
+            pointers = _pointers(pointers, k * args.upstream_class_stride, CONST)
+            mask = _over_classes(b.is_valid) & class_mask
+            weight *= tl.load(pointers, mask=mask, other=0).to(CONST.DTYPE)
+        loss, grad, grad_target = _element_loss(y, t, weight, target_is_zero, b, CONST)
+        _store(args.grad_input_ptr, b, offsets, class_mask, grad, CONST)
+        _store(args.grad_target_ptr, b, offsets, class_mask, grad_target * dtarget * weight, CONST)
+        loss = tl.where(class_mask, loss, 0) * _over_classes(b.weight)
+        if CONST.PER_ELEMENT and not CONST.IS_REDUCED:
+            _store(args.loss_ptr, b, offsets, class_mask, loss, CONST)
         else:
-            total += term
-    return _sum(total)
+            total += loss
+    return _class_sum(total)
 
 
 @triton.jit
-def _element_of_class(g, b, P: tl.constexpr):
-    """−log(y_c + δ): R an entry per sample, W the gradient."""
-    guarded = tl.where(b.is_used, _load_of_class(g, b, P) + b.delta, 1)
-    if g.grad_input_ptr is not None:
-        slope = _column(-b.slope_weight / guarded)  # 1/guarded may overflow.
-        rest = _column(tl.where(b.is_used, 0, b.slope_weight))
-        for start in range(0, b.classes, P.TILE.classes):
-            _k, in_row, offsets, is_label = _tile(b, start, P)
-            _store(g.grad_input_ptr, b, offsets, in_row, tl.where(is_label, slope, rest), P)
+def _nll(args, b, CONST: tl.constexpr):
+    """−log(y_c + δ) for the label c: R one element per sample, W the gradient."""
+    guarded = tl.where(b.is_valid, _load_target_class(args, b, CONST) + b.delta, 1)
+    if args.grad_input_ptr is not None:
+        grad_label = _over_classes(-b.grad_weight / guarded)  # 1/guarded may overflow.
+        grad_others = _over_classes(tl.where(b.is_valid, 0, b.grad_weight))  # 0, or NaN.
+        for start in range(0, b.classes, CONST.TILE.classes):
+            _k, class_mask, offsets, is_label = _make_tile(b, start, CONST)
+            grad = tl.where(is_label, grad_label, grad_others)
+            _store(args.grad_input_ptr, b, offsets, class_mask, grad, CONST)
     return -tl.log(guarded) * b.weight
 
 
 @triton.jit
-def _normalizers(g, b, HAS_TERMS: tl.constexpr, P: tl.constexpr):
-    """max x, Σ exp(x − max x), and maybe Σ t, Σ t·(x − max x), of rows longer than a tile.
-
-    What one thread holds of a tile is reduced first, in its registers: the thread keeps one maximum
-    and sums by it, and no step waits for other threads.
-    """
-    # Start at the lowest finite value: −inf − (−inf) is NaN.
-    maximum = tl.full((1, P.TILE.samples, P.TILE.threads, 1), P.LOWEST, P.DTYPE)
-    normalizer = tl.full((1, P.TILE.samples, P.TILE.threads, 1), 0, P.DTYPE)
-    targets = tl.full((1, P.TILE.samples, P.TILE.threads, 1), 0, P.DTYPE)
-    terms = tl.full((1, P.TILE.samples, P.TILE.threads, 1), 0, P.DTYPE)
-    for start in range(0, b.classes, P.TILE.classes):
-        k, in_row, offsets, is_label = _tile(b, start, P)
-        x = _load(g, b, offsets, in_row, float("-inf"), P)
-        highest = tl.maximum(maximum, _max_by_thread(x))
-        shifted = x - highest
-        normalizer *= _exp(maximum - highest)
-        normalizer += _sum_by_thread(_exp(shifted))
-        if HAS_TERMS:
-            t, _is_0, _by_target = _targets(g, b, k, in_row, offsets, is_label, P)
-            terms += tl.where(targets == 0, 0, targets * (maximum - highest))
-            terms += _sum_by_thread(tl.where(t == 0, 0, t * shifted))
-            targets += _sum_by_thread(t)
-        maximum = highest
-    of_row = _max(maximum)
-    distance = maximum - _column(of_row)
-    normalizer = _sum(normalizer * _exp(distance))
-    terms += tl.where(targets == 0, 0, targets * distance)
-    of_row = tl.where(b.is_used, of_row, 0)
-    return of_row, tl.where(b.is_used, normalizer, 1), _sum(targets), _sum(terms)
+def _thread_zeros(CONST: tl.constexpr):
+    """One 0 per sample and thread."""
+    return tl.full((1, CONST.TILE.samples, CONST.TILE.threads, 1), 0, CONST.DTYPE)
 
 
 @triton.jit
-def _softmax_of_class(g, b, P: tl.constexpr):
+def _normalize(args, b, HAS_TARGETS: tl.constexpr, CONST: tl.constexpr):
+    """Online softmax: m = max x and Σ exp(x − m); with HAS_TARGETS also Σ t and Σ t·(x − m).
+
+    Each thread keeps its own maximum and sums in registers, so the loop has no exchange between
+    threads.
+    """
+    normalizer = _thread_zeros(CONST)
+    # Start at the lowest finite value: −inf − (−inf) is NaN.
+    maximum = tl.full(normalizer.shape, CONST.LOWEST, CONST.DTYPE)
+    targets = _thread_zeros(CONST)
+    products = _thread_zeros(CONST)
+    for start in range(0, b.classes, CONST.TILE.classes):
+        k, class_mask, offsets, is_label = _make_tile(b, start, CONST)
+        x = _load_input(args, b, offsets, class_mask, float("-inf"), CONST)
+        new_maximum = tl.maximum(maximum, _thread_max(x))
+        shifted = x - new_maximum
+        normalizer *= _exp(maximum - new_maximum)
+        normalizer += _thread_sum(_exp(shifted))
+        if HAS_TARGETS:
+            t, _is_zero, _dtarget = _load_targets(args, b, k, class_mask, offsets, is_label, CONST)
+            products += tl.where(targets == 0, 0, targets * (maximum - new_maximum))
+            products += _thread_sum(tl.where(t == 0, 0, t * shifted))
+            targets += _thread_sum(t)
+        maximum = new_maximum
+    row_maximum = _class_max(maximum)
+    shift = maximum - _over_classes(row_maximum)
+    normalizer = _class_sum(normalizer * _exp(shift))
+    products += tl.where(targets == 0, 0, targets * shift)
+    row_maximum = tl.where(b.is_valid, row_maximum, 0)
+    normalizer = tl.where(b.is_valid, normalizer, 1)
+    return row_maximum, normalizer, _class_sum(targets), _class_sum(products)
+
+
+@triton.jit
+def _softmax_nll(args, b, CONST: tl.constexpr):
     """−log(p_c + δ) and p_c / (p_c + δ) · (pⱼ − [j = c]), p = softmax(x): R x, W the gradient.
 
-    Rows longer than a tile are looked at twice, the second time from their end, which the cache
-    still has.
+    Rows longer than a tile are read twice, the second time backwards, as the end is still cached.
     """
-    # In the order that needs the fewest registers.
-    if not (P.TILE.is_whole and (P.NUM_CLASSES or P.IS_SPATIAL)):
-        x_c = _load_of_class(g, b, P)
-    if P.TILE.is_whole:
-        _k, in_row, offsets, is_label = _tile(b, 0, P)
-        x = _load(g, b, offsets, in_row, float("-inf"), P)
-        if P.IS_SPATIAL:
-            x_c = _load_of_class(g, b, P)
-        elif P.NUM_CLASSES:  # The row is in registers: no second load waits for the label.
-            x_c = _sum(tl.where(is_label, x, 0))
-        maximum = tl.where(b.is_used, _max(x), 0)
-        exponential = _exp(x - _column(maximum))
-        normalizer = tl.where(b.is_used, _sum(exponential), 1)
+    # The order of these loads needs the fewest registers.
+    if not (CONST.TILE.is_whole and (CONST.NUM_CLASSES or CONST.IS_SPATIAL)):
+        x_c = _load_target_class(args, b, CONST)
+    if CONST.TILE.is_whole:
+        _k, class_mask, offsets, is_label = _make_tile(b, 0, CONST)
+        x = _load_input(args, b, offsets, class_mask, float("-inf"), CONST)
+        if CONST.IS_SPATIAL:
+            x_c = _load_target_class(args, b, CONST)
+        elif CONST.NUM_CLASSES:  # The row is in registers: no second load waits for the label.
+            x_c = _class_sum(tl.where(is_label, x, 0))
+        maximum = tl.where(b.is_valid, _class_max(x), 0)
+        exponential = _exp(x - _over_classes(maximum))
+        normalizer = tl.where(b.is_valid, _class_sum(exponential), 1)
     else:
-        maximum, normalizer, _targets, _terms = _normalizers(g, b, False, P)
+        maximum, normalizer, _sum_t, _products = _normalize(args, b, False, CONST)
     shifted = x_c - maximum
-    by_normalizer = _reciprocal(normalizer, P)
-    gate = b.slope_weight
-    if P.IS_EXACT:
-        log2 = shifted * LOG2_E - _log2(normalizer, P)
+    inv_normalizer = _reciprocal(normalizer, CONST)
+    grad_weight = b.grad_weight
+    if CONST.IS_EXACT:
+        log2 = shifted * LOG2_E - _log2(normalizer, CONST)
     else:
-        p = _exp(shifted) * by_normalizer
-        log2 = _log2(p + b.delta, P)
-        gate *= p * _reciprocal(p + b.delta, P)
-    if g.grad_input_ptr is not None:
-        by_exponential = _column(gate * by_normalizer)
-        gate = _column(gate)
-        if P.TILE.is_whole:
-            slope = exponential * by_exponential - tl.where(is_label, gate, 0)
-            _store(g.grad_input_ptr, b, offsets, in_row, slope, P)
+        p_c = _exp(shifted) * inv_normalizer
+        log2 = _log2(p_c + b.delta, CONST)
+        grad_weight *= p_c * _reciprocal(p_c + b.delta, CONST)
+    if args.grad_input_ptr is not None:
+        exp_scale = _over_classes(grad_weight * inv_normalizer)
+        grad_weight = _over_classes(grad_weight)
+        if CONST.TILE.is_whole:
+            grad = exponential * exp_scale - tl.where(is_label, grad_weight, 0)
+            _store(args.grad_input_ptr, b, offsets, class_mask, grad, CONST)
         else:
-            tiles = tl.cdiv(b.classes, P.TILE.classes)
+            tiles = tl.cdiv(b.classes, CONST.TILE.classes)
             for done in range(tiles):
-                _k, in_row, offsets, is_label = _tile(b, (tiles - 1 - done) * P.TILE.classes, P)
-                x = _load(g, b, offsets, in_row, float("-inf"), P)
-                exponential = _exp(x - _column(maximum))
-                slope = exponential * by_exponential - tl.where(is_label, gate, 0)
-                _store(g.grad_input_ptr, b, offsets, in_row, slope, P)
+                start = (tiles - 1 - done) * CONST.TILE.classes
+                _k, class_mask, offsets, is_label = _make_tile(b, start, CONST)
+                x = _load_input(args, b, offsets, class_mask, float("-inf"), CONST)
+                exponential = _exp(x - _over_classes(maximum))
+                grad = exponential * exp_scale - tl.where(is_label, grad_weight, 0)
+                _store(args.grad_input_ptr, b, offsets, class_mask, grad, CONST)
     return log2 * -LN_2 * b.weight
 
 
 @triton.jit
-def _operands(g, b, start, P: tl.constexpr):
-    """A tile of logits, what `_targets` says of it, which of its classes exist, and its offsets."""
-    k, in_row, offsets, is_label = _tile(b, start, P)
-    x = _load(g, b, offsets, in_row, float("-inf"), P)
-    t, is_0, by_target = _targets(g, b, k, in_row, offsets, is_label, P)
-    return Operands(x, t, is_0, by_target, in_row, offsets)
+def _load_tile(args, b, start, CONST: tl.constexpr):
+    """The logits of a tile, and its targets as `_load_targets` returns them."""
+    k, class_mask, offsets, is_label = _make_tile(b, start, CONST)
+    x = _load_input(args, b, offsets, class_mask, float("-inf"), CONST)
+    t, target_is_zero, dtarget = _load_targets(args, b, k, class_mask, offsets, is_label, CONST)
+    return SoftmaxTile(x, t, target_is_zero, dtarget, class_mask, offsets)
 
 
 @triton.jit
-def _guarded(b, x, maximum, log2_normalizer, P: tl.constexpr):
+def _guarded_softmax(b, x, maximum, log2_normalizer, CONST: tl.constexpr):
     """p = softmax(x), log₂(p + δ) and 1 / (p + δ)."""
-    p = tl.exp2((x - _column(maximum)) * LOG2_E - _column(log2_normalizer))
-    return p, _log2(p + b.delta, P), _reciprocal(p + b.delta, P)
+    p = tl.exp2((x - _over_classes(maximum)) * LOG2_E - _over_classes(log2_normalizer))
+    return p, _log2(p + b.delta, CONST), _reciprocal(p + b.delta, CONST)
 
 
 @triton.jit
-def _store_slopes(g, b, o, maximum, log2_normalizer, s, P: tl.constexpr):
-    weight = _column(b.slope_weight)
-    if P.IS_EXACT:
-        shifted = o.x - _column(maximum)
-        by_exponential = _column(s * tl.exp2(-log2_normalizer) * b.slope_weight)
-        slope = _exp(shifted) * by_exponential - o.t * weight
-        log2 = shifted * LOG2_E - _column(log2_normalizer)
-        log2 = tl.where(o.is_0 & (log2 == float("-inf")), 0, log2)  # 0·log 0 is 0.
+def _store_softmax_gradients(args, b, tile, maximum, log2_normalizer, s, CONST: tl.constexpr):
+    """Stores pⱼ·(S − tⱼ/(pⱼ+δ)) and −log(pⱼ+δ)·∂t′/∂t, times `grad_weight`; see `_softmax`."""
+    weight = _over_classes(b.grad_weight)
+    if CONST.IS_EXACT:
+        shifted = tile.x - _over_classes(maximum)
+        exp_scale = _over_classes(s * tl.exp2(-log2_normalizer) * b.grad_weight)
+        grad = _exp(shifted) * exp_scale - tile.t * weight
+        log2 = shifted * LOG2_E - _over_classes(log2_normalizer)
+        log2 = tl.where(tile.target_is_zero & (log2 == float("-inf")), 0, log2)  # 0·log 0 is 0.
     else:
-        p, log2, reciprocal = _guarded(b, o.x, maximum, log2_normalizer, P)
-        slope = p * (_column(s) - o.t * reciprocal) * weight
-    _store(g.grad_input_ptr, b, o.offsets, o.in_row, slope, P)
-    _store(g.grad_target_ptr, b, o.offsets, o.in_row, log2 * -LN_2 * o.by_target * weight, P)
+        p, log2, reciprocal = _guarded_softmax(b, tile.x, maximum, log2_normalizer, CONST)
+        grad = p * (_over_classes(s) - tile.t * reciprocal) * weight
+    grad_target = log2 * -LN_2 * tile.dtarget * weight
+    _store(args.grad_input_ptr, b, tile.offsets, tile.class_mask, grad, CONST)
+    _store(args.grad_target_ptr, b, tile.offsets, tile.class_mask, grad_target, CONST)
 
 
 @triton.jit
-def _softmax(g, b, P: tl.constexpr):
+def _softmax(args, b, CONST: tl.constexpr):
     """−Σ t·log(p + δ) and pⱼ·(S − tⱼ/(pⱼ+δ)), p = softmax(x), S = Σ tₖpₖ/(pₖ+δ).
 
-    R x, R t if dense, W each gradient. Rows longer than a tile are looked at again, each time from
-    where the last look ended, in cache: for S, which needs the normalizer, and for the gradient,
-    which needs S. With δ = 0, S is Σ t, which the first look sees too.
+    R x, R t if dense, W each gradient. Rows longer than a tile are read up to three times: for the
+    normalizer, for S, and for the gradient. Each pass starts where the one before ended, in cache.
+    With δ = 0, S is Σ t, which the first pass computes too.
     """
-    tiles = tl.cdiv(b.classes, P.TILE.classes)
-    if P.TILE.is_whole:
-        o = _operands(g, b, 0, P)
-        maximum = tl.where(b.is_used, _max(o.x), 0)
-        shifted = o.x - _column(maximum)
-        log2_normalizer = _log2(tl.where(b.is_used, _sum(_exp(shifted)), 1), P)
-        if P.IS_EXACT:
-            s, terms = _sum(o.t), _sum(tl.where(o.is_0, 0, o.t * shifted))
+    tiles = tl.cdiv(b.classes, CONST.TILE.classes)
+    if CONST.TILE.is_whole:
+        tile = _load_tile(args, b, 0, CONST)
+        maximum = tl.where(b.is_valid, _class_max(tile.x), 0)
+        shifted = tile.x - _over_classes(maximum)
+        log2_normalizer = _log2(tl.where(b.is_valid, _class_sum(_exp(shifted)), 1), CONST)
+        if CONST.IS_EXACT:
+            s = _class_sum(tile.t)
+            loss = _class_sum(tl.where(tile.target_is_zero, 0, tile.t * shifted))
         else:
-            p, log2, reciprocal = _guarded(b, o.x, maximum, log2_normalizer, P)
-            s, terms = _sum(o.t * p * reciprocal), _sum(o.t * log2)
-        _store_slopes(g, b, o, maximum, log2_normalizer, s, P)
+            p, log2, reciprocal = _guarded_softmax(b, tile.x, maximum, log2_normalizer, CONST)
+            s, loss = _class_sum(tile.t * p * reciprocal), _class_sum(tile.t * log2)
+        _store_softmax_gradients(args, b, tile, maximum, log2_normalizer, s, CONST)
     else:
-        maximum, normalizer, s, terms = _normalizers(g, b, P.IS_EXACT, P)
-        log2_normalizer = _log2(normalizer, P)
-        if not P.IS_EXACT:
-            s_by_thread = tl.full((1, P.TILE.samples, P.TILE.threads, 1), 0, P.DTYPE)
-            terms_by_thread = tl.full((1, P.TILE.samples, P.TILE.threads, 1), 0, P.DTYPE)
+        maximum, normalizer, s, loss = _normalize(args, b, CONST.IS_EXACT, CONST)
+        log2_normalizer = _log2(normalizer, CONST)
+        if not CONST.IS_EXACT:
+            thread_s = _thread_zeros(CONST)
+            thread_loss = _thread_zeros(CONST)
             for done in range(tiles):
-                o = _operands(g, b, (tiles - 1 - done) * P.TILE.classes, P)
-                p, log2, reciprocal = _guarded(b, o.x, maximum, log2_normalizer, P)
-                s_by_thread += _sum_by_thread(o.t * p * reciprocal)
-                terms_by_thread += _sum_by_thread(o.t * log2)
-            s, terms = _sum(s_by_thread), _sum(terms_by_thread)
-        if g.grad_input_ptr is not None or g.grad_target_ptr is not None:
+                tile = _load_tile(args, b, (tiles - 1 - done) * CONST.TILE.classes, CONST)
+                p, log2, reciprocal = _guarded_softmax(b, tile.x, maximum, log2_normalizer, CONST)
+                thread_s += _thread_sum(tile.t * p * reciprocal)
+                thread_loss += _thread_sum(tile.t * log2)
+            s, loss = _class_sum(thread_s), _class_sum(thread_loss)
+        if args.grad_input_ptr is not None or args.grad_target_ptr is not None:
             for done in range(tiles):
-                start = (tiles - 1 - done if P.IS_EXACT else done) * P.TILE.classes
-                o = _operands(g, b, start, P)
-                _store_slopes(g, b, o, maximum, log2_normalizer, s, P)
-    if P.IS_EXACT:
-        terms = terms * LOG2_E - s * log2_normalizer
-    return terms * -LN_2 * b.weight
+                start = (tiles - 1 - done if CONST.IS_EXACT else done) * CONST.TILE.classes
+                tile = _load_tile(args, b, start, CONST)
+                _store_softmax_gradients(args, b, tile, maximum, log2_normalizer, s, CONST)
+    if CONST.IS_EXACT:
+        loss = loss * LOG2_E - s * log2_normalizer
+    return loss * -LN_2 * b.weight
