@@ -138,12 +138,19 @@ class ClassPosition(NamedTuple):
 
     def pick(self, values: Tensor, otherwise: float) -> Tensor:
         """The value of each sample's class, or `otherwise` if another process holds it."""
-        # With no classes, use the empty sum: 0, and differentiable.
-        if values.shape[self.dim]:
+        if is_fused():
+            picked = values.where(self.one_hot(values), 0).sum(self.dim)
+        elif values.shape[self.dim]:
             picked = values.gather(self.dim, self.indices).squeeze(self.dim)
-        else:
+        else:  # With no classes, use the empty sum: 0, and differentiable.
             picked = values.sum(self.dim)
         return picked if self.is_here is None else picked.where(self.is_here, otherwise)
+
+    def one_hot(self, like: Tensor) -> Tensor:
+        """Whether an element is that of its sample's class."""
+        shape = [1] * like.dim()
+        shape[self.dim] = like.shape[self.dim]
+        return torch.arange(shape[self.dim], device=like.device).view(shape) == self.indices
 
     def weight(self, weight: Tensor) -> Tensor:
         """The class weight of each sample, or 0 if another process holds its class."""
@@ -245,6 +252,8 @@ def squared_error(
         difference = input - target
     elif input.shape[target.dim] == 0:
         return input
+    elif is_fused() and target.is_here is None:
+        difference = input - target.one_hot(input).to(input.dtype)
     else:  # y − t differs from y in one element per row, so the one-hot row is never made.
         minus_one = input.new_full((), -1).expand(target.indices.shape)
         if target.is_here is not None:
@@ -366,6 +375,11 @@ def is_exporting() -> bool:
     # Private: in torch 2.11 every compiled graph takes the public twin for True.
     flag = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_exporting() if flag is None else flag
+
+
+def is_fused() -> bool:
+    """Whether a compiler fuses these operations. It fuses a mask, and not a gather's gradient."""
+    return torch.compiler.is_compiling() and not is_exporting()
 
 
 def is_symbolic(value: float) -> bool:
