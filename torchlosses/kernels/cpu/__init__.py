@@ -92,7 +92,6 @@ class Launch:
         if needs[1]:
             grad_target = empty(target)
             by_target = grad_target.data_ptr()
-        # The names keep the tensors at the addresses alive.
         if weight is not None:
             weight, weights = _contiguous(weight, self.call.dtype)
         if sample_weight is not None:
@@ -106,6 +105,8 @@ class Launch:
             self.prepared, input.data_ptr(), target.data_ptr(), weights, sample_weights, upstreams,
             loss.data_ptr(), by_input, by_target,
         )  # fmt: skip
+        # Until here the names keep the copies alive; Dynamo drops one that is not used again.
+        del weight, sample_weight, upstream
         if bad >= 0 and raise_on_invalid:
             call = self.call
             raise checks.invalid_class(target, bad, input.shape[call.dim], call.ignore_index)
