@@ -123,6 +123,8 @@ def test_not_a_tensor(loss: Any) -> None:
         loss(y(1), 0)
     with pytest.raises(TypeError, match=words("sample_weight", "float", "expected a torch.Tensor")):
         loss(y(1), y(1), sample_weight=1.0)
+    with pytest.raises(TypeError, match=words("input", "NoneType", "expected a torch.Tensor")):
+        torch.compile(loss, backend="eager")(None, None)
 
 
 @pytest.mark.parametrize("loss", BOTH)
@@ -329,10 +331,14 @@ def test_tensors_that_are_not_dense(loss: Any) -> None:
             loss(nested, nested)
         with pytest.raises(TypeError, match=words("target", "nested")):
             loss(dense, nested)
+        with pytest.raises(TypeError, match=words("input", "nested")):
+            torch.compile(loss, backend="eager")(nested, dense)
     with pytest.raises(TypeError, match=words("input", "torch.sparse_coo", "to_dense")):
         loss(dense.to_sparse(), dense)
     with pytest.raises(TypeError, match=words("target", "torch.sparse_coo")):
         loss(dense, dense.to_sparse())
+    with pytest.raises(TypeError, match=words("input", "torch._mkldnn")):
+        torch.compile(loss, backend="eager")(dense.to_mkldnn(), dense)
 
 
 @pytest.mark.parametrize("loss", BOTH)

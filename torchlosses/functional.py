@@ -1,6 +1,5 @@
 """The losses as functions: check the call, then compute it."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,7 +96,8 @@ def linear_cross_entropy_error(
     shape = checks.check_linear(input, linear_weight, linear_bias)
     dim = len(shape) - 1
     is_index = checks.check_target(input, shape, target, dim, options.ignore_index, "logits")
-    _warn_of_one_class(shape[dim], dim, is_linear=True)
+    if _is_one(shape[dim]):
+        checks.warn_of_one_class(dim, is_linear=True)
     checks.check_weights(input, shape, weight, dim, sample_weight, shape[:-1], "logits")
     call = _call("logits", options, is_index, dim, input, target)
     arguments = (input, linear_weight, linear_bias, target, weight, sample_weight)
@@ -115,12 +115,9 @@ torch.fx.wrap("cross_entropy_error")
 torch.fx.wrap("linear_cross_entropy_error")
 
 
-def _warn_of_one_class(num_classes: int, dim: int, *, is_linear: bool) -> bool:
-    """Warns if there is only one class; returns whether there is."""
-    if type(num_classes) is not int or num_classes != 1:
-        return False
-    checks.warn_of_one_class(dim, is_linear=is_linear)
-    return True
+def _is_one(size: int) -> bool:
+    """Whether a size is known to be 1: those of a graph may be symbols."""
+    return type(size) is int and size == 1
 
 
 def _call(
@@ -153,7 +150,9 @@ def _compute(
         result = ops.run(prepared, tensors)
         if result is not None:
             return result
-    call, arguments, is_warned = _check(kind, checked, *tensors)
+    call, arguments, has_one_class = _check(kind, checked, *tensors)
+    if has_one_class:
+        checks.warn_of_one_class(call.dim, is_linear=False)
     arguments = Arguments(*sharded.waited(arguments))
     if sharded.is_sharded(*arguments):
         return sharded.compute(call, arguments)
@@ -164,7 +163,7 @@ def _compute(
             classes = checks.check_classes(arguments.target, num_classes, call.ignore_index)
         checks.check_values(call, arguments, classes)
     # A call that warns is never prepared, so it warns at each line of the user.
-    return ops.compute(call, arguments, ops.key_of(kind, checked, arguments), not is_warned)
+    return ops.compute(call, arguments, ops.key_of(kind, checked, arguments), not has_one_class)
 
 
 def _check(
@@ -175,20 +174,20 @@ def _check(
     weight: Tensor | None,
     sample_weight: Tensor | None,
 ) -> tuple[Call, Arguments, bool]:
-    """The call, its tensors, and whether this has warned of it."""
+    """The call, its tensors, and whether it is a softmax over one class."""
     dim = checks.check_dim(input, options.dim)
     is_per_element = LOSSES[kind].is_per_element
     if not is_per_element and input.dim() == 0 and target.shape == input.shape:
         input, target = input.unsqueeze(0), target.unsqueeze(0)  # One class, and no dimension.
     is_index = checks.check_target(input, input.shape, target, dim, options.ignore_index)
     has_softmax = LOSSES[kind].domain == "logit" and not is_per_element
-    is_warned = has_softmax and _warn_of_one_class(input.shape[dim], dim, is_linear=False)
+    has_one_class = has_softmax and _is_one(input.shape[dim])
     if weight is not None or sample_weight is not None:
         is_like_target = is_index or is_per_element
         samples = target.shape if is_like_target else checks.samples_shape(input, dim)
         checks.check_weights(input, input.shape, weight, dim, sample_weight, samples)
     call = _call(kind, options, is_index, dim, input, target)
-    return call, Arguments(input, target, weight, sample_weight), is_warned
+    return call, Arguments(input, target, weight, sample_weight), has_one_class
 
 
 def _find_call(
@@ -199,26 +198,21 @@ def _find_call(
     Dynamo runs this once per graph. Traced code would cost a guard, at each call, for everything it
     reads.
     """
-    types, devices, *_ = zip(*[p for p in properties if p is not None], strict=True)
-    if len(set(devices)) > 1 or not set(types) <= set(checks.PLAIN):
+    types, layouts, devices = ({p[k] for p in properties if p is not None} for k in range(3))
+    if not types <= {*checks.PLAIN} or layouts != {torch.strided} or len(devices) > 1:
         return None
-    tensors: list[Any] = [None if p is None else _make_meta(*p[2:]) for p in properties]
+    tensors: list[Any] = [None if p is None else _make_meta(*p[3:]) for p in properties]
     try:
-        with warnings.catch_warnings(action="ignore"):
-            call, arguments, is_warned = _check(kind, checks.check_options(*options), *tensors)
+        call, arguments, has_one_class = _check(kind, checks.check_options(*options), *tensors)
     except (TypeError, ValueError):
         return None  # The traced code raises it, with the user's tensors.
     size = arguments.input.numel()
-    is_served = not is_warned and ops.serves_graph(devices[0], call, arguments, size)
-    return tuple(call) if is_served else None
+    is_served = ops.serves_graph(devices.pop(), call, arguments, size)
+    return tuple(call) if is_served and not has_one_class else None
 
 
-def _make_meta(
-    layout: torch.layout, dtype: torch.dtype, shape: Sequence[int], requires_grad: bool
-) -> Tensor:
-    return torch.empty(
-        shape, dtype=dtype, layout=layout, device="meta", requires_grad=requires_grad
-    )
+def _make_meta(dtype: torch.dtype, shape: Sequence[int], requires_grad: bool) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=requires_grad)
 
 
 # Set by torch.compiler.assume_constant_result, which would import the compiler.

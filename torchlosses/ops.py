@@ -465,23 +465,25 @@ def find_constants(
     """The options and properties of tensors, if all are constants of the graph."""
     values: list[Any] = []
     for option in options:
-        is_number = isinstance(option, (int, float)) and not isinstance(option, bool)
-        if is_number and formulas.is_symbolic(option):
+        if option is None or isinstance(option, (bool, str)):
+            values.append(option)
+        elif isinstance(option, (int, float)) and not formulas.is_symbolic(option):
+            values.append(_plain_number(option))
+        else:
             return None
-        values.append(_plain_number(option) if is_number else option)
     properties: list[Any] = []
     for t in tensors:
         if t is None:
             properties.append(None)
             continue
-        if not isinstance(t, Tensor):
+        if not isinstance(t, Tensor) or t.is_nested:
             return None
         shape = []
         for size in t.shape:
             if formulas.is_symbolic(size):
                 return None
             shape.append(_plain_number(size))
-        properties.append((type(t), t.device, t.layout, t.dtype, shape, t.requires_grad))
+        properties.append((type(t), t.layout, t.device, t.dtype, shape, t.requires_grad))
     return values, properties
 
 
@@ -524,10 +526,7 @@ def hold(*held: Any) -> Tensor:
 
 def take(handle: Tensor | None) -> Any:
     """What a handle holds, the first time."""
-    held = getattr(handle, "held", NOTHING)
-    if held is not NOTHING:
-        handle.held = NOTHING  # type: ignore[union-attr]
-    return held
+    return NOTHING if handle is None else vars(handle).pop("held", NOTHING)
 
 
 class Operator:
@@ -638,7 +637,7 @@ class Operator:
         device = tensors[0].device
         layout = layout_of(tensors)
         if layout is None:
-            tensors = tuple(None if t is None else t.resolve_neg().contiguous() for t in tensors)
+            tensors = tuple(None if t is None else t.contiguous() for t in tensors)
             layout = layout_of(tensors)
         key = None if layout is None else (self.name, call, extra, layout)
         prepared = find(key) or prepare(key, call, tensors, functools.partial(self.wrap, *extra))
