@@ -286,7 +286,7 @@ def run(prepared: Prepared, tensors: Sequence[Tensor | None]) -> Tensor | None:
     results = try_kernels(kernels, device, launch.compute, *tensors, needs)
     loss: Tensor | None = results and results[0]
     if results and needs_grad:
-        loss = OnePass.apply(prepared, has_hooks, results, *tensors)
+        loss = OnePass.apply((prepared, has_hooks, results), *tensors)
     return loss
 
 
@@ -322,10 +322,8 @@ class OnePass(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, prepared: Prepared, has_hooks: bool, results: Result, *tensors: Tensor | None
-    ) -> Tensor:
-        loss, *gradients = results
+    def forward(ctx: Any, state: tuple[Prepared, bool, Result], *tensors: Tensor | None) -> Tensor:
+        prepared, has_hooks, (loss, *gradients) = state
         ctx.prepared, ctx.has_hooks = prepared, has_hooks
         ctx.has_gradients = not (prepared.is_deferred or has_hooks)
         ctx.save_for_backward(*tensors, *gradients)
@@ -334,7 +332,7 @@ class OnePass(Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         call, kernels, _, device, _, _, formula = ctx.prepared
-        needs = ctx.needs_input_grad[3:-2]
+        needs = ctx.needs_input_grad[1:-2]
         saved = ctx.saved_tensors
         tensors = saved[: len(needs) + 2]
         gradients = None
@@ -351,7 +349,7 @@ class OnePass(Function):
             )
         if gradients is None:
             gradients = formula_gradients(formula, call, tensors, needs, grad_loss)
-        return None, None, None, *gradients, None, None
+        return None, *gradients, None, None
 
 
 def _gradients(
