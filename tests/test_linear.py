@@ -643,7 +643,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The class of CPU launches, with its kernels marked as ones that may fail."""
     kernels: Any = ops.kernels_of(torch.device("cpu"), "logits")
     monkeypatch.setattr(kernels, "CAN_FAIL", True)
-    return kernels.Launch
+    return kernels.Plan
 
 
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
@@ -854,8 +854,8 @@ def test_a_label_beyond_int64_is_not_the_ignore_index(path: str, device: str) ->
     x, w = torch.ones(3, 4, device=device), torch.ones(2, 4, device=device)
     if kernels is not None:
         tensors = (x, w, None, t, None, None)
-        launch = linear.LayerKernels(torch.float32, kernels).prepare(call, *tensors)
-        losses, *_ = launch.compute(*tensors, (False,) * 4)
+        plan = linear.LayerKernels(torch.float32, kernels).prepare(call, *tensors)
+        losses, *_ = plan.compute(*tensors, (False,) * 4)
         assert losses.isnan().tolist() == [False, False, True]
 
 

@@ -31,7 +31,7 @@ LEAST_ROWS = 256
 # The most chunks whose weight gradients are accumulated in half precision. Each rounds the sum; a
 # sum of random terms grows as a square root, so six roundings at most double the error of one.
 MAX_HALF_CHUNKS = 6
-MAX_LAUNCHES = 64
+MAX_PLANS = 64
 # Classes per block when a product in half precision is added to float32: it is still in the cache.
 BLOCK = 4096
 
@@ -116,11 +116,11 @@ class LayerKernels(NamedTuple):
     def CAN_FAIL(self) -> bool:  # noqa: N802
         return self.kernels.CAN_FAIL
 
-    def prepare(self, call: Call, *tensors: Any) -> "LayerLaunch":
-        return LayerLaunch(call, self.kernels, self.dtype, *tensors)
+    def prepare(self, call: Call, *tensors: Any) -> "LayerPlan":
+        return LayerPlan(call, self.kernels, self.dtype, *tensors)
 
 
-class LayerLaunch:
+class LayerPlan:
     """Computes calls whose tensors have the same layout."""
 
     def __init__(
@@ -131,20 +131,20 @@ class LayerLaunch:
         is_none = call.reduction == "none"
         # The divisor is that of the whole batch; chunks compute plain sums.
         self.chunk_call = call._replace(dim=1, reduction="none" if is_none else "sum")
-        self.launches: dict[Any, ops.Launch] = {}  # By the layout of a chunk.
+        self.plans: dict[Any, ops.Plan] = {}  # By the layout of a chunk.
 
     def rescale(
         self, gradients: Sequence[Tensor | None], grad_loss: Tensor, target: Tensor
     ) -> Sequence[Tensor | None] | None:
-        if not self.launches:  # Prepared anew, or every row is ignored: `compute` serves both.
+        if not self.plans:  # Prepared anew, or every row is ignored: `compute` serves both.
             return None
-        launch = next(iter(self.launches.values()))
+        plan = next(iter(self.plans.values()))
         by_input, *rest = gradients
         if by_input is None:
-            return launch.rescale(gradients, grad_loss, target)
+            return plan.rescale(gradients, grad_loss, target)
         rows = by_input.view(-1, by_input.shape[-1])
         targets = target.reshape(len(rows), *target.shape[by_input.dim() - 1 :])
-        rescaled = launch.rescale([rows, *rest], grad_loss, targets)
+        rescaled = plan.rescale([rows, *rest], grad_loss, targets)
         return rescaled and [by_input.data, *rescaled[1:]]
 
     def compute(self, input: Tensor, *rest: Any) -> list[Any]:
@@ -182,7 +182,7 @@ class LayerLaunch:
                 torch.mm(x, w.t(), out=z)
             else:
                 torch.addmm(b, x, w.t(), out=z)
-            loss, grad_z, grad_t = self._launch(z, t, weight, s).compute(
+            loss, grad_z, grad_t = self._plan_chunk(z, t, weight, s).compute(
                 z, t, weight, s, (any(needs[:3]), needs[3]), u, True, False
             )
             losses.append(loss)
@@ -191,14 +191,16 @@ class LayerLaunch:
         loss = self._loss(batch, losses, divisor)
         return [loss, *gradients.finish(input, linear_weight, linear_bias, target)]
 
-    def _launch(self, z: Tensor, t: Tensor, weight: Tensor | None, s: Tensor | None) -> ops.Launch:
+    def _plan_chunk(
+        self, z: Tensor, t: Tensor, weight: Tensor | None, s: Tensor | None
+    ) -> ops.Plan:
         layout = ops.layout_of((z, t, weight, s))
-        launch = self.launches.get(layout)
-        if launch is None:
-            if len(self.launches) >= MAX_LAUNCHES:  # Counts of ignored rows differ by batch.
-                self.launches.clear()
-            launch = self.launches[layout] = self.kernels.prepare(self.chunk_call, z, t, weight, s)
-        return launch
+        plan = self.plans.get(layout)
+        if plan is None:
+            if len(self.plans) >= MAX_PLANS:  # Counts of ignored rows differ by batch.
+                self.plans.clear()
+            plan = self.plans[layout] = self.kernels.prepare(self.chunk_call, z, t, weight, s)
+        return plan
 
     def _loss(self, batch: "Batch", losses: list[Tensor], divisor: Any) -> Tensor:
         like = batch.x.new_zeros((), dtype=self.call.dtype)

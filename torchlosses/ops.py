@@ -2,16 +2,16 @@
 
 An eager call:
 
-    public function ─ key_of ─ prepared? ─ yes ───────────── run ─ Launch.compute ─ OnePass
+    public function ─ key_of ─ prepared? ─ yes ───────────── run ─ Plan.compute ─ OnePass
                                   └─ no ─ checks ─ prepare ──┘└─ formulas.compute, without kernels
 
 - `key_of` returns the cache key of a call, or None if kernels cannot serve it.
-- `Launch` is prepared by the kernels of a device, in `kernels/cpu` or `kernels/triton`.
+- `Plan` is prepared by the kernels of a device, in `kernels/cpu` or `kernels/triton`.
 - `OnePass` is the autograd node.
 
 A compiled graph:
 
-    public function ─ serves_graph ─ yes ─ Operator ─ GraphNode ─ Launch.compute
+    public function ─ serves_graph ─ yes ─ Operator ─ GraphNode ─ Plan.compute
                                   └─ no ── checks ─ formulas.compute
 
 Anything beyond a first derivative is computed by the formula.
@@ -42,7 +42,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # ---- Kernels, by device
 
 
-class Launch(Protocol):
+class Plan(Protocol):
     """Computes calls whose tensors have the same layout."""
 
     def compute(self, *arguments: Any) -> Any:
@@ -75,8 +75,8 @@ class Kernels(Protocol):
     def CAN_FAIL(self) -> bool:  # noqa: N802
         """Whether a driver, compiler or device may refuse them."""
 
-    def prepare(self, call: Call, /, *tensors: Any) -> Launch:
-        """A launch for calls with the `layout_of` these tensors."""
+    def prepare(self, call: Call, /, *tensors: Any) -> Plan:
+        """A plan for calls with the `layout_of` these tensors."""
 
 
 @functools.cache
@@ -159,7 +159,7 @@ class Prepared(NamedTuple):
 
     call: Call
     kernels: Kernels
-    launch: Launch
+    plan: Plan
     device: torch.device
     needs: tuple[bool, ...]  # Which tensors get a gradient; weights never do.
     is_deferred: bool  # Gradients are computed in backward.
@@ -239,11 +239,11 @@ def prepare(
     if kernels is None:
         return None
     kernels = kernels if wrap is None else wrap(kernels)
-    launch = try_kernels(kernels, device, kernels.prepare, call, *tensors)
-    if launch is None:
+    plan = try_kernels(kernels, device, kernels.prepare, call, *tensors)
+    if plan is None:
         return None
     prepared = Prepared(
-        call, kernels, launch, device, needs[:-2],
+        call, kernels, plan, device, needs[:-2],
         is_deferred(call, *dtypes, *[t.dtype for t in differentiable if t is not None]),
         formula or formula_of_tensors,
     )  # fmt: skip
@@ -278,12 +278,12 @@ def is_deferred(call: Call, *dtypes: torch.dtype) -> bool:
 
 def run(prepared: Prepared, tensors: Sequence[Tensor | None]) -> Tensor | None:
     """The loss by kernels, or None if they fail."""
-    _, kernels, launch, device, needs, deferred, _ = prepared
+    _, kernels, plan, device, needs, deferred, _ = prepared
     needs_grad = True in needs
     has_hooks = needs_grad and bool(checks.find_saving_hooks(True))
     if deferred or has_hooks:
         needs = (False,) * len(needs)
-    results = try_kernels(kernels, device, launch.compute, *tensors, needs)
+    results = try_kernels(kernels, device, plan.compute, *tensors, needs)
     loss: Tensor | None = results and results[0]
     if results and needs_grad:
         loss = OnePass.apply((prepared, has_hooks, results), *tensors)
@@ -360,18 +360,18 @@ def _gradients(
     grad_loss: Tensor,
 ) -> Any:
     """The gradients by kernels."""
-    call, kernels, launch, _, _, deferred, _ = ctx.prepared
+    call, kernels, plan, _, _, deferred, _ = ctx.prepared
     if ctx.has_hooks:  # Hooks may return other strides.
-        launch = kernels.prepare(call, *tensors)
+        plan = kernels.prepare(call, *tensors)
     if not deferred:
         if not ctx.has_gradients:
-            _, *results = launch.compute(*tensors, needs)
+            _, *results = plan.compute(*tensors, needs)
         ctx.has_gradients = False  # Returned once: the caller may write to them.
         target: Any = tensors[-3]
-        rescaled = launch.rescale(results, grad_loss, target)
+        rescaled = plan.rescale(results, grad_loss, target)
         if rescaled is not None:
             return rescaled
-    _, *results = launch.compute(*tensors, needs, grad_loss.resolve_neg())
+    _, *results = plan.compute(*tensors, needs, grad_loss.resolve_neg())
     return results
 
 
@@ -606,7 +606,7 @@ class Operator:
 
     def _compute_loss(self, *inputs: Any) -> list[Tensor]:
         needs = inputs[-1]
-        prepared, loss, *gradients = self._launch(inputs, needs)
+        prepared, loss, *gradients = self._run_kernels(inputs, needs)
         if True in needs and loss.is_cpu:
             return [loss, hold(prepared, gradients)]
         return [loss, *[gradient for gradient in gradients if gradient is not None]]
@@ -615,14 +615,14 @@ class Operator:
         needs, upstream, handle = inputs[-3:]
         prepared, gradients = take(handle)
         if prepared is not None:
-            _, kernels, launch, device, *_ = prepared
+            _, kernels, plan, device, *_ = prepared
             results = (gradients, upstream, inputs[self.differentiable - 1])
-            gradients = try_kernels(kernels, device, launch.rescale, *results)
+            gradients = try_kernels(kernels, device, plan.rescale, *results)
         if gradients is None:
-            _, _, *gradients = self._launch(inputs, needs, upstream)
+            _, _, *gradients = self._run_kernels(inputs, needs, upstream)
         return [gradient for gradient in gradients if gradient is not None]
 
-    def _launch(
+    def _run_kernels(
         self, inputs: Sequence[Any], needs: Sequence[bool], upstream: Tensor | None = None
     ) -> Any:
         """The prepared call, and the loss and gradients by kernels."""
@@ -642,9 +642,9 @@ class Operator:
         prepared = find(key) or prepare(key, call, tensors, functools.partial(self.wrap, *extra))
         results = None
         if prepared is not None:
-            _, kernels, launch, *_ = prepared
+            _, kernels, plan, *_ = prepared
             options = (tuple(needs), upstream, False, False)  # A graph raises no IndexError.
-            results = try_kernels(kernels, device, launch.compute, *tensors, *options)
+            results = try_kernels(kernels, device, plan.compute, *tensors, *options)
         if results is None:  # Within an operator there is no autograd, so no formula.
             raise RuntimeError(
                 f"a kernel of torchlosses has failed on {device}, and this graph was compiled for "

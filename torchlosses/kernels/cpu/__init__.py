@@ -40,7 +40,7 @@ def _contiguous(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     return tensor, tensor.data_ptr()
 
 
-class Launch:
+class Plan:
     """The kernels for calls whose tensors are alike in dtype, shape and strides."""
 
     def __init__(
@@ -128,9 +128,9 @@ def prepare(
     target: Tensor,
     weight: Tensor | None,
     sample_weight: Tensor | None,
-) -> Launch:
+) -> Plan:
     """What computes all calls whose tensors are alike in dtype, shape and strides."""
-    return Launch(call, input, target, sample_weight)
+    return Plan(call, input, target, sample_weight)
 
 
 # torch's own function to run in parallel, whose threads the kernels share. Without it they run in
