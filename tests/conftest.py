@@ -33,7 +33,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py starts such a pr
     interpreted = SimpleNamespace(
         LOSSES=triton.LOSSES, CAN_FAIL=True, prepare=CheckedPlan, Plan=CheckedPlan
     )
-    ops.KERNELS["cpu"] = lambda device: interpreted
+    ops.KERNEL_LOADERS["cpu"] = lambda device: interpreted
 
     # For every call inside a kernel the interpreter patches the whole of `triton.language` again,
     # which takes most of its time. Patch once instead, in the versions that have a scope for it.

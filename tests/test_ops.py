@@ -127,13 +127,13 @@ def test_without_the_extension_the_formula_serves_and_says_so_once(
     monkeypatch.setitem(sys.modules, "torchlosses.kernels.cpu", None)
     monkeypatch.delattr("torchlosses.kernels.cpu")
     monkeypatch.setattr(ops, "_prepared", {})
-    ops._find_cpu.cache_clear()
+    ops._load_cpu.cache_clear()
     y = torch.rand(4, 5)
     with pytest.warns(UserWarning, match="no compiled CPU kernels"):
         loss = sum_squared_error(y, torch.zeros_like(y))
     torch.testing.assert_close(loss, y.square().sum() / 2)
     sum_squared_error(y, y)
-    ops._find_cpu.cache_clear()
+    ops._load_cpu.cache_clear()
 
 
 class Slow:
@@ -150,14 +150,14 @@ def test_a_signal_in_the_first_call_says_nothing_of_the_extension(
     monkeypatch.delitem(sys.modules, "torchlosses.kernels.cpu")
     monkeypatch.delattr("torchlosses.kernels.cpu")
     monkeypatch.setattr(ops, "_prepared", {})
-    ops._find_cpu.cache_clear()
+    ops._load_cpu.cache_clear()
     y = torch.rand(4, 5)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "meta_path", [Slow(), *sys.meta_path])
         with pytest.raises(TimeoutError, match="enough"):
             sum_squared_error(y, y)
-    assert ops._find_cpu() is sys.modules["torchlosses.kernels.cpu"]
-    ops._find_cpu.cache_clear()
+    assert ops._load_cpu() is sys.modules["torchlosses.kernels.cpu"]
+    ops._load_cpu.cache_clear()
 
 
 def test_a_signal_in_a_kernel_says_nothing_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_detectors_are_there() -> None:
     assert checks.is_before_dispatch is not checks.unknown
     assert hasattr(torch.compiler, "_is_exporting_flag")
     assert checks.find_saving_hooks is not bool
-    assert ops._nodes is type(
+    assert ops._ONE_PASS_NODE is type(
         sum_squared_error(torch.rand(3, requires_grad=True), torch.rand(3)).grad_fn
     )
     assert None not in checks._INFRA_MODES

@@ -662,7 +662,7 @@ def test_forward_and_backward_are_two_launches_or_three(
 def test_without_a_compiler_or_gpu_the_formula_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    find = ops._find_triton.__wrapped__
+    find = ops._load_triton.__wrapped__
     monkeypatch.setattr(kernels.Plan, "compute", lambda *arguments: arguments)
     assert find(torch.device("cpu")) is kernels
     no_compiler = mock.Mock(side_effect=RuntimeError("Failed to find C compiler"))

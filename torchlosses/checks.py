@@ -362,7 +362,7 @@ def check_values(
         return
     dim, from_logits = call.dim, domain == "logit"
     input = input.detach()
-    not_ignored = None if classes is None else classes.counts
+    not_ignored = None if classes is None else classes.not_ignored
     if not_ignored is None:
         not_ignored = torch.ones(samples_shape(input, dim), dtype=torch.bool, device=input.device)
     counts = not_ignored if sample_weight is None else not_ignored & (sample_weight.detach() != 0)

@@ -2,14 +2,14 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from torchlosses import checks, linear, ops, sharded
-from torchlosses.checks import Options, Reduction
+from torchlosses.checks import PLAIN, Options, Reduction
 from torchlosses.formulas import LOSSES, Arguments, Call
 
 __all__ = ["cross_entropy_error", "linear_cross_entropy_error", "sum_squared_error"]
@@ -84,7 +84,7 @@ def linear_cross_entropy_error(
     """Cross-entropy of a linear layer without holding all logits in memory.
 
     The function behind :class:`torchlosses.LinearCrossEntropyError`, where every argument, dtype,
-    error and source is described. Use it where the layer's weight is another's too, such as an
+    error and source is described. Use it when the weight is tied to another module's, such as an
     embedding's.
 
     >>> import torch
@@ -99,9 +99,9 @@ def linear_cross_entropy_error(
     is_index = checks.check_target(input, shape, target, dim, options.ignore_index, "logits")
     _warn_of_one_class(shape[dim], dim, is_linear=True)
     checks.check_weights(input, shape, weight, dim, sample_weight, shape[:-1], "logits")
-    call = _call("logits", options, is_index, dim, input, target)
+    call = _make_call("logits", options, is_index, dim, input, target)
     arguments = (input, linear_weight, linear_bias, target, weight, sample_weight)
-    arguments = sharded.waited(arguments)
+    arguments = sharded.wait_all(arguments)
     if sharded.is_sharded(*arguments):
         return sharded.compute_linear(call, *arguments)
     if not is_compiling() and torch.is_anomaly_enabled():
@@ -117,13 +117,13 @@ torch.fx.wrap("linear_cross_entropy_error")
 
 def _warn_of_one_class(num_classes: int, dim: int, *, is_linear: bool) -> bool:
     """Warns if there is only one class; returns whether there is."""
-    if type(num_classes) is not int or num_classes != 1:
+    if type(num_classes) is not int or num_classes != 1:  # A symbolic size counts as more.
         return False
     checks.warn_of_one_class(dim, is_linear=is_linear)
     return True
 
 
-def _call(
+def _make_call(
     kind: str, options: Options, is_index: bool, dim: int, input: Tensor, target: Tensor
 ) -> Call:
     reduction, _, ignore_index, delta, label_smoothing = options
@@ -143,18 +143,20 @@ def _compute(
     tensors = (input, target, weight, sample_weight)
     if is_compiling():
         constants = ops.find_constants(options, tensors)
-        static = None if constants is None else _find_call(kind, *constants)
+        static = None if constants is None else _find_static_call(kind, *constants)
         if static is not None:
-            loss: Tensor = ops.LOSS.loss(*tensors, None, *static)
+            numbers = None  # δ and ε are constants.
+            loss: Tensor = ops.LOSS_OPERATOR.op(*tensors, numbers, *static)
             return loss
     checked = checks.cached_options(*options)
     prepared = ops.find(ops.key_of(kind, checked, tensors))
-    if prepared is not None and not torch.is_anomaly_enabled():  # Then values are checked too.
+    # Anomaly mode checks values too, so it takes no prepared call.
+    if prepared is not None and not torch.is_anomaly_enabled():
         result = ops.run(prepared, tensors)
         if result is not None:
             return result
-    call, arguments, is_warned = _check(kind, checked, *tensors)
-    arguments = Arguments(*sharded.waited(arguments))
+    call, arguments, has_warned = _check(kind, checked, *tensors)
+    arguments = Arguments(*sharded.wait_all(arguments))
     if sharded.is_sharded(*arguments):
         return sharded.compute(call, arguments)
     if not is_compiling() and torch.is_anomaly_enabled():
@@ -163,8 +165,8 @@ def _compute(
             num_classes = arguments.input.shape[call.dim]
             classes = checks.check_classes(arguments.target, num_classes, call.ignore_index)
         checks.check_values(call, arguments, classes)
-    # A call that warns is never prepared, so it warns at each line of the user.
-    return ops.compute(call, arguments, ops.key_of(kind, checked, arguments), not is_warned)
+    # A call that warns is never prepared, so it warns at every call site.
+    return ops.compute(call, arguments, ops.key_of(kind, checked, arguments), not has_warned)
 
 
 def _check(
@@ -175,51 +177,60 @@ def _check(
     weight: Tensor | None,
     sample_weight: Tensor | None,
 ) -> tuple[Call, Arguments, bool]:
-    """The call, its tensors, and whether this has warned of it."""
+    """The call, its tensors, and whether a warning was issued."""
     dim = checks.check_dim(input, options.dim)
     is_per_element = LOSSES[kind].is_per_element
     if not is_per_element and input.dim() == 0 and target.shape == input.shape:
         input, target = input.unsqueeze(0), target.unsqueeze(0)  # One class, and no dimension.
     is_index = checks.check_target(input, input.shape, target, dim, options.ignore_index)
     has_softmax = LOSSES[kind].domain == "logit" and not is_per_element
-    is_warned = has_softmax and _warn_of_one_class(input.shape[dim], dim, is_linear=False)
+    has_warned = has_softmax and _warn_of_one_class(input.shape[dim], dim, is_linear=False)
     if weight is not None or sample_weight is not None:
         is_like_target = is_index or is_per_element
-        samples = target.shape if is_like_target else checks.samples_shape(input, dim)
-        checks.check_weights(input, input.shape, weight, dim, sample_weight, samples)
-    call = _call(kind, options, is_index, dim, input, target)
-    return call, Arguments(input, target, weight, sample_weight), is_warned
+        samples_shape = target.shape if is_like_target else checks.samples_shape(input, dim)
+        checks.check_weights(input, input.shape, weight, dim, sample_weight, samples_shape)
+    call = _make_call(kind, options, is_index, dim, input, target)
+    return call, Arguments(input, target, weight, sample_weight), has_warned
 
 
-def _find_call(
-    kind: str, options: Sequence[Any], properties: Sequence[tuple[Any, ...] | None]
+class _Properties(NamedTuple):
+    """The properties of a tensor that `ops.find_constants` collects."""
+
+    type: type
+    device: torch.device
+    layout: torch.layout
+    dtype: torch.dtype
+    shape: list[int]
+    requires_grad: bool
+
+    def make_meta(self) -> Tensor:
+        return torch.empty(
+            self.shape, dtype=self.dtype, layout=self.layout, device="meta",
+            requires_grad=self.requires_grad,
+        )  # fmt: skip
+
+
+def _find_static_call(
+    kind: str, options: Sequence[Any], properties: Sequence[Any]
 ) -> tuple[Any, ...] | None:
     """The checked call of a graph, or None if the operator does not serve it.
 
     Dynamo runs this once per graph. Traced code would cost a guard, at each call, for everything it
     reads.
     """
-    types, devices, *_ = zip(*[p for p in properties if p is not None], strict=True)
-    if len(set(devices)) > 1 or not set(types) <= set(checks.PLAIN):
+    given = [p and _Properties(*p) for p in properties]
+    if len({p.device for p in given if p}) > 1 or any(p and p.type not in PLAIN for p in given):
         return None
-    tensors: list[Any] = [None if p is None else _make_meta(*p[2:]) for p in properties]
+    tensors: list[Any] = [p and p.make_meta() for p in given]
     try:
         with warnings.catch_warnings(action="ignore"):
-            call, arguments, is_warned = _check(kind, checks.check_options(*options), *tensors)
+            call, arguments, has_warned = _check(kind, checks.check_options(*options), *tensors)
     except (TypeError, ValueError):
         return None  # The traced code raises it, with the user's tensors.
-    size = arguments.input.numel()
-    is_served = not is_warned and ops.serves_graph(devices[0], call, arguments, size)
+    device, size = properties[0][1], arguments.input.numel()
+    is_served = not has_warned and ops.serves_graph(device, call, arguments, size)
     return tuple(call) if is_served else None
 
 
-def _make_meta(
-    layout: torch.layout, dtype: torch.dtype, shape: Sequence[int], requires_grad: bool
-) -> Tensor:
-    return torch.empty(
-        shape, dtype=dtype, layout=layout, device="meta", requires_grad=requires_grad
-    )
-
-
-# Set by torch.compiler.assume_constant_result, which would import the compiler.
-_find_call._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# As torch.compiler.assume_constant_result marks it, which would import the compiler.
+_find_static_call._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -112,9 +112,9 @@ class Plan:
         return loss, grad_input, grad_target
 
     def rescale(
-        self, gradients: Sequence[Tensor | None], grad_loss: Tensor, target: Tensor
+        self, gradients: Sequence[Tensor | None], upstream: Tensor, target: Tensor
     ) -> Sequence[Tensor | None] | None:
-        factor = grad_loss.item()
+        factor = upstream.item()
         if factor == 1:
             return [None if gradient is None else gradient.data for gradient in gradients]
         if not math.isfinite(factor):  # Its product with the 0 of an ignored sample is NaN.
