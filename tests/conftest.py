@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py starts such a pr
 
     from torchlosses.kernels import triton
 
-    class CheckedLaunch(triton.Launch):
+    class CheckedPlan(triton.Plan):
         def compute(self, *arguments: Any) -> Any:
             """Raises IndexError for an invalid class, as the CPU kernels do."""
             input, target, *_ = arguments
@@ -31,9 +31,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py starts such a pr
             return super().compute(*arguments)
 
     interpreted = SimpleNamespace(
-        LOSSES=triton.LOSSES, CAN_FAIL=True, prepare=CheckedLaunch, Launch=CheckedLaunch
+        LOSSES=triton.LOSSES, CAN_FAIL=True, prepare=CheckedPlan, Plan=CheckedPlan
     )
-    ops.KERNELS["cpu"] = lambda device: interpreted
+    ops.KERNEL_LOADERS["cpu"] = lambda device: interpreted
 
     # For every call inside a kernel the interpreter patches the whole of `triton.language` again,
     # which takes most of its time. Patch once instead, in the versions that have a scope for it.

@@ -78,7 +78,7 @@ def test_every_kernel_agrees_with_the_formula(
 ) -> None:
     ulp = torch.finfo(dtype).eps
     for name, loss, y, arguments in calls(shape, dtype, reduction):
-        assert ops.KERNELS["cuda"](y.device) is not None
+        assert ops.KERNEL_LOADERS["cuda"](y.device) is not None
         value, grad = gradient(loss, y, arguments)
         assert not ops._failed
         exact = {
@@ -226,7 +226,7 @@ def test_tensors_on_another_gpu_than_the_current_one() -> None:
 def test_the_linear_loss_neither_synchronizes_nor_holds_all_logits(
     dtype: torch.dtype, reduction: Any
 ) -> None:
-    n, d, v = 4 * linear.CHUNK // dtype.itemsize + 3, 64, 3001
+    n, d, v = 4 * linear.CHUNK_BYTES_PER_CLASS // dtype.itemsize + 3, 64, 3001
     x, w = (
         (torch.randn(*shape, device=DEVICE) / d**0.25).to(dtype).requires_grad_()
         for shape in ((n, d), (v, d))
@@ -244,7 +244,7 @@ def test_the_linear_loss_neither_synchronizes_nor_holds_all_logits(
     with synchronization_is_an_error():
         found = step()
     # One chunk of logits, the weight's gradient, also in float32, and buffers of the input's size.
-    limit = linear.CHUNK * v + 3 * w.nbytes + 4 * x.nbytes
+    limit = linear.CHUNK_BYTES_PER_CLASS * v + 3 * w.nbytes + 4 * x.nbytes
     assert torch.cuda.max_memory_allocated() - before < limit + 2**22
     leaves = [tensor.detach().double().requires_grad_() for tensor in (x, w)]
     logits = leaves[0] @ leaves[1].T
@@ -264,7 +264,7 @@ def test_the_linear_loss_neither_synchronizes_nor_holds_all_logits(
 @pytest.mark.parametrize("form", ["classes", "soft", "learned weight", "autocast"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_cuda_graph_captures_the_linear_loss(form: str, reduction: Any) -> None:
-    n, d, v = 2 * linear.CHUNK // 4 + 3, 64, 1003
+    n, d, v = 2 * linear.CHUNK_BYTES_PER_CLASS // 4 + 3, 64, 1003
     x, w = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((n, d), (v, d)))
     t = torch.randint(v, (n,), device=DEVICE)
     t[::3] = -100

@@ -1023,7 +1023,7 @@ def a_mean_of_means_is_not_the_mean() -> None:
 @contextlib.contextmanager
 def chunks_of(rows: int) -> Iterator[None]:
     """Limits chunks to this many rows in float64."""
-    with mock.patch.object(linear, "CHUNK", 8 * rows):
+    with mock.patch.object(linear, "CHUNK_BYTES_PER_CLASS", 8 * rows):
         yield
 
 

@@ -31,8 +31,8 @@ from torchlosses import functional, ops
 
 Arguments = dict[str, Any]
 
-# `ops.KERNELS` for each implementation under test.
-PATHS: dict[str, dict[str, Any]] = {"formula": {}, "kernels": ops.KERNELS}
+# `ops.KERNEL_LOADERS` for each implementation under test.
+PATHS: dict[str, dict[str, Any]] = {"formula": {}, "kernels": ops.KERNEL_LOADERS}
 CASES = int(os.environ.get("FUZZ_CASES", "100000"))
 CHUNK = 1000
 STEP = 1e-5  # Of finite differences in float64.
@@ -44,7 +44,7 @@ def check(call: Call) -> None:
     for path, kernels in PATHS.items():
         hypothesis.note(path)
         with (
-            mock.patch.object(ops, "KERNELS", kernels),
+            mock.patch.object(ops, "KERNEL_LOADERS", kernels),
             mock.patch.object(ops, "_prepared", {}),
             np.errstate(all="ignore"),
         ):
@@ -88,7 +88,7 @@ class Expected:
             stored = torch.finfo(grad.dtype)
             # Rounded at the end; by kernels also before the product with the upstream gradient,
             # which is rounded itself if it is float64.
-            roundings = (3 if self.dtype == torch.float64 else 2) if ops.KERNELS else 1
+            roundings = (3 if self.dtype == torch.float64 else 2) if ops.KERNEL_LOADERS else 1
             rtol += roundings * UNITS * stored.eps
             atol += stored.smallest_normal * stored.eps
         is_odd = np.isfinite(grad.detach().double().numpy()) != np.isfinite(expected)

@@ -141,7 +141,7 @@ def test_the_operators_are_what_they_say(
         for size, needs in ((6, [True, True, False, False]), (0, [False, True, False, False])):
             x = y[:size].detach().requires_grad_(needs[0])
             torch.library.opcheck(
-                linear.LINEAR_LOSS.loss,
+                linear.LOSS_OPERATOR.op,
                 (x, w, b, t[:size], None, weights[1][:size], None, torch.float32, *options),
             )
         return
@@ -152,7 +152,7 @@ def test_the_operators_are_what_they_say(
             x.detach().requires_grad_(needed) for x, needed in zip((y, t), wanted, strict=True)
         ]
         torch.library.opcheck(
-            ops.LOSS.loss,
+            ops.LOSS_OPERATOR.op,
             (*leaves, *weights, None, *options_of(kind, is_index, reduction)),
         )
 

@@ -97,8 +97,8 @@ def test_exponential_and_logarithm(dtype: Any, wide: Any, lowest: float) -> None
 
 
 def compute(call: Call, input: Tensor, target: Tensor, *rest: Any) -> Result:
-    launch = cpu.prepare(call, input, target, *rest[:2])
-    result: Result = launch.compute(input, target, *rest)
+    plan = cpu.prepare(call, input, target, *rest[:2])
+    result: Result = plan.compute(input, target, *rest)
     return result
 
 

@@ -37,13 +37,16 @@ named = pytest.mark.parametrize("sample", LINEAR_CROSS_ENTROPIES, ids=lambda sam
 forms = pytest.mark.parametrize("sample", ALL, ids=lambda sample: sample.name)
 
 
-CHUNK = linear.CHUNK
+CHUNK = linear.CHUNK_BYTES_PER_CLASS
 
 
 @pytest.fixture(autouse=True)
 def _small_chunks() -> Iterator[None]:
     """Chunks of at most two rows in float64, four in float32."""
-    with mock.patch.object(linear, "CHUNK", 16), mock.patch.object(linear, "BLOCK", 2):
+    with (
+        mock.patch.object(linear, "CHUNK_BYTES_PER_CLASS", 16),
+        mock.patch.object(linear, "BLOCK", 2),
+    ):
         yield
 
 
@@ -275,7 +278,7 @@ def test_half_precision_accumulates_in_float32(device: str) -> None:
         leaf = w.detach().double().requires_grad_()
         (exact,) = torch.autograd.grad(layer_and_loss(x.double(), leaf, t), leaf)
         for weight in (None, torch.ones(8, device=device, requires_grad=True)):
-            with mock.patch.object(linear, "CHUNK", 2**7):
+            with mock.patch.object(linear, "CHUNK_BYTES_PER_CLASS", 2**7):
                 loss = linear_cross_entropy_error(x, w, t, weight=weight)
                 (ours,) = torch.autograd.grad(loss, w)
             assert (ours - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
@@ -643,7 +646,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The class of CPU launches, with its kernels marked as ones that may fail."""
     kernels: Any = ops.kernels_of(torch.device("cpu"), "logits")
     monkeypatch.setattr(kernels, "CAN_FAIL", True)
-    return kernels.Launch
+    return kernels.Plan
 
 
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
@@ -731,7 +734,7 @@ def test_memory_holds_chunks_of_logits_only(mode: str, path: str) -> None:
             torch.autograd.grad(value, (x, w), retain_graph=True)
         return torch.autograd.grad(value, (x, w))
 
-    with mock.patch.object(linear, "CHUNK", 4 * rows):
+    with mock.patch.object(linear, "CHUNK_BYTES_PER_CLASS", 4 * rows):
         peak = peak_memory(step)
     chunk, gradients, per_row = 4 * rows * v, x.nbytes + w.nbytes, 16 * n
     if "no_grad" in mode:
@@ -755,9 +758,12 @@ def test_memory_of_a_language_model(path: str) -> None:
         def step(x: Tensor = x, w: Tensor = w, t: Tensor = t) -> Any:
             return torch.autograd.grad(linear_cross_entropy_error(x, w, t), (x, w))
 
-        with mock.patch.object(linear, "CHUNK", CHUNK), mock.patch.object(linear, "BLOCK", 4096):
+        with (
+            mock.patch.object(linear, "CHUNK_BYTES_PER_CLASS", CHUNK),
+            mock.patch.object(linear, "BLOCK", 4096),
+        ):
             peak = peak_memory(step)
-        assert peak < linear.CHUNK_ON_CPU + 2**20 + x.nbytes + weights * w.nbytes
+        assert peak < linear.CPU_CHUNK_BYTES + 2**20 + x.nbytes + weights * w.nbytes
 
 
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
@@ -771,7 +777,7 @@ def test_half_precision_accumulates_in_the_gradient_itself(
     product, also with few classes, where each sums over many rows.
     """
     n, d = 512, 256
-    monkeypatch.setattr(linear, "CHUNK", CHUNK // 16)
+    monkeypatch.setattr(linear, "CHUNK_BYTES_PER_CLASS", CHUNK // 16)
     monkeypatch.setattr(linear, "has_fast_matmul", lambda device, dtype: True)
     x, w = torch.randn(n, d), torch.randn(v, d) / 16
     leaves = [tensor.bfloat16().requires_grad_() for tensor in (x, w)]
@@ -854,8 +860,8 @@ def test_a_label_beyond_int64_is_not_the_ignore_index(path: str, device: str) ->
     x, w = torch.ones(3, 4, device=device), torch.ones(2, 4, device=device)
     if kernels is not None:
         tensors = (x, w, None, t, None, None)
-        launch = linear.LayerKernels(torch.float32, kernels).prepare(call, *tensors)
-        losses, *_ = launch.compute(*tensors, (False,) * 4)
+        plan = linear.LayerKernels(torch.float32, kernels).prepare(call, *tensors)
+        losses, *_ = plan.compute(*tensors, (False,) * 4)
         assert losses.isnan().tolist() == [False, False, True]
 
 

@@ -31,13 +31,13 @@ SHAPE = (256, 128)
 def counted() -> Iterator[list[tuple[str, tuple[bool, bool]]]]:
     """The kinds of loss that kernels make meanwhile, and which gradients are asked for."""
     called = []
-    kernel = cpu.Launch.compute
+    kernel = cpu.Plan.compute
 
-    def compute(launch: Any, *arguments: Any) -> Any:
-        called.append((launch.call.kind, arguments[4]))
-        return kernel(launch, *arguments)
+    def compute(plan: Any, *arguments: Any) -> Any:
+        called.append((plan.call.kind, arguments[4]))
+        return kernel(plan, *arguments)
 
-    with mock.patch.object(cpu.Launch, "compute", compute):
+    with mock.patch.object(cpu.Plan, "compute", compute):
         yield called
 
 
@@ -73,9 +73,9 @@ def test_a_gradient_written_over_its_input(
             made = call(is_index=is_index, delta=delta)._replace(label_smoothing=smoothing)
             made = made._replace(dtype=torch.promote_types(dtype, torch.float32))
             x = torch.randn(shape).to(dtype)
-            launch = cpu.prepare(made, x, target, None, None)
-            result = launch.compute(x, target, None, None, (True, False))
-            over = launch.compute(x, target, None, None, (True, False), None, True)
+            plan = cpu.prepare(made, x, target, None, None)
+            result = plan.compute(x, target, None, None, (True, False))
+            over = plan.compute(x, target, None, None, (True, False), None, True)
             assert over[1] is x
             torch.testing.assert_close(over[:2], result[:2], rtol=0, atol=0)
 
@@ -127,13 +127,13 @@ def test_without_the_extension_the_formula_serves_and_says_so_once(
     monkeypatch.setitem(sys.modules, "torchlosses.kernels.cpu", None)
     monkeypatch.delattr("torchlosses.kernels.cpu")
     monkeypatch.setattr(ops, "_prepared", {})
-    ops._find_cpu.cache_clear()
+    ops._load_cpu.cache_clear()
     y = torch.rand(4, 5)
     with pytest.warns(UserWarning, match="no compiled CPU kernels"):
         loss = sum_squared_error(y, torch.zeros_like(y))
     torch.testing.assert_close(loss, y.square().sum() / 2)
     sum_squared_error(y, y)
-    ops._find_cpu.cache_clear()
+    ops._load_cpu.cache_clear()
 
 
 class Slow:
@@ -150,19 +150,19 @@ def test_a_signal_in_the_first_call_says_nothing_of_the_extension(
     monkeypatch.delitem(sys.modules, "torchlosses.kernels.cpu")
     monkeypatch.delattr("torchlosses.kernels.cpu")
     monkeypatch.setattr(ops, "_prepared", {})
-    ops._find_cpu.cache_clear()
+    ops._load_cpu.cache_clear()
     y = torch.rand(4, 5)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "meta_path", [Slow(), *sys.meta_path])
         with pytest.raises(TimeoutError, match="enough"):
             sum_squared_error(y, y)
-    assert ops._find_cpu() is sys.modules["torchlosses.kernels.cpu"]
-    ops._find_cpu.cache_clear()
+    assert ops._load_cpu() is sys.modules["torchlosses.kernels.cpu"]
+    ops._load_cpu.cache_clear()
 
 
 def test_a_signal_in_a_kernel_says_nothing_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "CAN_FAIL", True)
-    monkeypatch.setattr(cpu.Launch, "compute", mock.Mock(side_effect=TimeoutError("enough")))
+    monkeypatch.setattr(cpu.Plan, "compute", mock.Mock(side_effect=TimeoutError("enough")))
     with pytest.raises(TimeoutError, match="enough"):
         sum_squared_error(torch.rand(4, 5), torch.rand(4, 5))
     assert not ops._failed
@@ -176,7 +176,7 @@ def test_detectors_are_there() -> None:
     assert checks.is_before_dispatch is not checks.unknown
     assert hasattr(torch.compiler, "_is_exporting_flag")
     assert checks.find_saving_hooks is not bool
-    assert ops._nodes is type(
+    assert ops._ONE_PASS_NODE is type(
         sum_squared_error(torch.rand(3, requires_grad=True), torch.rand(3)).grad_fn
     )
     assert None not in checks._INFRA_MODES
@@ -408,7 +408,7 @@ def test_where_a_kernel_fails_the_formula_serves_and_says_so_once(
     expected = cross_entropy_error(y, index, reduction="none")
     (expected_grad,) = torch.autograd.grad(expected.sum(), y)
 
-    compute = cpu.Launch.compute
+    compute = cpu.Plan.compute
 
     def failing(*arguments: Any) -> Any:
         needs = arguments[5]
@@ -419,7 +419,7 @@ def test_where_a_kernel_fails_the_formula_serves_and_says_so_once(
 
     called: list[Any] = []
     monkeypatch.setattr(cpu, "CAN_FAIL", True)
-    monkeypatch.setattr(cpu.Launch, "compute", failing)
+    monkeypatch.setattr(cpu.Plan, "compute", failing)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         value = cross_entropy_error(y, index, reduction="none")
@@ -433,9 +433,9 @@ def test_where_a_kernel_fails_the_formula_serves_and_says_so_once(
     assert ops.kernels_of(y.device, "probabilities") is None
     assert not called
     monkeypatch.setattr(ops, "_failed", set())
-    monkeypatch.setattr(cpu.Launch, "compute", compute)
+    monkeypatch.setattr(cpu.Plan, "compute", compute)
     no_rescale = mock.Mock(side_effect=RuntimeError("no such function"))
-    monkeypatch.setattr(cpu.Launch, "rescale", no_rescale)
+    monkeypatch.setattr(cpu.Plan, "rescale", no_rescale)
     value = cross_entropy_error(y, index)
     with pytest.warns(UserWarning, match="a kernel failed on cpu"):
         (grad,) = torch.autograd.grad(value, y)

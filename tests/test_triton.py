@@ -46,7 +46,7 @@ IS_INTERPRETED = triton.knobs.runtime.interpret
 interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="needs TRITON_INTERPRET=1")
 compiled = pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter does not compile")
 
-launches: dict[Any, Any] = {}
+plans: dict[Any, Any] = {}
 
 
 def find_launch(call: Call, *tensors: Any) -> Any:
@@ -54,9 +54,9 @@ def find_launch(call: Call, *tensors: Any) -> Any:
         None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16 == 0)
         for t in tensors
     ))  # fmt: skip
-    if key not in launches:
-        launches[key] = kernels.prepare(call, *tensors)
-    return launches[key]
+    if key not in plans:
+        plans[key] = kernels.prepare(call, *tensors)
+    return plans[key]
 
 
 def run(call: Call, *arguments: Any) -> Any:
@@ -122,7 +122,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     def wide(**values: Any) -> Any:
         return constants(**values | {"INDEX": triton.language.int64})
 
-    monkeypatch.setattr(sys.modules[__name__], "launches", {})
+    monkeypatch.setattr(sys.modules[__name__], "plans", {})
     monkeypatch.setattr(ops, "_prepared", {})
     monkeypatch.setattr(kernels, "_workspaces", {})
     monkeypatch.setattr(kernels, "configure", small)
@@ -522,7 +522,7 @@ def test_prepared_launches_use_the_binary_that_triton_selects(
         return storage[::step].view(shape)
 
     def like(tensor: Any) -> Any:
-        """Another tensor that the same launch serves."""
+        """Another tensor that the same plan serves."""
         if tensor is None:
             return None
         offset = tensor.storage_offset() + draw([0, 16])
@@ -553,18 +553,18 @@ def test_prepared_launches_use_the_binary_that_triton_selects(
             draw([None, weight]),
             draw([None, sample_weight]),
         )
-        launch = kernels.prepare(call, *tensors)
+        plan = kernels.prepare(call, *tensors)
         for _ in range(8):
             input, target, weight, sample_weight = map(like, tensors)
             upstream = draw_tensor(samples if call.reduction == "none" else (), torch.float32)
             needs = (True, not call.is_index and draw([True, False]))
-            launch.compute(
+            plan.compute(
                 input, target, weight, sample_weight, needs, draw([None, upstream]),
                 draw([True, False]),
             )  # fmt: skip
             flat = tensor((2**31 - draw([0, 16]),), input.dtype)
             labels = draw_tensor(samples, target.dtype) if call.is_index else target
-            launch.rescale([draw_tensor(shape, input.dtype), flat], upstream.view(-1)[:1], labels)
+            plan.rescale([draw_tensor(shape, input.dtype), flat], upstream.view(-1)[:1], labels)
     assert Binary.launches > 3000
 
 
@@ -662,11 +662,11 @@ def test_forward_and_backward_are_two_launches_or_three(
 def test_without_a_compiler_or_gpu_the_formula_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    find = ops._find_triton.__wrapped__
-    monkeypatch.setattr(kernels.Launch, "compute", lambda *arguments: arguments)
+    find = ops._load_triton.__wrapped__
+    monkeypatch.setattr(kernels.Plan, "compute", lambda *arguments: arguments)
     assert find(torch.device("cpu")) is kernels
     no_compiler = mock.Mock(side_effect=RuntimeError("Failed to find C compiler"))
-    monkeypatch.setattr(kernels.Launch, "compute", no_compiler)
+    monkeypatch.setattr(kernels.Plan, "compute", no_compiler)
     with pytest.warns(UserWarning, match="RuntimeError: Failed to find C compiler"):
         assert find(torch.device("cpu")) is None
     capability = (7, 5)

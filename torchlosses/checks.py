@@ -320,18 +320,18 @@ def check_weights(
 
 def check_classes(target: Tensor, num_classes: int, ignore_index: int) -> Classes:
     """The class indices of `target`, checked if reading them costs no device sync."""
-    is_seen = can_read_values(target)
-    if is_seen and _are_within(to_int64(target), num_classes, ignore_index):
+    can_read = can_read_values(target)
+    if can_read and _are_within(to_int64(target), num_classes, ignore_index):
         return Classes(target, num_classes, ignore_index=None, is_valid=True)
-    unseen = Classes(target, num_classes, ignore_index)
-    if not is_seen:
-        return unseen
-    valid: Any = unseen.valid
+    unchecked = Classes(target, num_classes, ignore_index)
+    if not can_read:
+        return unchecked
+    valid: Any = unchecked.valid
     if _truth(valid.all()):
         return Classes(target, num_classes, ignore_index, is_valid=True)
     position = _first(~valid)
     if position is None:
-        return unseen
+        return unchecked
     raise invalid_class(target, position, num_classes, ignore_index)
 
 
@@ -362,7 +362,7 @@ def check_values(
         return
     dim, from_logits = call.dim, domain == "logit"
     input = input.detach()
-    not_ignored = None if classes is None else classes.counts
+    not_ignored = None if classes is None else classes.not_ignored
     if not_ignored is None:
         not_ignored = torch.ones(samples_shape(input, dim), dtype=torch.bool, device=input.device)
     counts = not_ignored if sample_weight is None else not_ignored & (sample_weight.detach() != 0)
@@ -373,10 +373,10 @@ def check_values(
         position = _first(is_negative | (input > 1 + rounding) & counts.unsqueeze(dim))
         if position is not None:
             raise ValueError(
-                f"input: got {input[position].item():g} at position {position}, which is no "
+                f"input: got {input[position].item():g} at position {position}, which is not a "
                 f"probability; expected 0 to 1 (for logits, pass from_logits=True)"
             )
-    if not is_whole or call.is_per_element:  # Rows need be no distributions.
+    if not is_whole or call.is_per_element:  # Rows need not be distributions.
         return
     _check_softmax(input, dim, counts, from_logits)
     if classes is None:
@@ -398,7 +398,7 @@ def _check_soft_target(target: Tensor, dim: int, counts: Tensor) -> None:
     position = _first(counts & ~_is_distribution(target, dim, 1e-2))
     if position is not None:
         warn(
-            f"target: the row at position {position} is no probability distribution, with "
+            f"target: the row at position {position} is not a probability distribution, with "
             f"values {_range(target, dim, position)}; expected values of at least 0 that sum "
             f"to 1 over dimension {dim} (for logits of a teacher, pass their softmax)"
         )

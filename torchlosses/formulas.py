@@ -41,7 +41,7 @@ class Call(NamedTuple):
         return LOSSES[self.kind].is_per_element
 
     @property
-    def is_plain_delta(self) -> bool:
+    def delta_fits_float32(self) -> bool:
         """Whether float32 holds δ to full precision."""
         return self.delta == 0 or MIN_DELTA <= self.delta <= MAX_DELTA
 
@@ -72,7 +72,7 @@ class Classes(NamedTuple):
     is_valid: bool = False
 
     @property
-    def counts(self) -> Tensor | None:
+    def not_ignored(self) -> Tensor | None:
         """False where a sample is ignored; None if no sample is."""
         if self.ignore_index is None:
             return None
@@ -83,8 +83,8 @@ class Classes(NamedTuple):
         """False where the index of a counted sample is out of range; None if none is."""
         if self.is_valid:
             return None
-        counts = self.counts
-        return self._within if counts is None else self._within | ~counts
+        not_ignored = self.not_ignored
+        return self._within if not_ignored is None else self._within | ~not_ignored
 
     @property
     def label(self) -> Tensor:
@@ -121,7 +121,7 @@ class Rows:
         return values
 
     def own_weights(self, call: Call, weights: Tensor, position: "ClassPosition | None") -> Tensor:
-        """The weights of samples that this process counts, and 0 for others."""
+        """The weights of samples that this process not_ignored, and 0 for others."""
         return weights
 
     def total(self, parts: Tensor) -> Tensor:
@@ -184,20 +184,20 @@ def reduce(
     if arguments.sample_weight is not None:
         weights = arguments.sample_weight.to(losses.dtype)
         if classes is not None:  # One weight per sample.
-            counts = classes.counts
-            if counts is not None:
-                weights = weights.where(counts, 0)
+            not_ignored = classes.not_ignored
+            if not_ignored is not None:
+                weights = weights.where(not_ignored, 0)
             if call.is_per_element:
                 weights = weights.expand(classes.target.shape).unsqueeze(call.dim)
         if call.reduction == "mean":
-            weights, divisor = lifted(weights, divisor)
+            weights, divisor = lift(weights, divisor)
         losses = losses * weights
     if call.reduction == "none":
         return losses.to(call.dtype)
-    return divided(rows.total(losses.sum()), divisor).to(call.dtype)
+    return divide(rows.total(losses.sum()), divisor).to(call.dtype)
 
 
-def divided(total: Tensor, divisor: Any) -> Tensor:
+def divide(total: Tensor, divisor: Any) -> Tensor:
     return total if divisor is None else total / divisor
 
 
@@ -231,17 +231,17 @@ def unreduced_losses(
     position: "ClassPosition | None",
 ) -> Tensor:
     """The losses per element or sample, before sample weights."""
-    dtype = call.dtype if call.is_plain_delta else torch.float64
+    dtype = call.dtype if call.delta_fits_float32 else torch.float64
     input, weight = arguments.input.to(dtype), arguments.weight
     if weight is not None:
         weight = weight.to(dtype)
     if classes is None or position is None:
         return call.loss.formula(call, input, arguments.target.to(dtype), weight, rows)
-    counts = classes.counts
+    not_ignored = classes.not_ignored
     losses = call.loss.formula(call, _masked(input, classes, call.dim), position, weight, rows)
-    if counts is None:
+    if not_ignored is None:
         return losses
-    return losses.where(counts.unsqueeze(call.dim) if call.is_per_element else counts, 0)
+    return losses.where(not_ignored.unsqueeze(call.dim) if call.is_per_element else not_ignored, 0)
 
 
 def squared_error(
@@ -396,7 +396,7 @@ def scalar(value: float) -> Tensor:
     return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
-def lifted(weights: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor]:
+def lift(weights: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor]:
     """Weights and divisor, both times 2⁶⁴ if 1/divisor would overflow."""
     lift = divisor.new_ones(()).where(divisor.abs() >= LEAST_DIVISOR, 2.0**64)
     return weights * lift, divisor * lift
@@ -427,12 +427,12 @@ def to_int64(target: Tensor, ignore_index: int | None = None) -> Tensor:
 
 def _masked(input: Tensor, classes: Classes, dim: int) -> Tensor:
     """`input` with NaN in invalid rows, and without gradient in ignored rows."""
-    counts, valid = classes.counts, classes.valid
+    not_ignored, valid = classes.not_ignored, classes.valid
     if valid is not None:  # A factor makes the gradient of the whole row NaN too.
         one_or_nan = torch.where(valid, 1.0, torch.nan).to(input.dtype)
         input = input * one_or_nan.unsqueeze(dim)
-    if counts is not None:  # Not a factor of 0: 0 · NaN and 0 · ∞ are NaN.
-        input = input.where(counts.unsqueeze(dim), 1)
+    if not_ignored is not None:  # Not a factor of 0: 0 · NaN and 0 · ∞ are NaN.
+        input = input.where(not_ignored.unsqueeze(dim), 1)
     return input
 
 
@@ -445,11 +445,11 @@ def _count(
     position: ClassPosition | None,
 ) -> Any:
     """The divisor of `'mean'`: the sum of the weights, or 1 if all are 0."""
-    counts = None if classes is None else classes.counts
-    if counts is None and classes is not None and rows.are_shared:
+    not_ignored = None if classes is None else classes.not_ignored
+    if not_ignored is None and classes is not None and rows.are_shared:
         # Every process takes part in the sum, and another may have samples to ignore.
-        counts = torch.ones_like(classes.target, dtype=torch.bool)
-    sizes = list(rows.shape if weights is None and counts is None else rows.own)
+        not_ignored = torch.ones_like(classes.target, dtype=torch.bool)
+    sizes = list(rows.shape if weights is None and not_ignored is None else rows.own)
     num_classes: Any = 1
     if not call.is_per_element or call.is_index:
         along_classes = sizes[call.dim : call.dim + 1]
@@ -457,12 +457,12 @@ def _count(
         if call.is_per_element:
             num_classes = math.prod(along_classes)
     if weights is None:
-        if counts is None:
+        if not_ignored is None:
             return at_least_one(math.prod(sizes) * num_classes, like, call.dtype)
-        counted = rows.own_weights(call, counts, position).sum(dtype=call.dtype)
+        counted = rows.own_weights(call, not_ignored, position).sum(dtype=call.dtype)
         return rows.total(counted * num_classes).clamp(min=1)
-    if counts is not None:
-        weights = weights.where(counts, 0)
+    if not_ignored is not None:
+        weights = weights.where(not_ignored, 0)
     weights = rows.own_weights(call, weights, position)
     # Not expanded: torch would add repeated values one by one, with an error of 1% at 10⁸.
     repeats = num_classes

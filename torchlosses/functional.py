@@ -1,14 +1,14 @@
 """The losses as functions: check the call, then compute it."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from torchlosses import checks, linear, ops, sharded
-from torchlosses.checks import Options, Reduction
+from torchlosses.checks import PLAIN, Options, Reduction
 from torchlosses.formulas import LOSSES, Arguments, Call
 
 __all__ = ["cross_entropy_error", "linear_cross_entropy_error", "sum_squared_error"]
@@ -83,7 +83,7 @@ def linear_cross_entropy_error(
     """Cross-entropy of a linear layer without holding all logits in memory.
 
     The function behind :class:`torchlosses.LinearCrossEntropyError`, where every argument, dtype,
-    error and source is described. Use it where the layer's weight is another's too, such as an
+    error and source is described. Use it when the weight is tied to another module's, such as an
     embedding's.
 
     >>> import torch
@@ -99,9 +99,9 @@ def linear_cross_entropy_error(
     if _is_one(shape[dim]):
         checks.warn_of_one_class(dim, is_linear=True)
     checks.check_weights(input, shape, weight, dim, sample_weight, shape[:-1], "logits")
-    call = _call("logits", options, is_index, dim, input, target)
+    call = _make_call("logits", options, is_index, dim, input, target)
     arguments = (input, linear_weight, linear_bias, target, weight, sample_weight)
-    arguments = sharded.waited(arguments)
+    arguments = sharded.wait_all(arguments)
     if sharded.is_sharded(*arguments):
         return sharded.compute_linear(call, *arguments)
     if not is_compiling() and torch.is_anomaly_enabled():
@@ -116,11 +116,10 @@ torch.fx.wrap("linear_cross_entropy_error")
 
 
 def _is_one(size: int) -> bool:
-    """Whether a size is known to be 1: those of a graph may be symbols."""
-    return type(size) is int and size == 1
+    return type(size) is int and size == 1  # A symbolic size counts as more.
 
 
-def _call(
+def _make_call(
     kind: str, options: Options, is_index: bool, dim: int, input: Tensor, target: Tensor
 ) -> Call:
     reduction, _, ignore_index, delta, label_smoothing = options
@@ -140,20 +139,22 @@ def _compute(
     tensors = (input, target, weight, sample_weight)
     if is_compiling():
         constants = ops.find_constants(options, tensors)
-        static = None if constants is None else _find_call(kind, *constants)
+        static = None if constants is None else _find_static_call(kind, *constants)
         if static is not None:
-            loss: Tensor = ops.LOSS.loss(*tensors, None, *static)
+            numbers = None  # δ and ε are constants.
+            loss: Tensor = ops.LOSS_OPERATOR.op(*tensors, numbers, *static)
             return loss
     checked = checks.cached_options(*options)
     prepared = ops.find(ops.key_of(kind, checked, tensors))
-    if prepared is not None and not torch.is_anomaly_enabled():  # Then values are checked too.
+    # Anomaly mode checks values too, so it takes no prepared call.
+    if prepared is not None and not torch.is_anomaly_enabled():
         result = ops.run(prepared, tensors)
         if result is not None:
             return result
     call, arguments, has_one_class = _check(kind, checked, *tensors)
     if has_one_class:
         checks.warn_of_one_class(call.dim, is_linear=False)
-    arguments = Arguments(*sharded.waited(arguments))
+    arguments = Arguments(*sharded.wait_all(arguments))
     if sharded.is_sharded(*arguments):
         return sharded.compute(call, arguments)
     if not is_compiling() and torch.is_anomaly_enabled():
@@ -162,7 +163,7 @@ def _compute(
             num_classes = arguments.input.shape[call.dim]
             classes = checks.check_classes(arguments.target, num_classes, call.ignore_index)
         checks.check_values(call, arguments, classes)
-    # A call that warns is never prepared, so it warns at each line of the user.
+    # A call that warns is never prepared, so it warns at every call site.
     return ops.compute(call, arguments, ops.key_of(kind, checked, arguments), not has_one_class)
 
 
@@ -184,36 +185,52 @@ def _check(
     has_one_class = has_softmax and _is_one(input.shape[dim])
     if weight is not None or sample_weight is not None:
         is_like_target = is_index or is_per_element
-        samples = target.shape if is_like_target else checks.samples_shape(input, dim)
-        checks.check_weights(input, input.shape, weight, dim, sample_weight, samples)
-    call = _call(kind, options, is_index, dim, input, target)
+        samples_shape = target.shape if is_like_target else checks.samples_shape(input, dim)
+        checks.check_weights(input, input.shape, weight, dim, sample_weight, samples_shape)
+    call = _make_call(kind, options, is_index, dim, input, target)
     return call, Arguments(input, target, weight, sample_weight), has_one_class
 
 
-def _find_call(
-    kind: str, options: Sequence[Any], properties: Sequence[tuple[Any, ...] | None]
+class _Properties(NamedTuple):
+    """The properties of a tensor that `ops.find_constants` collects."""
+
+    type: type
+    device: torch.device
+    layout: torch.layout
+    dtype: torch.dtype
+    shape: list[int]
+    requires_grad: bool
+
+    @property
+    def is_plain(self) -> bool:
+        return self.type in PLAIN and self.layout is torch.strided
+
+    def make_meta(self) -> Tensor:
+        return torch.empty(
+            self.shape, dtype=self.dtype, device="meta", requires_grad=self.requires_grad
+        )
+
+
+def _find_static_call(
+    kind: str, options: Sequence[Any], properties: Sequence[Any]
 ) -> tuple[Any, ...] | None:
     """The checked call of a graph, or None if the operator does not serve it.
 
     Dynamo runs this once per graph. Traced code would cost a guard, at each call, for everything it
     reads.
     """
-    types, layouts, devices = ({p[k] for p in properties if p is not None} for k in range(3))
-    if not types <= {*checks.PLAIN} or layouts != {torch.strided} or len(devices) > 1:
+    given = [p and _Properties(*p) for p in properties]
+    if len({p.device for p in given if p}) > 1 or not all(p.is_plain for p in given if p):
         return None
-    tensors: list[Any] = [None if p is None else _make_meta(*p[3:]) for p in properties]
+    tensors: list[Any] = [p and p.make_meta() for p in given]
     try:
         call, arguments, has_one_class = _check(kind, checks.check_options(*options), *tensors)
     except (TypeError, ValueError):
         return None  # The traced code raises it, with the user's tensors.
-    size = arguments.input.numel()
-    is_served = ops.serves_graph(devices.pop(), call, arguments, size)
-    return tuple(call) if is_served and not has_one_class else None
+    device, size = properties[0][1], arguments.input.numel()
+    is_served = not has_one_class and ops.serves_graph(device, call, arguments, size)
+    return tuple(call) if is_served else None
 
 
-def _make_meta(dtype: torch.dtype, shape: Sequence[int], requires_grad: bool) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=requires_grad)
-
-
-# Set by torch.compiler.assume_constant_result, which would import the compiler.
-_find_call._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# As torch.compiler.assume_constant_result marks it, which would import the compiler.
+_find_static_call._dynamo_marked_constant = True  # type: ignore[attr-defined]

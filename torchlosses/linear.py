@@ -2,7 +2,7 @@
 
 For each chunk of rows: compute the logits into a reused buffer, overwrite them with their gradient,
 and accumulate the gradients of input, weight and bias. Without kernels, eager mode computes the
-formula in chunks, whose logits backward computes again.
+formula in chunks, whose logits are recomputed in backward.
 """
 
 import functools
@@ -23,16 +23,17 @@ from torchlosses.formulas import Arguments, Call, Classes, ClassPosition, Rows
 # rows by 32000 classes are 2000 tiles of 128 by 128 for some 130 processors. Each chunk reads and
 # writes the weight's gradient, 8 bytes an element in float32 for 2 operations a row. With 2048 rows
 # that is 512 operations a byte; a GPU is busy from about 300 on in half precision.
-CHUNK = 2**12
+CHUNK_BYTES_PER_CLASS = 2**12
 # Bytes of a chunk of logits on a CPU. With more classes a chunk has fewer rows, which takes a few
-# percent longer, but at least LEAST_ROWS: half as many take 10 to 15% longer.
-CHUNK_ON_CPU = 48 * 10**6
-LEAST_ROWS = 256
+# percent longer, but at least MIN_ROWS: half as many take 10 to 15% longer.
+CPU_CHUNK_BYTES = 48 * 10**6
+MIN_ROWS = 256
 # The most chunks whose weight gradients are accumulated in half precision. Each rounds the sum; a
 # sum of random terms grows as a square root, so six roundings at most double the error of one.
 MAX_HALF_CHUNKS = 6
-MAX_LAUNCHES = 64
-# Classes per block when a product in half precision is added to float32: it is still in the cache.
+MAX_PLANS = 64
+# Classes per block when a product in half precision is added to a sum in float32: the product of a
+# block is still in the cache.
 BLOCK = 4096
 
 
@@ -42,7 +43,7 @@ LINEAR_FORWARD = nn.Linear.forward
 has_global_hook: Callable[[], int] = getattr(module, "_has_any_global_hook", checks.unknown)
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_unmodified(layer: nn.Module) -> bool:
     """Whether calling the layer is F.linear on its weight and bias, and nothing else."""
     return (
         getattr(type(layer), "forward", None) is LINEAR_FORWARD  # A scripted layer has none.
@@ -77,7 +78,7 @@ def compute(
         )
         and 0 not in linear_weight.shape
     ):
-        return LINEAR_LOSS(call, (dtype,), *tensors)
+        return LOSS_OPERATOR(call, (dtype,), *tensors)
     if not all(tensor is None or type(tensor) in checks.PLAIN for tensor in tensors):
         return formula(dtype, call, *tensors)
     classes = None
@@ -116,11 +117,11 @@ class LayerKernels(NamedTuple):
     def CAN_FAIL(self) -> bool:  # noqa: N802
         return self.kernels.CAN_FAIL
 
-    def prepare(self, call: Call, *tensors: Any) -> "LayerLaunch":
-        return LayerLaunch(call, self.kernels, self.dtype, *tensors)
+    def prepare(self, call: Call, *tensors: Any) -> "LayerPlan":
+        return LayerPlan(call, self.kernels, self.dtype, *tensors)
 
 
-class LayerLaunch:
+class LayerPlan:
     """Computes calls whose tensors have the same layout."""
 
     def __init__(
@@ -128,27 +129,27 @@ class LayerLaunch:
     ) -> None:
         self.call, self.kernels = call, kernels
         self.dtype = dtype if has_fast_matmul(input.device, dtype) else torch.float32
-        is_none = call.reduction == "none"
+        is_unreduced = call.reduction == "none"
         # The divisor is that of the whole batch; chunks compute plain sums.
-        self.chunk_call = call._replace(dim=1, reduction="none" if is_none else "sum")
-        self.launches: dict[Any, ops.Launch] = {}  # By the layout of a chunk.
+        self.chunk_call = call._replace(dim=1, reduction="none" if is_unreduced else "sum")
+        self.plans: dict[Any, ops.Plan] = {}  # By the layout of a chunk.
 
     def rescale(
-        self, gradients: Sequence[Tensor | None], grad_loss: Tensor, target: Tensor
+        self, gradients: Sequence[Tensor | None], upstream: Tensor, target: Tensor
     ) -> Sequence[Tensor | None] | None:
-        if not self.launches:  # Prepared anew, or every row is ignored: `compute` serves both.
+        if not self.plans:  # No chunk was computed: a new object, or every row is ignored.
             return None
-        launch = next(iter(self.launches.values()))
-        by_input, *rest = gradients
-        if by_input is None:
-            return launch.rescale(gradients, grad_loss, target)
-        rows = by_input.view(-1, by_input.shape[-1])
-        targets = target.reshape(len(rows), *target.shape[by_input.dim() - 1 :])
-        rescaled = launch.rescale([rows, *rest], grad_loss, targets)
-        return rescaled and [by_input.data, *rescaled[1:]]
+        plan = next(iter(self.plans.values()))
+        grad_input, *rest = gradients
+        if grad_input is None:
+            return plan.rescale(gradients, upstream, target)
+        rows = grad_input.view(-1, grad_input.shape[-1])
+        targets = target.reshape(len(rows), *target.shape[grad_input.dim() - 1 :])
+        rescaled = plan.rescale([rows, *rest], upstream, targets)
+        return rescaled and [grad_input.data, *rescaled[1:]]
 
     def compute(self, input: Tensor, *rest: Any) -> list[Any]:
-        """The loss and the gradients of input, weight, bias and target, times `upstream`."""
+        """The loss, and the gradients of input, weight, bias and target times `upstream`."""
         # Dtypes are chosen explicitly.
         with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
             return self._compute(input, *rest)
@@ -173,8 +174,8 @@ class LayerLaunch:
         step, sum_dtype = plan_chunks(batch.num_rows, linear_weight, dtype, needs[1])
         gradients = LayerGradients(needs, batch, w, sum_dtype)
         logits = input.new_empty((step, num_classes), dtype=dtype)
-        losses = []
-        x = z = grad_z = logits
+        losses, in_place, raise_on_invalid = [], True, False
+        x = z = grad_z = logits  # For `del`, if there is no chunk.
         for start in range(0, batch.num_rows, step):
             x, t, s, u = batch.part(start, step, dtype)
             z = logits[: len(x)]
@@ -182,29 +183,31 @@ class LayerLaunch:
                 torch.mm(x, w.t(), out=z)
             else:
                 torch.addmm(b, x, w.t(), out=z)
-            loss, grad_z, grad_t = self._launch(z, t, weight, s).compute(
-                z, t, weight, s, (any(needs[:3]), needs[3]), u, True, False
+            loss, grad_z, grad_t = self._plan_chunk(z, t, weight, s).compute(
+                z, t, weight, s, (any(needs[:3]), needs[3]), u, in_place, raise_on_invalid
             )
             losses.append(loss)
             gradients.add(start, step, x, grad_z, grad_t)
-        del logits, w, x, z, grad_z  # Before the cast of the weight's gradient.
+        del logits, w, x, z, grad_z  # Free them before the cast of the weight's gradient.
         loss = self._loss(batch, losses, divisor)
         return [loss, *gradients.finish(input, linear_weight, linear_bias, target)]
 
-    def _launch(self, z: Tensor, t: Tensor, weight: Tensor | None, s: Tensor | None) -> ops.Launch:
+    def _plan_chunk(
+        self, z: Tensor, t: Tensor, weight: Tensor | None, s: Tensor | None
+    ) -> ops.Plan:
         layout = ops.layout_of((z, t, weight, s))
-        launch = self.launches.get(layout)
-        if launch is None:
-            if len(self.launches) >= MAX_LAUNCHES:  # Counts of ignored rows differ by batch.
-                self.launches.clear()
-            launch = self.launches[layout] = self.kernels.prepare(self.chunk_call, z, t, weight, s)
-        return launch
+        plan = self.plans.get(layout)
+        if plan is None:
+            if len(self.plans) >= MAX_PLANS:  # Counts of ignored rows differ by batch.
+                self.plans.clear()
+            plan = self.plans[layout] = self.kernels.prepare(self.chunk_call, z, t, weight, s)
+        return plan
 
     def _loss(self, batch: "Batch", losses: list[Tensor], divisor: Any) -> Tensor:
         like = batch.x.new_zeros((), dtype=self.call.dtype)
         if self.call.reduction != "none":
             total = torch.stack(losses).sum() if losses else like
-            return formulas.divided(total, divisor)
+            return formulas.divide(total, divisor)
         whole = like.new_zeros(len(batch.x))
         if losses:
             whole[slice(None) if batch.kept_rows is None else batch.kept_rows] = torch.cat(losses)
@@ -219,7 +222,7 @@ class Batch(NamedTuple):
     target: Tensor
     sample_weight: Tensor | None
     upstream: Tensor | None  # Per row, or one for all.
-    counts: Tensor | None  # On a GPU, a mask of the rows that are not ignored; None for all.
+    not_ignored: Tensor | None  # On a GPU, a mask of the rows that are not ignored; None for all.
     kept_rows: Tensor | None  # On the CPU, their indices; None for all.
 
     @property
@@ -236,8 +239,8 @@ class Batch(NamedTuple):
         """Inputs, targets, sample weights and upstream gradients of a chunk."""
         rows = self.rows(start, step)
         x, s, u = self.x[rows].to(dtype), self.sample_weight, self.upstream
-        if self.counts is not None:  # 0 · ∞ of an ignored row is NaN.
-            x = x.where(self.counts[rows], 0)
+        if self.not_ignored is not None:  # 0 · ∞ of an ignored row is NaN.
+            x = x.where(self.not_ignored[rows], 0)
         s = None if s is None else s[rows]
         return x, self.target[rows], s, u if u is None or u.dim() == 0 else u[rows]
 
@@ -245,7 +248,7 @@ class Batch(NamedTuple):
 def _make_batch(
     call: Call, num_classes: int, arguments: Arguments, upstream: Tensor | None
 ) -> tuple[Batch, Any]:
-    """The rows of a call, with upstream gradients divided by the divisor, and the divisor."""
+    """The rows of a call, with upstream gradients divide by the divisor, and the divisor."""
     input, target, _, sample_weight = arguments
     samples = input.shape[:-1]
     like = input.new_empty((), dtype=call.dtype)
@@ -253,22 +256,22 @@ def _make_batch(
     t = target.reshape(len(x), *target.shape[len(samples) :])
     s = None if sample_weight is None else sample_weight.expand(samples).reshape(-1)
     rows = Rows((*samples, num_classes), call.dim)
-    classes = position = counts = kept_rows = None
+    classes = position = not_ignored = kept_rows = None
     if call.is_index:
         classes = Classes(target, num_classes, call.ignore_index)
         position = rows.find(classes)
-        counts = (formulas.to_int64(t, call.ignore_index) != call.ignore_index).unsqueeze(1)
+        not_ignored = (formulas.to_int64(t, call.ignore_index) != call.ignore_index).unsqueeze(1)
         if checks.can_read_values(t):
-            kept_rows = None if counts.all() else counts.nonzero()[:, 0]
-            counts = None
+            kept_rows = None if not_ignored.all() else not_ignored.nonzero()[:, 0]
+            not_ignored = None
     divisor = formulas.find_divisor(call, like, rows, arguments, classes, position)
     if s is not None and call.reduction == "mean":
-        s, divisor = formulas.lifted(s.to(like.dtype), divisor)
+        s, divisor = formulas.lift(s.to(like.dtype), divisor)
     if divisor is not None:
         upstream = (like.new_ones(()) if upstream is None else upstream) / divisor
     elif upstream is not None and call.reduction == "none":
         upstream = upstream.reshape(-1)
-    return Batch(samples, x, t, s, upstream, counts, kept_rows), divisor
+    return Batch(samples, x, t, s, upstream, not_ignored, kept_rows), divisor
 
 
 class LayerGradients:
@@ -282,31 +285,31 @@ class LayerGradients:
     ) -> None:
         self.batch, self.w = batch, w
         new_x = batch.x.new_empty if batch.kept_rows is None else batch.x.new_zeros
-        self.x = new_x(batch.x.shape) if needs[0] else None
+        self.grad_x = new_x(batch.x.shape) if needs[0] else None
         new_w = w.new_empty if batch.num_rows else w.new_zeros
-        self.w_sum = new_w(w.shape, dtype=sum_dtype) if needs[1] else None
+        self.grad_w = new_w(w.shape, dtype=sum_dtype) if needs[1] else None
         single = torch.promote_types(w.dtype, torch.float32)
-        self.b_sum = w.new_zeros(len(w), dtype=single) if needs[2] else None
-        self.target = batch.target.new_empty(batch.target.shape) if needs[3] else None
+        self.grad_b = w.new_zeros(len(w), dtype=single) if needs[2] else None
+        self.grad_target = batch.target.new_empty(batch.target.shape) if needs[3] else None
 
     def add(self, start: int, step: int, x: Tensor, grad_z: Any, grad_t: Any) -> None:
         rows = self.batch.rows(start, step)
-        if self.x is not None:
-            if self.batch.kept_rows is None and self.x.dtype == self.w.dtype:
-                torch.mm(grad_z, self.w, out=self.x[rows])
+        if self.grad_x is not None:
+            if self.batch.kept_rows is None and self.grad_x.dtype == self.w.dtype:
+                torch.mm(grad_z, self.w, out=self.grad_x[rows])
             else:
-                self.x[rows] = torch.mm(grad_z, self.w).to(self.x.dtype)
-        if self.w_sum is not None:
-            _add_product(self.w_sum, grad_z.t(), x, is_first=start == 0)
-        if self.b_sum is not None:
-            self.b_sum += grad_z.sum(0, dtype=self.b_sum.dtype)
-        if self.target is not None:
-            self.target[rows] = grad_t
+                self.grad_x[rows] = torch.mm(grad_z, self.w).to(self.grad_x.dtype)
+        if self.grad_w is not None:
+            _add_product(self.grad_w, grad_z.t(), x, is_first=start == 0)
+        if self.grad_b is not None:
+            self.grad_b += grad_z.sum(0, dtype=self.grad_b.dtype)
+        if self.grad_target is not None:
+            self.grad_target[rows] = grad_t
 
     def finish(self, *tensors: Tensor | None) -> list[Tensor | None]:
         """The gradients in the dtypes and shapes of these tensors."""
-        gradients = [self.x, self.w_sum, self.b_sum, self.target]
-        del self.w  # Before the cast of the weight's gradient.
+        gradients = [self.grad_x, self.grad_w, self.grad_b, self.grad_target]
+        del self.w  # Free it before the cast of the weight's gradient.
         for k, tensor in enumerate(tensors):
             gradient = gradients[k]
             if gradient is not None and tensor is not None:
@@ -325,29 +328,33 @@ def has_fast_matmul(device: torch.device, dtype: torch.dtype) -> bool:
 
 def rows_per_chunk(rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows per chunk, chosen so that chunks are nearly equal."""
-    most = CHUNK // dtype.itemsize
+    most = CHUNK_BYTES_PER_CLASS // dtype.itemsize
     if device.type == "cpu":
-        fitting = CHUNK_ON_CPU // dtype.itemsize // max(num_classes, 1)
-        most = min(most, max(fitting, LEAST_ROWS))
-    return -(-rows // -(-rows // most)) if rows else 1
+        fitting = CPU_CHUNK_BYTES // dtype.itemsize // max(num_classes, 1)
+        most = min(most, max(fitting, MIN_ROWS))
+    return _ceil_div(rows, _ceil_div(rows, most)) if rows else 1
+
+
+def _ceil_div(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
 
 
 def plan_chunks(
-    rows: int, linear_weight: Tensor, dtype: torch.dtype, is_needed: bool
+    rows: int, linear_weight: Tensor, dtype: torch.dtype, needs_weight_grad: bool
 ) -> tuple[int, torch.dtype]:
     """Rows per chunk, and the dtype in which the weight's gradient is accumulated.
 
-    In half precision each chunk rounds the sum, so there are at most MAX_HALF_CHUNKS chunks. They
-    may be larger by the memory that a sum in float32 would take; else the sum is in float32.
+    In half precision each chunk rounds the sum, so there are at most MAX_HALF_CHUNKS chunks, which
+    are larger. If they take more memory than smaller ones and a sum in float32, that is the choice.
     """
     num_classes, width = linear_weight.shape
     step = rows_per_chunk(rows, num_classes, dtype, linear_weight.device)
-    if not is_needed or linear_weight.dtype != dtype or dtype.itemsize >= 4:
+    if not needs_weight_grad or linear_weight.dtype != dtype or dtype.itemsize >= 4:
         return step, torch.promote_types(linear_weight.dtype, torch.float32)
-    # A sum of half the bytes has half the traffic, so half the rows hide it.
-    rounded = max(-(-rows // MAX_HALF_CHUNKS), step // 2, 1)
-    if rounded * dtype.itemsize <= step * dtype.itemsize + width * torch.float32.itemsize:
-        return rounded, dtype
+    # A sum of half the bytes has half the traffic, so half the rows suffice to hide it.
+    half_step = max(_ceil_div(rows, MAX_HALF_CHUNKS), step // 2, 1)
+    if half_step * dtype.itemsize <= step * dtype.itemsize + width * torch.float32.itemsize:
+        return half_step, dtype
     return step, torch.float32
 
 
@@ -409,15 +416,15 @@ def _logits(
     linear_bias: Tensor | None,
     classes: Classes | None,
 ) -> Tensor:
-    counts = None if classes is None else classes.counts
-    if counts is not None:  # 0 · ∞ of an ignored row would make the weight's gradient NaN.
-        input = input.where(counts.unsqueeze(-1), 0)
+    not_ignored = None if classes is None else classes.not_ignored
+    if not_ignored is not None:  # 0 · ∞ of an ignored row would make the weight's gradient NaN.
+        input = input.where(not_ignored.unsqueeze(-1), 0)
     bias = None if linear_bias is None else linear_bias.to(dtype)
     return F.linear(input.to(dtype), linear_weight.to(dtype), bias)
 
 
 class FlatRows(Rows):
-    """The same rows in one dimension."""
+    """The same rows, with all dimensions of samples flattened into one."""
 
     def __init__(self, rows: Rows) -> None:
         super().__init__((math.prod(rows.shape[: rows.dim]), rows.num_classes), 1)
@@ -485,7 +492,7 @@ def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
     return [t._version for t in tensors if t is not None and not t.is_inference()]
 
 
-LINEAR_LOSS = ops.Operator(
+LOSS_OPERATOR = ops.Operator(
     "linear_loss",
     ["Tensor input", "Tensor linear_weight", "Tensor? linear_bias", "Tensor target"],
     ["ScalarType product_dtype"],

@@ -2,17 +2,17 @@
 
 An eager call:
 
-    public function ─ key_of ─ prepared? ─ yes ───────────── run ─ Launch.compute ─ OnePass
+    public function ─ key_of ─ prepared? ─ yes ───────────── run ─ Plan.compute ─ OnePass
                                   └─ no ─ checks ─ prepare ──┘└─ formulas.compute, without kernels
 
 - `key_of` returns the cache key of a call, or None if kernels cannot serve it.
-- `Launch` is prepared by the kernels of a device, in `kernels/cpu` or `kernels/triton`.
+- `Plan` is prepared by the kernels of a device, in `kernels/cpu` or `kernels/triton`.
 - `OnePass` is the autograd node.
 
 A compiled graph:
 
-    public function ─ serves_graph ─ yes ─ Operator ─ GraphNode ─ Launch.compute
-                                  └─ no ── checks ─ formulas.compute
+    public function ─ checks ─ serves_graph ─ yes ─ Operator ─ GraphNode ─ Plan.compute
+                                           └─ no ── formulas.compute
 
 Anything beyond a first derivative is computed by the formula.
 """
@@ -35,32 +35,32 @@ from torchlosses.checks import (
     is_before_dispatch,
     is_tracing,
 )
-from torchlosses.formulas import Arguments, Call, Classes, Result
+from torchlosses.formulas import Arguments, Call, Classes
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # ---- Kernels, by device
 
 
-class Launch(Protocol):
+class Plan(Protocol):
     """Computes calls whose tensors have the same layout."""
 
     def compute(self, *arguments: Any) -> Any:
         """The loss and its gradients, from tensors, needs and an optional upstream gradient.
 
-        Needs say which tensors get a gradient; the last two, the weights, never do. The loss and
+        Needs say which tensors get a gradient, without the last two, the weights. The loss and
         gradient of a sample with an invalid class are NaN, and on the CPU an eager call raises an
         IndexError.
         """
 
     def rescale(
-        self, gradients: Sequence[Tensor | None], grad_loss: Tensor, target: Tensor, /
+        self, gradients: Sequence[Tensor | None], upstream: Tensor, target: Tensor, /
     ) -> Sequence[Tensor | None] | None:
-        """Multiplies gradients in place by that of their loss.
+        """Scales gradients in place by the upstream gradient.
 
-        Returns detached tensors, so the versions of saved ones do not change. In the first, ignored
-        rows stay 0 though 0 · ∞ is NaN. Returns None, and does nothing, where the kernels see a
-        factor that is not finite and leave it to `compute`.
+        Returns detached tensors, so the versions of saved ones do not change. In the input's
+        gradient, ignored rows stay 0 though 0 · ∞ is NaN. Returns None, and does nothing, if the
+        kernels leave a factor that is not finite to `compute`.
         """
 
 
@@ -69,19 +69,19 @@ class Kernels(Protocol):
 
     @property
     def LOSSES(self) -> Sequence[str]:  # noqa: N802
-        """The names of the losses that they compute."""
+        """The names of the losses that these kernels compute."""
 
     @property
     def CAN_FAIL(self) -> bool:  # noqa: N802
-        """Whether a driver, compiler or device may refuse them."""
+        """Whether a driver, compiler or device may refuse these kernels."""
 
-    def prepare(self, call: Call, /, *tensors: Any) -> Launch:
-        """A launch for calls with the `layout_of` these tensors."""
+    def prepare(self, call: Call, /, *tensors: Any) -> Plan:
+        """A plan for calls with the `layout_of` these tensors."""
 
 
 @functools.cache
-def _find_cpu() -> Any | None:
-    """Imports the kernels with the first eager call: earlier, a mode could create its tensors."""
+def _load_cpu() -> Any | None:
+    """Imports the kernels at first use: under a mode its constants would be the mode's tensors."""
     try:
         from torchlosses.kernels import cpu
     except ImportError as error:
@@ -95,10 +95,10 @@ def _find_cpu() -> Any | None:
 
 
 @functools.cache
-def _find_triton(device: torch.device) -> Any | None:
+def _load_triton(device: torch.device) -> Any | None:
     """Imports Triton with the first CUDA tensor: it takes a second, and some builds lack it."""
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
-        return None  # The tests compile for neither.
+        return None  # Neither ROCm nor a compute capability below 8.0 is tested.
     try:
         from torchlosses.kernels import triton
     except ImportError:
@@ -114,18 +114,18 @@ def _try_out(kernels: Kernels, device: torch.device) -> Any:
 
 
 # All other devices use the formulas, as do devices whose kernels have failed.
-KERNELS: dict[str, Callable[[torch.device], Any]] = {
-    "cpu": lambda device: _find_cpu(),
-    "cuda": _find_triton,
+KERNEL_LOADERS: dict[str, Callable[[torch.device], Any]] = {
+    "cpu": lambda device: _load_cpu(),
+    "cuda": _load_triton,
 }
 _failed: set[torch.device] = set()
-# Errors to raise, not to compute again by the formula; handlers of signals raise a TimeoutError.
+# Errors to raise, not to fall back on: a user's signal handler may raise a TimeoutError.
 PASS_THROUGH = (IndexError, MemoryError, torch.OutOfMemoryError, TimeoutError)
 
 
 def kernels_of(device: torch.device, kind: str) -> Kernels | None:
     """The kernels of a device for a loss, if there are any and none has failed."""
-    find = KERNELS.get(device.type)
+    find = KERNEL_LOADERS.get(device.type)
     kernels = None if find is None or device in _failed else find(device)
     return kernels if kernels is not None and kind in kernels.LOSSES else None
 
@@ -159,7 +159,7 @@ class Prepared(NamedTuple):
 
     call: Call
     kernels: Kernels
-    launch: Launch
+    plan: Plan
     device: torch.device
     needs: tuple[bool, ...]  # Which tensors get a gradient; weights never do.
     is_deferred: bool  # Gradients are computed in backward.
@@ -182,15 +182,16 @@ def layout_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
             return None
         try:
             address, shape = tensor.data_ptr(), tensor.shape
-        except RuntimeError:  # Sparse, nested, or a batch of gradients.
+        except RuntimeError:  # Sparse, nested or batched (vmap, is_grads_batched).
             return None
         if not address:  # Empty, or without storage.
             return None
         strides = None
         if not tensor.is_contiguous():
             strides = tensor.stride()
-            if 0 in strides and len(layout) < len(tensors) - 2:
-                return None  # An expanded input, whose contiguous copy would be larger.
+            is_weight = len(layout) >= len(tensors) - 2
+            if 0 in strides and not is_weight:
+                return None  # Expanded: a contiguous copy would be larger.
         layout.append(
             (tensor.dtype, shape, strides, tensor.device, address & 15, tensor.requires_grad)
         )
@@ -202,7 +203,7 @@ def key_of(kind: str, options: Any, tensors: Sequence[Tensor | None]) -> tuple[A
 
     Kernels serve plain tensors in eager mode.
     """
-    # Inlined: a call costs as much as one of these checks.
+    # `checks.is_eager`, inlined: calling a Python function costs as much as a check.
     if (
         is_compiling()
         or is_tracing()
@@ -232,18 +233,18 @@ def prepare(
     """
     differentiable = tensors[:-2]
     needs = tuple(is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
-    if key is None or not fits(call, tensors) or True in needs[-2:]:
+    if key is None or not supports(call, tensors) or True in needs[-2:]:
         return None
     device = differentiable[0].device
     kernels = kernels_of(device, call.kind)
     if kernels is None:
         return None
     kernels = kernels if wrap is None else wrap(kernels)
-    launch = try_kernels(kernels, device, kernels.prepare, call, *tensors)
-    if launch is None:
+    plan = try_kernels(kernels, device, kernels.prepare, call, *tensors)
+    if plan is None:
         return None
     prepared = Prepared(
-        call, kernels, launch, device, needs[:-2],
+        call, kernels, plan, device, needs[:-2],
         is_deferred(call, *dtypes, *[t.dtype for t in differentiable if t is not None]),
         formula or formula_of_tensors,
     )  # fmt: skip
@@ -263,12 +264,12 @@ def formula_of_tensors(call: Call, *tensors: Any) -> Tensor:
     return formulas.compute(call, Arguments(*tensors))
 
 
-def fits(call: Call, tensors: Sequence[Tensor | None]) -> bool:
+def supports(call: Call, tensors: Sequence[Tensor | None]) -> bool:
     """Whether kernels support the dtypes of a call, and float32 holds its δ."""
     *inputs, target, _, _ = tensors
-    is_known = target is not None and (target.dtype in DTYPES or not target.is_floating_point())
-    are_known = all(t is None or t.dtype in DTYPES for t in inputs)
-    return is_known and are_known and call.is_plain_delta
+    if target is None or (target.is_floating_point() and target.dtype not in DTYPES):
+        return False
+    return call.delta_fits_float32 and all(t is None or t.dtype in DTYPES for t in inputs)
 
 
 def is_deferred(call: Call, *dtypes: torch.dtype) -> bool:
@@ -278,15 +279,17 @@ def is_deferred(call: Call, *dtypes: torch.dtype) -> bool:
 
 def run(prepared: Prepared, tensors: Sequence[Tensor | None]) -> Tensor | None:
     """The loss by kernels, or None if they fail."""
-    _, kernels, launch, device, needs, deferred, _ = prepared
+    _, kernels, plan, device, needs, deferred, _ = prepared
     needs_grad = True in needs
     has_hooks = needs_grad and bool(checks.find_saving_hooks(True))
     if deferred or has_hooks:
         needs = (False,) * len(needs)
-    results = try_kernels(kernels, device, launch.compute, *tensors, needs)
-    loss: Tensor | None = results and results[0]
-    if results and needs_grad:
-        loss = OnePass.apply(prepared, has_hooks, results, *tensors)
+    results = try_kernels(kernels, device, plan.compute, *tensors, needs)
+    if results is None:
+        return None
+    loss: Tensor = results[0]
+    if needs_grad:
+        loss = OnePass.apply((prepared, has_hooks, results), *tensors)
     return loss
 
 
@@ -299,7 +302,7 @@ def compute(
     """The loss of a checked call."""
     input, target, *_ = arguments
     if is_compiling() and serves_graph(input.device, call, arguments, input.numel()):
-        return LOSS(call, (), *arguments)
+        return LOSS_OPERATOR(call, (), *arguments)
     prepared = find(key) or prepare(key, call, arguments, is_cached=is_cached)
     if prepared is not None:
         loss = run(prepared, arguments)
@@ -312,29 +315,31 @@ def compute(
 
 
 class OnePass(Function):
-    """The autograd node of a loss whose gradients are computed in forward and returned once.
+    """The autograd node of a loss: computes gradients in forward, and hands them out once.
 
     Some gradients are computed in backward instead: those of float16, where small values would
     underflow before a loss scaler lifts them; those of losses that are not reduced, which depend on
     the upstream gradient of each; and those under saved-tensor hooks, whose memory is not ours to
-    write to. Everything that backward reads is saved, so autograd sees changes, hooks see all
-    memory, and nothing is held longer.
+    write to. Everything that backward reads is saved, so version checks catch changes in place,
+    hooks see every tensor, and all is freed with the graph. A second backward computes gradients
+    again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, prepared: Prepared, has_hooks: bool, results: Result, *tensors: Tensor | None
+        ctx: Any, state: tuple[Prepared, bool, Sequence[Any]], *tensors: Tensor | None
     ) -> Tensor:
-        loss, *gradients = results
+        loss: Tensor
+        prepared, has_hooks, (loss, *gradients) = state
         ctx.prepared, ctx.has_hooks = prepared, has_hooks
         ctx.has_gradients = not (prepared.is_deferred or has_hooks)
         ctx.save_for_backward(*tensors, *gradients)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         call, kernels, _, device, _, _, formula = ctx.prepared
-        needs = ctx.needs_input_grad[3:-2]
+        needs = ctx.needs_input_grad[1:-2]
         saved = ctx.saved_tensors
         tensors = saved[: len(needs) + 2]
         gradients = None
@@ -343,15 +348,15 @@ class OnePass(Function):
             or is_compiling()
             or is_before_dispatch()
             or (count_modes() and checks.is_traced())
-            or not _has_memory(grad_loss)
+            or not _has_memory(upstream)
         ):
             results = saved[len(tensors) :]
             gradients = try_kernels(
-                kernels, device, _gradients, ctx, tensors, needs, results, grad_loss
+                kernels, device, _gradients, ctx, tensors, needs, results, upstream
             )
         if gradients is None:
-            gradients = formula_gradients(formula, call, tensors, needs, grad_loss)
-        return None, None, None, *gradients, None, None
+            gradients = formula_gradients(formula, call, tensors, needs, upstream)
+        return None, *gradients, None, None
 
 
 def _gradients(
@@ -359,42 +364,42 @@ def _gradients(
     tensors: Sequence[Tensor | None],
     needs: Sequence[bool],
     results: Sequence[Tensor | None],
-    grad_loss: Tensor,
+    upstream: Tensor,
 ) -> Any:
-    """The gradients by kernels."""
-    call, kernels, launch, _, _, deferred, _ = ctx.prepared
+    """The gradients, computed by the kernels."""
+    call, kernels, plan, _, _, deferred, _ = ctx.prepared
     if ctx.has_hooks:  # Hooks may return other strides.
-        launch = kernels.prepare(call, *tensors)
+        plan = kernels.prepare(call, *tensors)
     if not deferred:
         if not ctx.has_gradients:
-            _, *results = launch.compute(*tensors, needs)
-        ctx.has_gradients = False  # Returned once: the caller may write to them.
+            _, *results = plan.compute(*tensors, needs)
+        ctx.has_gradients = False  # Handed out once: the caller may write to them.
         target: Any = tensors[-3]
-        rescaled = launch.rescale(results, grad_loss, target)
+        rescaled = plan.rescale(results, upstream, target)
         if rescaled is not None:
             return rescaled
-    _, *results = launch.compute(*tensors, needs, grad_loss.resolve_neg())
+    _, *results = plan.compute(*tensors, needs, upstream.resolve_neg())
     return results
 
 
 def _has_memory(tensor: Tensor) -> bool:
     try:
         return tensor.data_ptr() != 0
-    except RuntimeError:  # In a batch of gradients.
+    except RuntimeError:  # Batched (is_grads_batched).
         return False
 
 
 def _show_saved(node: Any) -> Any:
     """The saved tensors of a node. A caller may set hooks on them, so backward computes anew."""
     node.has_gradients, node.has_hooks = False, True
-    return super(_nodes, node)._raw_saved_tensors
+    return super(_ONE_PASS_NODE, node)._raw_saved_tensors
 
 
-_nodes: Any = getattr(OnePass, "_backward_cls", None)  # Private: their class.
-if _nodes is None:
-    checks.find_saving_hooks = bool  # There may be some.
+_ONE_PASS_NODE: Any = getattr(OnePass, "_backward_cls", None)  # Private: their class.
+if _ONE_PASS_NODE is None:
+    checks.find_saving_hooks = lambda _: True  # Unknown, so assume that there are hooks.
 else:
-    _nodes._raw_saved_tensors = property(_show_saved)
+    _ONE_PASS_NODE._raw_saved_tensors = property(_show_saved)
 
 
 def formula_gradients(
@@ -402,7 +407,7 @@ def formula_gradients(
     call: Call,
     arguments: Sequence[Any],
     needs: Sequence[bool],
-    grad_loss: Tensor,
+    upstream: Tensor,
 ) -> list[Tensor | None]:
     """The needed gradients, differentiable under create_graph.
 
@@ -419,7 +424,7 @@ def formula_gradients(
                 fresh[i] = arguments[i].detach().requires_grad_(needed)
         loss = formula(call, *fresh)
     wanted = [argument for argument, needed in zip(fresh, needs, strict=False) if needed]
-    gradients = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=is_differentiable))
+    gradients = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=is_differentiable))
     return [next(gradients) if needed else None for needed in needs]
 
 
@@ -444,7 +449,7 @@ def serves_graph(
         and not checks.is_transformed()
         and all(t is None or type(t) in checks.PLAIN for t in tensors)
         and not (torch.is_grad_enabled() and any(w.requires_grad for w in weights))
-        and fits(call, tensors)
+        and supports(call, tensors)
         and (formulas.is_symbolic(count) or count >= MIN_ELEMENTS)
         and _has_kernels(device, call.kind)
     )
@@ -454,8 +459,8 @@ def _has_kernels(device: torch.device, kind: str) -> bool:
     return kernels_of(device, kind) is not None
 
 
-# Set by torch.compiler.assume_constant_result, which would import the compiler: Dynamo calls the
-# function when it compiles a graph, and does not trace it.
+# As torch.compiler.assume_constant_result marks it, which would import the compiler: Dynamo calls
+# the function when it compiles a graph, and does not trace it.
 _has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -468,7 +473,7 @@ def find_constants(
         if option is None or isinstance(option, (bool, str)):
             values.append(option)
         elif isinstance(option, (int, float)) and not formulas.is_symbolic(option):
-            values.append(_plain_number(option))
+            values.append(_as_constant(option))
         else:
             return None
     properties: list[Any] = []
@@ -482,12 +487,12 @@ def find_constants(
         for size in t.shape:
             if formulas.is_symbolic(size):
                 return None
-            shape.append(_plain_number(size))
-        properties.append((type(t), t.layout, t.device, t.dtype, shape, t.requires_grad))
+            shape.append(_as_constant(size))
+        properties.append((type(t), t.device, t.layout, t.dtype, shape, t.requires_grad))
     return values, properties
 
 
-def _plain_number(number: Any) -> Any:
+def _as_constant(number: Any) -> Any:
     """A constant: the compiler may have specialised a number, and still hold a symbol."""
     return number.__float__() if isinstance(number, float) else index(number)
 
@@ -507,25 +512,25 @@ LIBRARY.define("depending(Tensor upstream, Tensor[] tensors) -> Tensor")
 LIBRARY.impl("depending", lambda upstream, tensors: upstream.clone(), "CompositeExplicitAutograd")
 
 
-HANDLE = 1  # Elements of a handle.
+HANDLE_NUMEL = 1  # Elements of a handle.
 NOTHING = None, None
 
 
 def hold(*held: Any) -> Tensor:
     """A handle: a small tensor that holds gradients between forward and backward of a graph.
 
-    An operator must not return its argument, and a multiplication would be one more pass over
-    memory. So backward takes the gradients from the handle, once, and rescales them in place. They
-    live as long as the tensor, which autograd saves; a copy of it holds nothing, and backward
-    computes again.
+    An operator must not return an argument, and a multiplication would be one more pass over
+    memory. So backward takes the gradients from the handle and scales them in place. They live as
+    long as the handle, which autograd saves. A copy of the handle is empty, and backward computes
+    the gradients again.
     """
-    handle = torch.empty(HANDLE, dtype=torch.uint8, device="cpu")
+    handle = torch.empty(HANDLE_NUMEL, dtype=torch.uint8, device="cpu")
     handle.held = held  # type: ignore[attr-defined]
     return handle
 
 
 def take(handle: Tensor | None) -> Any:
-    """What a handle holds, the first time."""
+    """Takes what the handle holds, and leaves it empty."""
     return NOTHING if handle is None else vars(handle).pop("held", NOTHING)
 
 
@@ -538,7 +543,8 @@ class Operator:
 
     The first tensors are `differentiable`, which get gradients, the target last; then come weights.
     `numbers` holds δ and ε if the graph takes them as inputs: torch.compile would specialise on
-    float arguments. `wrap` and `formula` are as in `prepare`, and both take `extra`.
+    float arguments. `wrap(*extra, kernels)` and `make_formula(*extra)` return the kernels and the
+    formula of `prepare`.
     """
 
     def __init__(
@@ -547,32 +553,32 @@ class Operator:
         differentiable: Sequence[str],
         extra: Sequence[str],
         wrap: Callable[..., Kernels],
-        formula: Callable[..., Callable[..., Tensor]],
+        make_formula: Callable[..., Callable[..., Tensor]],
     ) -> None:
-        self.name, self.wrap, self.formula = name, wrap, formula
-        self.differentiable, self.tensors = len(differentiable), len(differentiable) + 2
-        self.call = self.tensors + 1 + len(extra)
+        self.name, self.wrap, self.make_formula = name, wrap, make_formula
+        self.num_differentiable, self.num_tensors = len(differentiable), len(differentiable) + 2
+        self.call_start = self.num_tensors + 1 + len(extra)
         tensors = [*differentiable, "Tensor? weight", "Tensor? sample_weight"]
         inputs = ", ".join([*tensors, "Tensor? numbers", *extra, CALL])
-        self.loss = self._define(name, f"{inputs}) -> Tensor", self._decompose)
+        self.op = self._define(f"{name}({inputs}) -> Tensor", self._decompose)
         self.loss_and_gradients = self._define(
-            f"{name}_and_gradients", f"{inputs}, bool[] needs) -> Tensor[]",
+            f"{name}_and_gradients({inputs}, bool[] needs) -> Tensor[]",
             self._compute_loss, self._fake_loss,
         )  # fmt: skip
         self.gradients = self._define(
-            f"{name}_gradients",
-            f"{inputs}, bool[] needs, Tensor upstream, Tensor? handle) -> Tensor[]",
+            f"{name}_gradients({inputs}, bool[] needs, Tensor upstream, Tensor? handle)"
+            " -> Tensor[]",
             self._compute_gradients, self._fake_gradients,
         )  # fmt: skip
 
     def _define(
         self,
-        name: str,
-        signature: str,
+        schema: str,
         function: Callable[..., Any],
         fake: Callable[..., Any] | None = None,
     ) -> Any:
-        LIBRARY.define(f"{name}({signature}")
+        LIBRARY.define(schema)
+        name = schema.partition("(")[0]
         if fake is None:
             LIBRARY.impl(name, function, "CompositeImplicitAutograd")
         else:
@@ -590,16 +596,16 @@ class Operator:
                 [formulas.scalar(call.delta), formulas.scalar(call.label_smoothing)]
             )
             call = call._replace(delta=0.0, label_smoothing=0.0)
-        return cast("Tensor", self.loss(*tensors, numbers, *extra, *call))
+        return cast("Tensor", self.op(*tensors, numbers, *extra, *call))
 
-    def call_of(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Call]:
-        """The extra arguments and the call."""
-        call = Call(*inputs[self.call : self.call + len(Call._fields)])
-        return inputs[self.tensors + 1 : self.call], call
+    def extra_and_call(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Call]:
+        """Extra arguments and call of the inputs of an operator."""
+        call = Call(*inputs[self.call_start : self.call_start + len(Call._fields)])
+        return inputs[self.num_tensors + 1 : self.call_start], call
 
     def _decompose(self, *inputs: Any) -> Tensor:
         is_enabled = torch.is_grad_enabled()
-        tensors = inputs[: self.differentiable]
+        tensors = inputs[: self.num_differentiable]
         needs = [is_enabled and t is not None and t.requires_grad for t in tensors]
         if True in needs:
             return cast("Tensor", GraphNode.apply(self, needs, *inputs))
@@ -607,7 +613,7 @@ class Operator:
 
     def _compute_loss(self, *inputs: Any) -> list[Tensor]:
         needs = inputs[-1]
-        prepared, loss, *gradients = self._launch(inputs, needs)
+        prepared, loss, *gradients = self._run_kernels(inputs, needs)
         if True in needs and loss.is_cpu:
             return [loss, hold(prepared, gradients)]
         return [loss, *[gradient for gradient in gradients if gradient is not None]]
@@ -616,24 +622,26 @@ class Operator:
         needs, upstream, handle = inputs[-3:]
         prepared, gradients = take(handle)
         if prepared is not None:
-            _, kernels, launch, device, *_ = prepared
-            results = (gradients, upstream, inputs[self.differentiable - 1])
-            gradients = try_kernels(kernels, device, launch.rescale, *results)
+            target = inputs[self.num_differentiable - 1]
+            gradients = try_kernels(
+                prepared.kernels, prepared.device, prepared.plan.rescale,
+                gradients, upstream, target,
+            )  # fmt: skip
         if gradients is None:
-            _, _, *gradients = self._launch(inputs, needs, upstream)
+            _, _, *gradients = self._run_kernels(inputs, needs, upstream)
         return [gradient for gradient in gradients if gradient is not None]
 
-    def _launch(
+    def _run_kernels(
         self, inputs: Sequence[Any], needs: Sequence[bool], upstream: Tensor | None = None
     ) -> Any:
-        """The prepared call, and the loss and gradients by kernels."""
-        tensors = inputs[: self.tensors]
-        extra, call = self.call_of(inputs)
-        call = _with_numbers(call, inputs[self.tensors])
+        """The prepared call, and the loss and gradients that the kernels compute."""
+        tensors = inputs[: self.num_tensors]
+        extra, call = self.extra_and_call(inputs)
+        call = _with_numbers(call, inputs[self.num_tensors])
         if tensors[0].numel() == 0:  # Kernels launch nothing: a sum of nothing, and zeros.
             pairs = zip(tensors, needs, strict=False)
             zeros = [t.new_zeros(t.shape) if needed else None for t, needed in pairs]
-            return None, self.formula(*extra)(call, *tensors), *zeros
+            return None, self.make_formula(*extra)(call, *tensors), *zeros
         device = tensors[0].device
         layout = layout_of(tensors)
         if layout is None:
@@ -643,19 +651,21 @@ class Operator:
         prepared = find(key) or prepare(key, call, tensors, functools.partial(self.wrap, *extra))
         results = None
         if prepared is not None:
-            _, kernels, launch, *_ = prepared
-            options = (tuple(needs), upstream, False, False)  # A graph raises no IndexError.
-            results = try_kernels(kernels, device, launch.compute, *tensors, *options)
+            in_place = raise_on_invalid = False  # A graph raises no IndexError.
+            options = (tuple(needs), upstream, in_place, raise_on_invalid)
+            results = try_kernels(
+                prepared.kernels, device, prepared.plan.compute, *tensors, *options
+            )
         if results is None:  # Within an operator there is no autograd, so no formula.
             raise RuntimeError(
                 f"a kernel of torchlosses has failed on {device}, and this graph was compiled for "
-                f"it; torch.compiler.reset(), and compile it again: it is then compiled for the "
-                f"formula"
+                f"it; call torch.compiler.reset() and compile it again: the graph will then use "
+                f"slower PyTorch code"
             )
         return prepared, *results
 
     def _fake_loss(self, *inputs: Any) -> list[Tensor]:
-        input, needs, (_, call) = inputs[0], inputs[-1], self.call_of(inputs)
+        input, needs, (_, call) = inputs[0], inputs[-1], self.extra_and_call(inputs)
         shape: Sequence[int] = ()
         if call.reduction == "none":
             shape = list(input.shape)
@@ -663,7 +673,7 @@ class Operator:
                 del shape[call.dim]
         loss = input.new_empty(shape, dtype=call.dtype)
         if True in needs and input.device.type == "cpu":
-            return [loss, input.new_empty((HANDLE,), dtype=torch.uint8)]
+            return [loss, input.new_empty((HANDLE_NUMEL,), dtype=torch.uint8)]
         return [loss, *_fake_like(inputs, needs)]
 
     def _fake_gradients(self, *inputs: Any) -> list[Tensor]:
@@ -679,28 +689,28 @@ class GraphNode(Function):
 
     @staticmethod
     def forward(ctx: Any, operator: Operator, needs: list[bool], *inputs: Any) -> Tensor:
-        extra, call = operator.call_of(inputs)
-        dtypes = [t.dtype for t in inputs[: operator.differentiable] if t is not None]
+        extra, call = operator.extra_and_call(inputs)
+        dtypes = [t.dtype for t in inputs[: operator.num_differentiable] if t is not None]
         ctx.operator, ctx.needs = operator, needs
-        ctx.options = inputs[operator.tensors + 1 :]
-        if is_deferred(call, *extra, *dtypes):
+        ctx.options = inputs[operator.num_tensors + 1 :]
+        if is_deferred(call, *extra, *dtypes):  # Extra are the dtypes of intermediate results.
             needs = [False] * len(needs)
         loss: Tensor
         loss, *gradients = operator.loss_and_gradients(*inputs, needs)
-        ctx.save_for_backward(*inputs[: operator.tensors + 1], *gradients)
+        ctx.save_for_backward(*inputs[: operator.num_tensors + 1], *gradients)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         operator, needs = ctx.operator, ctx.needs
-        count = operator.tensors + 1
+        count = operator.num_tensors + 1
         inputs = (*ctx.saved_tensors[:count], *ctx.options)
         gradients = ctx.saved_tensors[count:]  # On the CPU, their handle.
-        tensors, (extra, call) = inputs[: operator.tensors], operator.call_of(inputs)
+        tensors, (extra, call) = inputs[: operator.num_tensors], operator.extra_and_call(inputs)
         if torch.is_grad_enabled():  # To be differentiated again.
-            call, formula = _with_numbers(call, inputs[count - 1]), operator.formula(*extra)
-            by_needs = formula_gradients(formula, call, tensors, needs, upstream)
-            gradients = [gradient for gradient in by_needs if gradient is not None]
+            call, formula = _with_numbers(call, inputs[count - 1]), operator.make_formula(*extra)
+            padded = formula_gradients(formula, call, tensors, needs, upstream)
+            gradients = [gradient for gradient in padded if gradient is not None]
         elif not gradients or upstream.device.type == "cpu":
             handle = gradients[0] if gradients else None
             gradients = operator.gradients(*inputs, needs, upstream, handle)
@@ -709,9 +719,9 @@ class GraphNode(Function):
             upstream = torch.ops.torchlosses.depending(upstream, read)
             gradients = [gradient * upstream for gradient in gradients]
             if needs[0] and call.is_index:  # 0 times what is not finite is NaN.
-                target = tensors[operator.differentiable - 1]
-                counts: Any = Classes(target, 1, call.ignore_index).counts
-                gradients[0] = gradients[0].where(counts.unsqueeze(call.dim), 0)
+                target = tensors[operator.num_differentiable - 1]
+                not_ignored: Any = Classes(target, 1, call.ignore_index).not_ignored
+                gradients[0] = gradients[0].where(not_ignored.unsqueeze(call.dim), 0)
         remaining = iter(gradients)
         padded = [next(remaining) if needed else None for needed in needs]
         return (None, None, *padded, *[None] * (len(inputs) - len(needs)))
@@ -724,7 +734,7 @@ def _with_numbers(call: Call, numbers: Tensor | None) -> Call:
     return call._replace(delta=delta, label_smoothing=smoothing)
 
 
-LOSS = Operator(
+LOSS_OPERATOR = Operator(
     "loss",
     ["Tensor input", "Tensor target"],
     [],

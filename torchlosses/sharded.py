@@ -83,7 +83,7 @@ class _Wait(Function):
 Tensors = TypeVar("Tensors", bound=tuple[Any, ...])
 
 
-def waited(arguments: Tensors) -> Tensors:
+def wait_all(arguments: Tensors) -> Tensors:
     """The arguments, with results of pending collectives as plain tensors, which kernels serve."""
     if not any(_is_pending(a) for a in arguments if type(a) not in _PLAIN):
         return arguments
@@ -190,14 +190,14 @@ def _compute_whole_rows(
     like = arguments.input.new_empty((), dtype=call.dtype)
     divisor = formulas.find_divisor(call, like, shards, arguments, classes, position)
     if arguments.sample_weight is not None and call.reduction == "mean":
-        weights, divisor = formulas.lifted(arguments.sample_weight.to(call.dtype), divisor)
+        weights, divisor = formulas.lift(arguments.sample_weight.to(call.dtype), divisor)
         arguments = arguments._replace(sample_weight=weights)
     part = call._replace(reduction="none" if call.reduction == "none" else "sum")
     if layer is None:
         loss = ops.compute(part, arguments, ops.key_of(part.kind, part, arguments))
     else:
         loss = linear.compute(part, *layer, *arguments[1:])
-    return loss if call.reduction == "none" else formulas.divided(shards.total(loss), divisor)
+    return loss if call.reduction == "none" else formulas.divide(shards.total(loss), divisor)
 
 
 def _compute_cut_rows(
@@ -386,8 +386,8 @@ class Shards(formulas.Rows):
         is_here = (index >= 0) & (index < len(ids))
         if classes.valid is not None:
             is_here = is_here | ~classes.valid
-        if classes.counts is not None:
-            is_here = is_here & classes.counts
+        if classes.not_ignored is not None:
+            is_here = is_here & classes.not_ignored
         index = index.clamp(0, max(len(ids) - 1, 0))
         return ClassPosition(index.unsqueeze(self.dim), self.dim, is_here)
 
@@ -403,7 +403,7 @@ class Shards(formulas.Rows):
         return whole.to_local(grad_placements=gradients)
 
     def own_weights(self, call: Call, weights: Tensor, position: ClassPosition | None) -> Tensor:
-        """The process that holds its class counts a sample, or the first of its processes."""
+        """The process that holds its class not_ignored a sample, or the first of its processes."""
         if call.is_per_element:
             return weights
         if position is not None and position.is_here is not None:

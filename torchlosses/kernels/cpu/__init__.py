@@ -40,7 +40,7 @@ def _contiguous(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     return tensor, tensor.data_ptr()
 
 
-class Launch:
+class Plan:
     """The kernels for calls whose tensors are alike in dtype, shape and strides."""
 
     def __init__(
@@ -113,9 +113,9 @@ class Launch:
         return loss, grad_input, grad_target
 
     def rescale(
-        self, gradients: Sequence[Tensor | None], grad_loss: Tensor, target: Tensor
+        self, gradients: Sequence[Tensor | None], upstream: Tensor, target: Tensor
     ) -> Sequence[Tensor | None] | None:
-        factor = grad_loss.item()
+        factor = upstream.item()
         if factor == 1:
             return [None if gradient is None else gradient.data for gradient in gradients]
         if not math.isfinite(factor):  # Its product with the 0 of an ignored sample is NaN.
@@ -129,9 +129,9 @@ def prepare(
     target: Tensor,
     weight: Tensor | None,
     sample_weight: Tensor | None,
-) -> Launch:
+) -> Plan:
     """What computes all calls whose tensors are alike in dtype, shape and strides."""
-    return Launch(call, input, target, sample_weight)
+    return Plan(call, input, target, sample_weight)
 
 
 # torch's own function to run in parallel, whose threads the kernels share. Without it they run in

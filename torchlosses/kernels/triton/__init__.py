@@ -7,7 +7,7 @@ does not know, such as the number of ignored samples, the kernels compute.
 A small loss is bound by launches. Forward and backward take one each: `_loss_kernel`, then
 `_rescale_kernel`, or `_loss_kernel` again if gradients are computed in backward. Only `'mean'` over
 more than LOCAL_DIVISOR_SAMPLES samples takes a third, `_divisor_kernel`, before a pass with
-gradients. As Triton's argument processing takes longer than a small loss, a `Launch` calls the
+gradients. As Triton's argument processing takes longer than a small loss, a `Plan` calls the
 compiled binary directly after the first call. It allocates nothing but the loss and its gradients.
 
 The input is seen as (outer, classes, inner). A tile has the shape (per_thread, samples, threads,
@@ -73,15 +73,15 @@ def prepare(
     target: Tensor,
     weight: Tensor | None,
     sample_weight: Tensor | None,
-) -> "Launch":
-    """A launch for calls whose tensors have the dtypes, shapes, strides and device of these.
+) -> "Plan":
+    """A plan for calls whose tensors have the dtypes, shapes, strides and device of these.
 
     Their addresses must also agree in whether 16 divides them.
     """
     for name, known in ((call.kind, LOSSES), (call.reduction, checks.REDUCTIONS)):
         if name not in known:
             raise ValueError(f"got {name!r}; expected one of {known}")
-    return Launch(call, input, target, weight, sample_weight)
+    return Plan(call, input, target, weight, sample_weight)
 
 
 @dataclasses.dataclass
@@ -115,7 +115,7 @@ class Pass:
             self.run_divisor, self.run_loss = run_divisor, run_loss
 
 
-class Launch:
+class Plan:
     """The kernels of calls with the same layout; see `prepare`."""
 
     def __init__(

@@ -145,7 +145,7 @@ def _num_classes(args, CONST: tl.constexpr):
 
 @triton.jit
 def _inner_size(args, CONST: tl.constexpr):
-    if CONST.IS_SPATIAL:  # Decodes what `Launch._prepare` encodes.
+    if CONST.IS_SPATIAL:  # Decodes what `Plan._prepare` encodes.
         return tl.cast(args.inner >> 1, CONST.INDEX) * CONST.ALIGNMENT
     else:  # noqa: RET505 - Only one branch is compiled.
         return tl.cast(args.inner, CONST.INDEX)
