@@ -121,7 +121,7 @@ class Rows:
         return values
 
     def own_weights(self, call: Call, weights: Tensor, position: "ClassPosition | None") -> Tensor:
-        """The weights of samples that this process not_ignored, and 0 for others."""
+        """The weights of samples that this process counts, and 0 for others."""
         return weights
 
     def total(self, parts: Tensor) -> Tensor:

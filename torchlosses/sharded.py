@@ -403,7 +403,7 @@ class Shards(formulas.Rows):
         return whole.to_local(grad_placements=gradients)
 
     def own_weights(self, call: Call, weights: Tensor, position: ClassPosition | None) -> Tensor:
-        """The process that holds its class not_ignored a sample, or the first of its processes."""
+        """The process that holds its class counts a sample, or the first of its processes."""
         if call.is_per_element:
             return weights
         if position is not None and position.is_here is not None:
