@@ -37,9 +37,8 @@ KernelArgs = collections.namedtuple(
 # base: element offset of the block; sample_offset: offset of each sample from base.
 # in_bounds: the sample exists; is_valid: it also has a label that is neither ignored nor invalid;
 # load_mask: the samples whose input is loaded.
-# weight: factor of the loss; grad_scale: factor of the gradient; divisor_weight: the sample's share
-# of the divisor.
-# upstream_offset: offset of the sample's upstream gradient.
+# weight, grad_scale: factors of a sample's loss and gradient; divisor_weight: its share of the
+# divisor; upstream_offset: offset of its upstream gradient.
 Block = collections.namedtuple(
     "Block",
     "first i base sample_offset class_stride classes in_bounds load_mask is_valid label weight "
@@ -142,6 +141,7 @@ def _class_max(tile):
 
 @triton.jit
 def _num_classes(args, CONST: tl.constexpr):
+    """The number of classes, which `Plan._make_pass` may encode."""
     if CONST.NUM_CLASSES:
         return tl.full((), CONST.NUM_CLASSES, CONST.INDEX)
     else:  # noqa: RET505 - Only one branch is compiled.
@@ -150,7 +150,8 @@ def _num_classes(args, CONST: tl.constexpr):
 
 @triton.jit
 def _inner_size(args, CONST: tl.constexpr):
-    if CONST.IS_SPATIAL:  # Decodes what `Plan._make_pass` encodes.
+    """The size of the inner dimension, which `Plan._make_pass` may encode."""
+    if CONST.IS_SPATIAL:
         return tl.cast(args.inner >> 1, CONST.INDEX) * CONST.ALIGNMENT
     else:  # noqa: RET505 - Only one branch is compiled.
         return tl.cast(args.inner, CONST.INDEX)
@@ -158,6 +159,7 @@ def _inner_size(args, CONST: tl.constexpr):
 
 @triton.jit
 def _blocks_per_outer(args, CONST: tl.constexpr, SAMPLES: tl.constexpr):
+    """The number of blocks of SAMPLES samples in one outer index."""
     return tl.cast(tl.cdiv(_inner_size(args, CONST), SAMPLES), tl.int32)
 
 
@@ -305,7 +307,7 @@ def _load_input_at_label(args, b, CONST: tl.constexpr):
 
 @triton.jit
 def _load_targets(args, b, k, class_mask, offsets, is_label, CONST: tl.constexpr):
-    """w·t′ with t′ = (1 − ε)·t + ε/C, whether t′ = 0, and the derivative (1 − ε)·w.
+    """w·t′ with t′ = (1 − ε)·t + ε/C, whether t′ = 0, and ∂(w·t′)/∂t = (1 − ε)·w.
 
     t is a tile of the target, one-hot for labels, and w are class weights.
     """

@@ -46,7 +46,7 @@ def _divisor(weights, magnitudes, args, CONST: tl.constexpr):
 
 @triton.jit
 def _scaled_inverse(divisor):
-    """A scale s for the sample weights, and 1 / (s·divisor): s = 2⁶⁴ if 1/divisor overflows."""
+    """A scale s for all weights, and 1 / (s·divisor): s = 2⁶⁴ if 1/divisor overflows."""
     scale = tl.where(tl.abs(divisor) < LEAST_DIVISOR, 2.0**64, 1.0).to(divisor.dtype)
     return scale, 1 / (divisor * scale)
 
@@ -55,7 +55,7 @@ def _scaled_inverse(divisor):
 def _arrive_and_check_last(counter_ptr):
     """Counts this program as finished. True in the last, which sees the stores of all.
 
-    The last one resets the counter to 0 for the next launch.
+    The last one resets the counter for the next launch.
     """
     tl.debug_barrier()
     is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1

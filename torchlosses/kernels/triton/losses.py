@@ -1,8 +1,8 @@
 """Losses and gradients of a block of samples: one function for each name in `BODIES`.
 
-Each returns weighted losses per sample, and stores the gradients that have a pointer, times
-`grad_scale`. R and W say what it reads and writes. y is a probability, or an element of a squared
-error's input; x is a logit; t is the target as `_load_targets` returns it.
+Each returns weighted losses per sample (`_elementwise` stores losses per element), and stores the
+gradients that have a pointer, times `grad_scale`. R and W say what it reads and writes. The input
+is x if logits, else y; t is the target as `_load_targets` returns it.
 """
 
 import collections
@@ -210,7 +210,7 @@ def _guarded_softmax(b, x, maximum, log2_normalizer, CONST: tl.constexpr):
 
 @triton.jit
 def _store_softmax_gradients(args, b, tile, maximum, log2_normalizer, s, CONST: tl.constexpr):
-    """Stores pⱼ·(S − tⱼ/(pⱼ+δ)) and −log(pⱼ+δ)·∂t′/∂t, times `grad_scale`; see `_softmax`."""
+    """Stores pⱼ·(S − tⱼ/(pⱼ+δ)) and −log(pⱼ+δ)·dtargetⱼ, times `grad_scale`; see `_softmax`."""
     scale = _broadcast(b.grad_scale)
     if CONST.HAS_DELTA:
         p, log2, reciprocal = _guarded_softmax(b, tile.x, maximum, log2_normalizer, CONST)
