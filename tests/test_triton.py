@@ -49,7 +49,7 @@ compiled = pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter does not c
 plans: dict[Any, Any] = {}
 
 
-def find_launch(call: Call, *tensors: Any) -> Any:
+def find_plan(call: Call, *tensors: Any) -> Any:
     key = (call, *(
         None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16 == 0)
         for t in tensors
@@ -60,14 +60,14 @@ def find_launch(call: Call, *tensors: Any) -> Any:
 
 
 def run(call: Call, *arguments: Any) -> Any:
-    return find_launch(call, *arguments[:4]).compute(*arguments)
+    return find_plan(call, *arguments[:4]).compute(*arguments)
 
 
-def rescale(gradients: Any, grad_loss: Tensor, call: Any = None, target: Any = None) -> Any:
+def rescale(gradients: Any, upstream: Tensor, call: Any = None, target: Any = None) -> Any:
     like = next(gradient for gradient in gradients if gradient is not None)
     if call is None or gradients[0] is None:
-        call, target = Call("squares", False, 0, "sum", -100, grad_loss.dtype), like
-    return find_launch(call, like, target, None, None).rescale(gradients, grad_loss, target)
+        call, target = Call("squares", False, 0, "sum", -100, upstream.dtype), like
+    return find_plan(call, like, target, None, None).rescale(gradients, upstream, target)
 
 
 # Calls that together use every body of `_loss_kernel`.
@@ -113,10 +113,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         return configure(body, classes, *rest)._replace(
             samples=2,
             classes=width,
-            programs=2,
+            max_programs=2,
             is_whole=False,
-            vector=max(width // 2, 1),
-            per_thread=1,
+            vector_size=max(width // 2, 1),
+            vectors_per_thread=1,
         )
 
     def wide(**values: Any) -> Any:
@@ -129,7 +129,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "Constants", wide)
     for name, value in {
         "MAX_PROGRAMS": 2,
-        "DIVISOR_PROGRAMS": 2,
+        "MAX_DIVISOR_PROGRAMS": 2,
         "LOCAL_DIVISOR_SAMPLES": 0,
     }.items():
         monkeypatch.setattr(kernels, name, value)

@@ -1,20 +1,23 @@
 """Loss and gradients in one pass on the GPU, by Triton kernels.
 
 A loss is bound by memory, so the kernels read and write each byte as few times as possible; each
-says what it reads (R) and writes (W). Nothing here synchronises with the device: what the host
-does not know, such as the number of ignored samples, the kernels compute.
+says what it reads (R) and writes (W). After the first call per device, nothing here synchronises
+with it: what the host does not know, such as the number of ignored samples, the kernels compute.
 
-A small loss is bound by launches. Forward and backward take one each: `_loss_kernel`, then
-`_rescale_kernel`, or `_loss_kernel` again if gradients are computed in backward. Only `'mean'` over
-more than LOCAL_DIVISOR_SAMPLES samples takes a third, `_divisor_kernel`, before a pass with
-gradients. As Triton's argument processing takes longer than a small loss, a `Plan` calls the
-compiled binary directly after the first call. It allocates nothing but the loss and its gradients.
+A small loss is bound by launches. Forward launches `_loss_kernel`. Backward launches
+`_rescale_kernel` for each gradient that forward has computed, or else `_loss_kernel` again. Only if
+the divisor of `'mean'` is a sum of weights of more than LOCAL_DIVISOR_SAMPLES samples does a pass
+with gradients launch `_divisor_kernel` first. Triton's argument processing takes longer than a
+small loss, so from the second call on, a `Plan` bypasses Triton and calls the compiled binary
+directly. It then allocates nothing but the loss and its gradients, except in captured graphs and
+where a tensor must be copied to be contiguous or broadcast.
 
-The input is seen as (outer, classes, inner). A tile has the shape (per_thread, samples, threads,
-vector): each thread holds the first and the last dimension in its registers. With inner = 1 samples
-are contiguous rows, and a flat tensor has classes = 1 too. Otherwise samples are contiguous along
-inner, classes are strided, and a block of samples has one outer index. So offsets within a block
-fit in 32 bits, and only the block's index needs a division.
+The input is seen as (outer, classes, inner). A tile has the shape (vectors per thread, samples,
+threads, vector size): each thread holds the first and the last dimension in its registers. With
+inner = 1 samples are contiguous rows, and a flat tensor has classes = 1 too. Otherwise samples are
+contiguous along inner, classes are strided, and a block of samples has one outer index. So offsets
+within a block almost always fit in 32 bits (otherwise INDEX is int64), and only the block's index
+needs a division.
 
 Each program takes every `num_programs`-th block of samples and adds up its losses in a fixed order.
 The last program to finish adds up the partial sums in a fixed order too, so the same input gives
@@ -43,16 +46,16 @@ from torchlosses.kernels.triton.kernels import (
 )
 from torchlosses.kernels.triton.tiles import MAX_CONSTANT_CLASSES, MAX_PROGRAMS, configure
 
-DIVISOR_PROGRAMS = 2**9
+MAX_DIVISOR_PROGRAMS = 2**9
 # For up to this many samples each program of `_loss_kernel` computes the divisor of `'mean'`
 # itself, which takes less time than another launch.
 LOCAL_DIVISOR_SAMPLES = 2**12
 # Elements per block of `_rescale_kernel`.
 RESCALE_BLOCK = 2**11
-# The most rescaling kernels that a launch keeps: one per shape and dtype of a gradient.
+# The most compiled `_rescale_kernel`s that a `Plan` keeps: one per shape and dtype of a gradient.
 MAX_RESCALERS = 16
-# Launches in captured graphs with a counter of their own; any further ones clear theirs in each
-# replay.
+# Launches in captured graphs that get a counter zeroed in advance; beyond that, each replay zeroes
+# its counter.
 GRAPH_COUNTERS = 2**14
 # The default differs by version, and Triton 3.9 warns if it is not set.
 FUSION = {"enable_fp_fusion": True}
@@ -64,7 +67,7 @@ Layout = tuple[int, int, int]
 Strides = tuple[int, int, int]
 
 _workspaces: dict[tuple[torch.device, torch.dtype], "Workspaces"] = {}
-_graph_counters: dict[torch.device, Iterator[Tensor]] = {}
+_graph_counters: dict[torch.device, Iterator[Tensor]] = {}  # Those that no graph has yet.
 
 
 def prepare(
@@ -86,17 +89,17 @@ def prepare(
 
 @dataclasses.dataclass
 class Pass:
-    """A forward or backward pass: the programs of its kernels and all arguments but tensors.
+    """A forward or backward pass: its kernels' numbers of programs, and all arguments but tensors.
 
     `run_loss` and `run_divisor` launch the compiled kernels; they are None before the first call.
     """
 
     constants: Constants
-    programs: int
-    divisor_programs: int  # 0 if there is no `_divisor_kernel`.
+    num_programs: int
+    num_divisor_programs: int  # 0 if there is no `_divisor_kernel`.
     copies_upstream: bool
-    sizes: tuple[int, ...]
-    factors: tuple[float, ...]
+    sizes: tuple[int, ...]  # The fields of `KernelArgs` after the pointers.
+    scalars: tuple[float, ...]  # The float arguments of `_loss_kernel`.
     options: dict[str, int]
     run_loss: Any = None
     run_divisor: Any = None
@@ -106,11 +109,14 @@ class Pass:
     ) -> None:
         """Launches the kernels through Triton, which compiles them, and may keep the binaries."""
         common, run_divisor = (KernelArgs(*args), partials, counter), None
-        if self.divisor_programs:
-            run_divisor = _launch(_divisor_kernel, self.divisor_programs, (*common, self.constants))
+        if self.num_divisor_programs:
+            run_divisor = _launch(
+                _divisor_kernel, self.num_divisor_programs, (*common, self.constants)
+            )
         run_loss = _launch(
-            _loss_kernel, self.programs, (*common, *self.factors, self.constants), **self.options
-        )
+            _loss_kernel, self.num_programs, (*common, *self.scalars, self.constants),
+            **self.options,
+        )  # fmt: skip
         if keep:
             self.run_divisor, self.run_loss = run_divisor, run_loss
 
@@ -126,8 +132,9 @@ class Plan:
         weight: Tensor | None,
         sample_weight: Tensor | None,
     ) -> None:
-        self.call, self.index, self.itemsize = call, input.device.index, input.dtype.itemsize
-        self.has_weight = weight is not None
+        self.call, self.itemsize = call, input.dtype.itemsize
+        self.device_index = input.device.index
+        self.has_class_weight = weight is not None
         self.body = find_body(call.kind, call.is_index, call.label_smoothing != 0)
         self.is_reduced = call.reduction != "none"
         # Whether the divisor is a sum over samples, which the kernels compute.
@@ -135,8 +142,7 @@ class Plan:
             call.is_index or sample_weight is not None
         )
         shape, dim = input.shape, call.dim
-        samples_shape: tuple[int, ...] = shape[:dim] + shape[dim + 1 :]
-        losses_shape = shape if call.is_per_element else torch.Size(samples_shape)
+        losses_shape = shape if call.is_per_element else shape[:dim] + shape[dim + 1 :]
         self.workspaces = _find_workspaces(input.device, call.dtype)
         # A template without memory: `empty_like` takes half the time of `new_empty`.
         self.like_loss = self.workspaces.scalar.expand(() if self.is_reduced else losses_shape)
@@ -147,23 +153,15 @@ class Plan:
             divisor = losses_shape.numel()
         self.inv_divisor = 1.0 / divisor
 
-        # If no factor depends on the class dimension, the tensor is flat: (numel, 1, 1).
-        weights_shape = None if sample_weight is None else sample_weight.shape
-        is_flat = self.body == "elementwise" and not (
-            call.is_index or call.label_smoothing != 0 or self.has_weight
+        self.layout, samples_shape = self._find_layout(shape, sample_weight)
+        outer, classes, inner = self.layout
+        # The shapes that `_view` expands and then reshapes a tensor to.
+        self.sample_weight_shapes = samples_shape, (outer, 1, inner)
+        self.upstream_shapes = losses_shape, (outer, classes if call.is_per_element else 1, inner)
+        self.sample_weight_strides, self.copies_sample_weight = _strides(
+            sample_weight, *self.sample_weight_shapes
         )
-        if call.is_per_element and is_flat:
-            is_flat = not _is_per_sample(weights_shape, shape, dim)
-            samples_shape = shape if is_flat else (*shape[:dim], 1, *shape[dim + 1 :])
-        elif is_flat:
-            is_flat = self.is_reduced and weights_shape is None
-        outer, classes, inner = self.layout = (shape.numel(), 1, 1) if is_flat else (
-            shape[:dim].numel(), shape[dim], shape[dim + 1 :].numel()
-        )  # fmt: skip
-        self.weights_layout = samples_shape, (outer, 1, inner)
-        self.upstream_layout = losses_shape, (outer, classes if call.is_per_element else 1, inner)
-        self.weight_strides, self.copies_weights = _strides(sample_weight, *self.weights_layout)
-        self.copies_tensors = self.copies_weights or not (
+        self.copies_tensors = self.copies_sample_weight or not (
             input.is_contiguous()
             and target.is_contiguous()
             and (weight is None or weight.is_contiguous())
@@ -172,6 +170,29 @@ class Plan:
         self.is_aligned = not input.is_contiguous() or input.data_ptr() % 16 == 0
         self._passes: dict[Any, Pass] = {}
         self._rescalers: dict[Any, tuple[Any, tuple[int, ...]]] = {}
+
+    def _find_layout(
+        self, shape: torch.Size, sample_weight: Tensor | None
+    ) -> tuple[Layout, Sequence[int]]:
+        """(outer, classes, inner) of the input, and the shape that sample weights broadcast to.
+
+        The input is flat, (numel, 1, 1), if nothing depends on which elements form a sample.
+        """
+        call, dim = self.call, self.call.dim
+        # A slice, as the input may have no dimension.
+        layout = shape[:dim].numel(), shape[dim : dim + 1].numel(), shape[dim + 1 :].numel()
+        flat = shape.numel(), 1, 1
+        samples_shape = shape[:dim] + shape[dim + 1 :]
+        depends_on_class = call.is_index or call.label_smoothing != 0 or self.has_class_weight
+        if self.body != "elementwise" or depends_on_class:
+            return layout, samples_shape
+        if call.is_per_element:
+            if _is_per_sample(sample_weight, shape, dim):
+                return layout, (*shape[:dim], 1, *shape[dim + 1 :])
+            return flat, shape
+        if self.is_reduced and sample_weight is None:
+            return flat, samples_shape
+        return layout, samples_shape
 
     def compute(
         self,
@@ -182,14 +203,14 @@ class Plan:
         needs: tuple[bool, bool],
         upstream: Tensor | None = None,
         in_place: bool = False,
-        raise_on_invalid: bool = True,
+        raise_on_invalid: bool = True,  # For the CPU kernels' signature; unused.
     ) -> Result:
         """The loss, and the gradients that `needs` asks for, times `upstream` if given.
 
         The host never reads labels, so an invalid one raises nothing: its sample is NaN. With
         `in_place` the gradient overwrites a contiguous input, tile by tile after the last read.
         """
-        index, stream = self.index, None
+        index, stream = self.device_index, None
         if index is not None:
             if torch.cuda.current_device() != index:
                 with torch.cuda.device(index):
@@ -200,16 +221,16 @@ class Plan:
         if self.copies_tensors:
             input, target = input.contiguous(), target.contiguous()
             weight = None if weight is None else weight.contiguous()
-            if sample_weight is not None and self.copies_weights:
-                sample_weight = _broadcast(sample_weight, *self.weights_layout)
+            if sample_weight is not None and self.copies_sample_weight:
+                sample_weight = _view(sample_weight, *self.sample_weight_shapes)
         key = needs if upstream is None else (needs, upstream.dtype, upstream.stride())
-        prepared = self._passes.get(key)
-        if prepared is None:
-            prepared = self._passes[key] = self._prepare(needs, upstream)
+        pass_ = self._passes.get(key)
+        if pass_ is None:
+            pass_ = self._passes[key] = self._make_pass(needs, upstream)
         is_aligned = self.is_aligned or not in_place
         if upstream is not None:
-            if prepared.copies_upstream:
-                upstream = _broadcast(upstream, *self.upstream_layout)
+            if pass_.copies_upstream:
+                upstream = _view(upstream, *self.upstream_shapes)
             is_aligned = is_aligned and upstream.data_ptr() % 16 == 0
         grad_input = grad_target = partials = counter = None
         if needs[0]:
@@ -221,54 +242,52 @@ class Plan:
             partials, counter = self.workspaces.find(stream)
         args = (
             input, target, weight, sample_weight, upstream, loss, grad_input, grad_target,
-            *prepared.sizes,
+            *pass_.sizes,
         )  # fmt: skip
-        if prepared.run_loss is None or not is_aligned:
-            prepared.launch(args, partials, counter, keep=is_aligned)
+        if pass_.run_loss is None or not is_aligned:
+            pass_.launch(args, partials, counter, keep=is_aligned)
         else:
-            if prepared.run_divisor is not None:
-                prepared.run_divisor(args, partials, counter, prepared.constants, stream=stream)
-            prepared.run_loss(
-                args, partials, counter, *prepared.factors, prepared.constants, stream=stream
-            )
+            if pass_.run_divisor is not None:
+                pass_.run_divisor(args, partials, counter, pass_.constants, stream=stream)
+            pass_.run_loss(args, partials, counter, *pass_.scalars, pass_.constants, stream=stream)
         return loss, grad_input, grad_target
 
     def rescale(
-        self, gradients: Sequence[Tensor | None], grad_loss: Tensor, target: Tensor
+        self, gradients: Sequence[Tensor | None], upstream: Tensor, target: Tensor
     ) -> list[Tensor | None]:
-        """Multiplies gradients in place by that of their loss, and returns them detached.
+        """Scales gradients in place by the upstream gradient, and returns them detached.
 
-        In the first gradient, ignored rows stay 0 though 0 · ∞ is NaN.
+        In the input's gradient, ignored rows stay 0 though 0 · ∞ is NaN.
         """
-        index, stream = self.index, None
+        index, stream = self.device_index, None
         if index is not None:
             if torch.cuda.current_device() != index:
                 with torch.cuda.device(index):
-                    return self.rescale(gradients, grad_loss, target)
+                    return self.rescale(gradients, upstream, target)
             stream = driver.active.get_current_stream(index)
-        if grad_loss.is_neg():
-            grad_loss = grad_loss.resolve_neg()
+        if upstream.is_neg():
+            upstream = upstream.resolve_neg()
         labels = target.contiguous() if self.call.is_index else None
         rescaled: list[Tensor | None] = []
         for gradient in gradients:
             if gradient is not None:
                 gradient = gradient.data
-                self._rescale(gradient, grad_loss, labels, stream)
+                self._rescale(gradient, upstream, labels, stream)
             rescaled.append(gradient)
-            labels = None
+            labels = None  # Only the input's gradient, the first, has rows of ignored samples.
         return rescaled
 
     def _rescale(
-        self, gradient: Tensor, grad_loss: Tensor, labels: Tensor | None, stream: int | None
+        self, gradient: Tensor, upstream: Tensor, labels: Tensor | None, stream: int | None
     ) -> None:
-        key = (gradient.shape, gradient.dtype, grad_loss.dtype, labels is None)
+        key = (gradient.shape, gradient.dtype, upstream.dtype, labels is None)
         run, sizes = self._rescalers.get(key, (None, ()))
-        addresses = gradient.data_ptr() | grad_loss.data_ptr()
+        addresses = gradient.data_ptr() | upstream.data_ptr()
         if labels is not None:
             addresses |= labels.data_ptr()
         is_aligned = addresses % 16 == 0
         if run is not None and is_aligned:
-            run(gradient, grad_loss, labels, *sizes, stream=stream)
+            run(gradient, upstream, labels, *sizes, stream=stream)
             return
         numel = gradient.numel()
         sizes = (numel, 1, 1, 1, RESCALE_BLOCK)
@@ -277,38 +296,38 @@ class Plan:
             sizes = (
                 numel, self.call.ignore_index, shape.numel(), shape[1:].numel(), RESCALE_BLOCK
             )  # fmt: skip
-        programs = min(triton.cdiv(numel, RESCALE_BLOCK), MAX_PROGRAMS)
-        run = _launch(_rescale_kernel, programs, (gradient, grad_loss, labels, *sizes))
+        num_programs = min(triton.cdiv(numel, RESCALE_BLOCK), MAX_PROGRAMS)
+        run = _launch(_rescale_kernel, num_programs, (gradient, upstream, labels, *sizes))
         if is_aligned and len(self._rescalers) < MAX_RESCALERS:
             self._rescalers[key] = run, sizes
 
-    def _prepare(self, needs: tuple[bool, bool], upstream: Tensor | None) -> Pass:
+    def _make_pass(self, needs: tuple[bool, bool], upstream: Tensor | None) -> Pass:
         call, dtype = self.call, self.call.dtype
         outer, classes, inner = self.layout
-        is_smoothed, is_exact = call.label_smoothing != 0, call.delta == 0
+        is_smoothed, has_delta = call.label_smoothing != 0, call.delta != 0
         tile = configure(
-            self.body, classes, inner, dtype, self.itemsize, call.is_index, is_exact,
-            not (needs[1] or is_smoothed or self.has_weight),
+            self.body, classes, inner, dtype, self.itemsize, call.is_index, has_delta,
+            not (needs[1] or is_smoothed or self.has_class_weight),
         )  # fmt: skip
         is_spatial = inner > 1
-        blocks = triton.cdiv(outer, tile.samples)
+        num_blocks = triton.cdiv(outer, tile.samples)
         if is_spatial:
-            blocks = outer * triton.cdiv(inner, tile.samples)
-        divisor, divisor_programs = "host", 0
+            num_blocks = outer * triton.cdiv(inner, tile.samples)
+        divisor_source, num_divisor_programs = "host", 0
         if self.sums_divisor:
-            divisor = "each_program" if any(needs) else "last_program"
+            divisor_source = "each_program" if any(needs) else "last_program"
             if any(needs) and outer * inner > LOCAL_DIVISOR_SAMPLES:
-                divisor = "divisor_kernel"
-                divisor_programs = min(
-                    triton.cdiv(outer * inner, DIVISOR_BLOCK.value), DIVISOR_PROGRAMS
+                divisor_source = "divisor_kernel"
+                num_divisor_programs = min(
+                    triton.cdiv(outer * inner, DIVISOR_BLOCK.value), MAX_DIVISOR_PROGRAMS
                 )
-        alignment = math.gcd(tile.alignment, inner if is_spatial else classes)
-        strides, copies_upstream = _strides(upstream, *self.upstream_layout)
-        weight_outer_stride, _, weight_inner_stride = self.weight_strides
-        _, class_stride, inner_stride = strides
+        alignment = math.gcd(tile.max_alignment, inner if is_spatial else classes)
+        upstream_strides, copies_upstream = _strides(upstream, *self.upstream_shapes)
+        sample_weight_outer_stride, _, sample_weight_inner_stride = self.sample_weight_strides
+        _, upstream_class_stride, upstream_inner_stride = upstream_strides
         max_offset = max(
-            classes * inner, classes * class_stride, inner * inner_stride,
-            inner * weight_inner_stride,
+            classes * inner, classes * upstream_class_stride, inner * upstream_inner_stride,
+            inner * sample_weight_inner_stride,
         )  # fmt: skip
         constants = Constants(
             LOSS=call.kind,
@@ -316,10 +335,10 @@ class Plan:
             TILE=tile,
             INDEX=tl.int32 if max_offset < 2**31 - 2**16 else tl.int64,
             ALIGNMENT=alignment,
-            DIVISOR=divisor,
+            DIVISOR_SOURCE=divisor_source,
             PER_ELEMENT=call.is_per_element,
             IS_INDEX=call.is_index,
-            IS_EXACT=is_exact,
+            HAS_DELTA=has_delta,
             IS_SMOOTHED=is_smoothed,
             IS_REDUCED=self.is_reduced,
             IS_SPATIAL=is_spatial,
@@ -327,52 +346,57 @@ class Plan:
             NUM_CLASSES=classes if classes <= MAX_CONSTANT_CLASSES else 0,
         )
         # One size is divided by ALIGNMENT and multiplied back in the kernel, so that Triton can
-        # prove divisibility and vectorise. `inner` is odd, so that it cannot prove more.
+        # prove divisibility and vectorise. `inner` is passed as 2q + 1, so Triton never specialises
+        # on its divisibility by 16, and so proves no more than ALIGNMENT. `classes` needs no such
+        # limit: its `max_alignment` is 16, and no load is longer.
         sizes = (outer, classes // alignment, inner)
         if is_spatial:
             sizes = (outer, classes, inner // alignment * 2 + 1)
         epsilon = call.label_smoothing
         return Pass(
-            constants, min(blocks, tile.programs), divisor_programs, copies_upstream,
-            (*sizes, weight_outer_stride, weight_inner_stride, *strides, call.ignore_index),
+            constants, min(num_blocks, tile.max_programs), num_divisor_programs, copies_upstream,
+            (*sizes, sample_weight_outer_stride, sample_weight_inner_stride, *upstream_strides,
+             call.ignore_index),
             (self.inv_divisor, call.delta, 1.0 - epsilon, epsilon / classes),
             {"num_warps": tile.warps, "maxnreg": tile.registers},
         )  # fmt: skip
 
 
-def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], **options: int) -> Any:
+def _launch(kernel: Any, num_programs: int, arguments: tuple[Any, ...], **options: int) -> Any:
     """Launches a kernel. Returns a function that launches its binary for similar arguments.
 
     Those have the same types, alignment and sizes. In the interpreter it returns None.
     """
-    binary = kernel[(programs,)](*arguments, **options, **FUSION)
-    return None if binary is None else binary[(programs, 1, 1)]
+    binary = kernel[(num_programs,)](*arguments, **options, **FUSION)
+    return None if binary is None else binary[(num_programs, 1, 1)]
 
 
-def _is_per_sample(weights_shape: torch.Size | None, shape: torch.Size, dim: int) -> bool:
+def _is_per_sample(sample_weight: Tensor | None, shape: torch.Size, dim: int) -> bool:
     """Whether weights that broadcast to elements differ by sample, but not by class."""
-    if weights_shape is None or weights_shape.numel() == 1:
+    if sample_weight is None or sample_weight.numel() == 1:
         return False
     dim -= len(shape)
-    return -dim > len(weights_shape) or weights_shape[dim] == 1
+    return -dim > sample_weight.dim() or sample_weight.shape[dim] == 1
 
 
-def _strides(factor: Tensor | None, shape: Sequence[int], layout: Layout) -> tuple[Strides, bool]:
-    """The strides of a factor in (outer, classes, inner), and whether that needs a copy."""
-    if factor is None or factor.numel() == 1:
+def _strides(
+    broadcastable: Tensor | None, shape: Sequence[int], layout: Layout
+) -> tuple[Strides, bool]:
+    """The strides of a tensor broadcast to (outer, classes, inner), and whether that is a copy."""
+    if broadcastable is None or broadcastable.numel() == 1:
         return (0, 0, 0), False
-    view = _broadcast(factor, shape, layout)
+    view = _view(broadcastable, shape, layout)
     outer_stride, class_stride, inner_stride = view.stride()
-    return (outer_stride, class_stride, inner_stride), view.data_ptr() != factor.data_ptr()
+    return (outer_stride, class_stride, inner_stride), view.data_ptr() != broadcastable.data_ptr()
 
 
-def _broadcast(factor: Tensor, shape: Sequence[int], layout: Layout) -> Tensor:
-    """Expands a factor to `shape`, and reshapes that to (outer, classes, inner)."""
-    return factor.expand(shape).reshape(layout)
+def _view(broadcastable: Tensor, shape: Sequence[int], layout: Layout) -> Tensor:
+    """Expands a tensor to `shape`, and reshapes that to (outer, classes, inner)."""
+    return broadcastable.expand(shape).reshape(layout)
 
 
 class Workspaces:
-    """The partial sums of launches, and counters, which are 0 between launches: one per stream.
+    """One workspace per stream: partial sums, and a counter that is 0 between launches.
 
     Launches on one stream run one after the other, so they share a workspace. Launches in a
     captured graph may run beside any other: their partial sums are in the memory of the graph, and

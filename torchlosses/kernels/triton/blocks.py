@@ -19,12 +19,12 @@ LOWEST = {
     tl.float64: torch.finfo(torch.float64).min,
 }
 IS_INTERPRETED = triton.knobs.runtime.interpret
-# Among dimensions of equal contiguity Triton 3.6 distributes the first over threads first. Later
-# versions start with the last, which the shape of a tile assumes.
+# When contiguity ties, Triton 3.6 makes the first dimension fastest-varying across threads; later
+# versions the last, which the shape of a tile assumes.
 NEEDS_ORDER = tl.constexpr(TorchVersion(triton.__version__) < "3.7")
 
 # Runtime arguments: pointers (or None), sizes and strides. Strides are separate fields: Triton 3.6
-# loses a 1 in a nested tuple.
+# drops an int argument equal to 1 from a nested tuple.
 KernelArgs = collections.namedtuple(
     "KernelArgs",
     "input_ptr target_ptr class_weight_ptr sample_weight_ptr upstream_ptr loss_ptr "
@@ -34,18 +34,21 @@ KernelArgs = collections.namedtuple(
 )
 # A block of samples.
 # first: index of its first sample; i: sample index within the block.
-# base: element offset of the block; row: offset of each sample from base.
+# base: element offset of the block; sample_offset: offset of each sample from base.
 # in_bounds: the sample exists; is_valid: it also has a label that is neither ignored nor invalid;
 # load_mask: the samples whose input is loaded.
-# weight, grad_weight: factors of loss and gradient; divisor_weight: its share of the divisor.
-# upstream: offset of the upstream gradient; one_minus_eps: 1 − ε; eps_per_class: ε/C.
+# weight, grad_scale: factors of a sample's loss and gradient; divisor_weight: its share of the
+# divisor; upstream_offset: offset of its upstream gradient.
 Block = collections.namedtuple(
     "Block",
-    "first i base row class_stride classes in_bounds load_mask is_valid label weight grad_weight "
-    "divisor_weight upstream delta one_minus_eps eps_per_class",
+    "first i base sample_offset class_stride classes in_bounds load_mask is_valid label weight "
+    "grad_scale divisor_weight upstream_offset delta one_minus_eps eps_per_class",
 )
-Factors = collections.namedtuple(
-    "Factors", "weight_scale inv_divisor delta one_minus_eps eps_per_class"
+# The same for all blocks, in the computing dtype.
+# weight_scale: factor of all weights, see `_scaled_inverse`; inv_divisor: 1 / (scaled divisor).
+# one_minus_eps: 1 − ε; eps_per_class: ε/C.
+Scalars = collections.namedtuple(
+    "Scalars", "weight_scale inv_divisor delta one_minus_eps eps_per_class"
 )
 # The function in losses.py that computes a loss: for dense targets, and for class indices.
 BODIES = {
@@ -64,13 +67,14 @@ class Constants:
     TILE: Tile
     INDEX: Any  # Type of offsets within a block.
     ALIGNMENT: int  # Known divisor of `classes`, or of `inner` if spatial.
-    DIVISOR: str  # Computed by "host", "divisor_kernel", "each_program" or "last_program".
-    PER_ELEMENT: bool
+    # What computes the divisor: "host", "divisor_kernel", "each_program" or "last_program".
+    DIVISOR_SOURCE: str
+    PER_ELEMENT: bool  # Each element has a loss, not each sample.
     IS_INDEX: bool
-    IS_EXACT: bool  # δ = 0.
-    IS_SMOOTHED: bool
+    HAS_DELTA: bool  # δ ≠ 0.
+    IS_SMOOTHED: bool  # ε ≠ 0.
     IS_REDUCED: bool
-    IS_SPATIAL: bool
+    IS_SPATIAL: bool  # inner > 1.
     IS_EVEN: bool  # The tile size divides the number of classes.
     NUM_CLASSES: int  # The number of classes if it is a constant, else 0.
 
@@ -87,7 +91,7 @@ class Constants:
     def APPROXIMATE(self) -> bool:  # noqa: N802
         """Whether approximate instructions are accurate enough."""
         # They flush subnormal numbers, which probabilities may be where no δ is added.
-        may_be_subnormal = self.BODY == "elementwise" and self.IS_EXACT
+        may_be_subnormal = self.BODY == "elementwise" and not self.HAS_DELTA
         return not (IS_INTERPRETED or tl.float64 == self.DTYPE or may_be_subnormal)
 
     @property
@@ -101,10 +105,10 @@ def find_body(loss: str, is_index: bool, is_smoothed: bool) -> str:
 
 
 @triton.jit
-def _over_classes(x):
-    """Broadcasts a per-sample value over classes.
+def _broadcast(x):
+    """Broadcasts a per-sample value over the classes of a tile.
 
-    For one sample it is a scalar: that has no layout, which threads would have to convert.
+    For one sample it is a scalar, which needs no layout conversion.
     """
     return x if len(x.shape) == 0 else x[None, :, None, None]
 
@@ -137,6 +141,7 @@ def _class_max(tile):
 
 @triton.jit
 def _num_classes(args, CONST: tl.constexpr):
+    """The number of classes, which `Plan._make_pass` may encode."""
     if CONST.NUM_CLASSES:
         return tl.full((), CONST.NUM_CLASSES, CONST.INDEX)
     else:  # noqa: RET505 - Only one branch is compiled.
@@ -145,7 +150,8 @@ def _num_classes(args, CONST: tl.constexpr):
 
 @triton.jit
 def _inner_size(args, CONST: tl.constexpr):
-    if CONST.IS_SPATIAL:  # Decodes what `Plan._prepare` encodes.
+    """The size of the inner dimension, which `Plan._make_pass` may encode."""
+    if CONST.IS_SPATIAL:
         return tl.cast(args.inner >> 1, CONST.INDEX) * CONST.ALIGNMENT
     else:  # noqa: RET505 - Only one branch is compiled.
         return tl.cast(args.inner, CONST.INDEX)
@@ -153,6 +159,7 @@ def _inner_size(args, CONST: tl.constexpr):
 
 @triton.jit
 def _blocks_per_outer(args, CONST: tl.constexpr, SAMPLES: tl.constexpr):
+    """The number of blocks of SAMPLES samples in one outer index."""
     return tl.cast(tl.cdiv(_inner_size(args, CONST), SAMPLES), tl.int32)
 
 
@@ -177,8 +184,9 @@ def _is_ignored(label, ignore_index):
 def _load_labels(args, samples, in_bounds, sample_weight, classes, CONST: tl.constexpr):
     """Labels, which of them are valid, and their weights in the loss and in the divisor.
 
-    The weight in the loss is sample weight times class weight, 0 for ignored samples and NaN for
-    invalid labels. In the divisor an invalid label counts like class 0, as in the formula.
+    The weight in the loss is sample weight times class weight (without smoothing), 0 for ignored
+    samples and NaN for invalid labels. In the divisor an invalid label counts like class 0, as in
+    the formula.
     """
     label = tl.load(args.target_ptr + samples, mask=in_bounds, other=0)
     not_ignored = in_bounds & ~_is_ignored(label, args.ignore_index)
@@ -197,18 +205,20 @@ def _load_labels(args, samples, in_bounds, sample_weight, classes, CONST: tl.con
 
 
 @triton.jit
-def _make_block(args, factors, block, CONST: tl.constexpr, SAMPLES: tl.constexpr):
+def _make_block(args, scalars, block, CONST: tl.constexpr, SAMPLES: tl.constexpr):
     """The block of samples with index `block`: R labels, weights and upstream gradients."""
     i = tl.cast(0, tl.int32) if SAMPLES == 1 else tl.arange(0, SAMPLES)
     classes, inner = _num_classes(args, CONST), _inner_size(args, CONST)
     if CONST.IS_SPATIAL:
-        blocks = _blocks_per_outer(args, CONST, SAMPLES)
-        start = tl.cast(block % blocks, CONST.INDEX) * SAMPLES
-        outer_index = tl.cast(block // blocks, tl.int64)
+        blocks_per_outer = _blocks_per_outer(args, CONST, SAMPLES)
+        start = tl.cast(block % blocks_per_outer, CONST.INDEX) * SAMPLES
+        outer_index = tl.cast(block // blocks_per_outer, tl.int64)
         inner_index = start + i
         first = outer_index * inner + start
         in_bounds = inner_index < inner
-        base, row, class_stride = first + outer_index * (classes - 1) * inner, i, inner
+        # That is outer_index * classes * inner + start.
+        base = first + outer_index * (classes - 1) * inner
+        sample_offset, class_stride = i, inner
     else:
         first = tl.cast(block, tl.int64) * SAMPLES
         outer_index = first + i
@@ -216,9 +226,10 @@ def _make_block(args, factors, block, CONST: tl.constexpr, SAMPLES: tl.constexpr
         in_bounds = i < tl.minimum(args.outer - first, SAMPLES).to(tl.int32)
         if SAMPLES == 1:
             in_bounds = tl.full((), True, tl.int1)
-        base, row, class_stride = first * classes, i * classes, 1
-    weight = tl.where(in_bounds, 1, 0).to(CONST.DTYPE)
-    if args.sample_weight_ptr is not None:
+        base, sample_offset, class_stride = first * classes, i * classes, 1
+    if args.sample_weight_ptr is None:
+        weight = tl.where(in_bounds, 1, 0).to(CONST.DTYPE)
+    else:
         offsets = (
             outer_index * args.sample_weight_outer_stride
             + inner_index * args.sample_weight_inner_stride
@@ -226,27 +237,27 @@ def _make_block(args, factors, block, CONST: tl.constexpr, SAMPLES: tl.constexpr
         weight = tl.load(args.sample_weight_ptr + offsets, mask=in_bounds, other=0).to(CONST.DTYPE)
     divisor_weight = weight
     is_valid = in_bounds
-    label = i
+    label = i  # Unused for dense targets.
     if CONST.IS_INDEX:
         label, is_valid, weight, divisor_weight = _load_labels(
             args, first + i, in_bounds, weight, classes, CONST
         )
-    weight *= factors.weight_scale
+    weight *= scalars.weight_scale
     # Ignored samples keep 0: times an infinite factor it would be NaN.
-    grad_weight = tl.where(is_valid, weight * factors.inv_divisor, weight)
-    upstream = i  # Unused, but Triton 3.6 makes a tensor of None.
+    grad_scale = tl.where(is_valid, weight * scalars.inv_divisor, weight)
+    upstream_offset = i  # Unused, but Triton 3.6 makes a tensor of None.
     if args.upstream_ptr is not None:
-        upstream = (
+        upstream_offset = (
             outer_index * args.upstream_outer_stride + inner_index * args.upstream_inner_stride
         )
         if not CONST.PER_ELEMENT:
-            pointers = args.upstream_ptr + upstream
-            grad_weight *= tl.load(pointers, mask=is_valid, other=0).to(CONST.DTYPE)
+            pointers = args.upstream_ptr + upstream_offset
+            grad_scale *= tl.load(pointers, mask=is_valid, other=0).to(CONST.DTYPE)
     load_mask = in_bounds if CONST.LOADS_IGNORED else is_valid
     return Block(
-        first, i, base, row, class_stride, classes, in_bounds, load_mask, is_valid, label, weight,
-        grad_weight, divisor_weight, upstream, factors.delta, factors.one_minus_eps,
-        factors.eps_per_class,
+        first, i, base, sample_offset, class_stride, classes, in_bounds, load_mask, is_valid, label,
+        weight, grad_scale, divisor_weight, upstream_offset, scalars.delta, scalars.one_minus_eps,
+        scalars.eps_per_class,
     )  # fmt: skip
 
 
@@ -254,26 +265,26 @@ def _make_block(args, factors, block, CONST: tl.constexpr, SAMPLES: tl.constexpr
 def _make_tile(b, start, CONST: tl.constexpr):
     """Class indices from `start` on, which of them exist, offsets, and which are the label."""
     threads: tl.constexpr = CONST.TILE.threads
-    vector: tl.constexpr = CONST.TILE.vector
-    thread_start = tl.arange(0, threads)[:, None] * vector
-    step = tl.arange(0, CONST.TILE.per_thread)[:, None, None, None] * (threads * vector)
-    step += tl.arange(0, vector)[None, :]
+    vector_size: tl.constexpr = CONST.TILE.vector_size
+    thread_start = tl.arange(0, threads)[:, None] * vector_size
+    vector = tl.arange(0, CONST.TILE.vectors_per_thread)[:, None, None, None]
+    step = vector * (threads * vector_size) + tl.arange(0, vector_size)[None, :]
     k = thread_start + step
     class_mask = k < b.classes - start
     if CONST.IS_EVEN:
         class_mask = tl.full(k.shape, True, tl.int1)
-    offsets = _over_classes(b.row + start * b.class_stride) + k * b.class_stride
-    # `k == label - start`, in fewer registers: `step` is a constant in each.
-    is_label = _over_classes(b.label - start) - thread_start == step
+    offsets = _broadcast(b.sample_offset + start * b.class_stride) + k * b.class_stride
+    # `k == label - start`, in fewer registers: `step` is a compile-time constant per register.
+    is_label = _broadcast(b.label - start) - thread_start == step
     return start + k, class_mask, offsets, is_label
 
 
 @triton.jit
 def _pointers(pointer, offsets, CONST: tl.constexpr):
-    """Pointers of a tile, whose last dimension is distributed over threads first."""
+    """Pointers of a tile, whose last dimension varies fastest across threads."""
     pointers = pointer + offsets
     if NEEDS_ORDER and CONST.TILE.classes > 1 and not CONST.IS_SPATIAL:
-        # Only an order: the contiguity is bounded by the size of the dimension.
+        # The values only rank the dimensions, last first; Triton caps each at the dimension's size.
         pointers = tl.max_contiguous(pointers, (1, 2, 4, 8))
     return pointers
 
@@ -281,26 +292,26 @@ def _pointers(pointer, offsets, CONST: tl.constexpr):
 @triton.jit
 def _load_input(args, b, offsets, class_mask, OTHER: tl.constexpr, CONST: tl.constexpr):
     """A tile of the input, OTHER beyond the last class and for samples that are not valid."""
-    mask = _over_classes(b.load_mask) & class_mask
+    mask = _broadcast(b.load_mask) & class_mask
     pointers = _pointers(args.input_ptr + b.base, offsets, CONST)
     x = tl.load(pointers, mask=mask, other=OTHER).to(CONST.DTYPE)
-    return tl.where(_over_classes(b.is_valid), x, OTHER) if CONST.LOADS_IGNORED else x
+    return tl.where(_broadcast(b.is_valid), x, OTHER) if CONST.LOADS_IGNORED else x
 
 
 @triton.jit
-def _load_target_class(args, b, CONST: tl.constexpr):
+def _load_input_at_label(args, b, CONST: tl.constexpr):
     """The input at the label of each sample, 0 for samples that are not valid."""
-    offsets = b.row + b.label * b.class_stride
+    offsets = b.sample_offset + b.label * b.class_stride
     return tl.load(args.input_ptr + b.base + offsets, mask=b.is_valid, other=0).to(CONST.DTYPE)
 
 
 @triton.jit
 def _load_targets(args, b, k, class_mask, offsets, is_label, CONST: tl.constexpr):
-    """w·t′ with t′ = (1 − ε)·t + ε/C, whether t′ = 0, and the derivative (1 − ε)·w.
+    """w·t′ with t′ = (1 − ε)·t + ε/C, whether t′ = 0, and ∂(w·t′)/∂t = (1 − ε)·w.
 
     t is a tile of the target, one-hot for labels, and w are class weights.
     """
-    mask = _over_classes(b.is_valid) & class_mask
+    mask = _broadcast(b.is_valid) & class_mask
     if CONST.IS_INDEX:
         t = tl.where(is_label, 1, 0).to(CONST.DTYPE)
     else:
@@ -323,19 +334,20 @@ def _load_targets(args, b, k, class_mask, offsets, is_label, CONST: tl.constexpr
 def _store(pointer, b, offsets, class_mask, value, CONST: tl.constexpr):
     """Stores a tile, to be evicted first: gradients are not read again, inputs are."""
     if pointer is not None:
-        mask = _over_classes(b.in_bounds) & class_mask
+        mask = _broadcast(b.in_bounds) & class_mask
         pointers = _pointers(pointer + b.base, offsets, CONST)
         tl.store(pointers, value, mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
 def _exp(x):
-    """eˣ, in float32 by one instruction, which flushes subnormal results to 0."""
+    """eˣ, in float32 by ex2, which flushes subnormal results to 0."""
     return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
 def _approx(x, NAME: tl.constexpr):
+    """The approximate PTX instruction NAME, lg2 or rcp."""
     return tl.inline_asm_elementwise(
         NAME + ".approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
     )

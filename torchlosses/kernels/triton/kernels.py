@@ -8,7 +8,7 @@ import triton.language as tl
 
 from torchlosses import formulas
 from torchlosses.kernels.triton.blocks import (
-    Factors,
+    Scalars,
     _is_ignored,
     _make_block,
     _num_blocks,
@@ -29,7 +29,8 @@ def _sum_weights(args, first_block, step, CONST: tl.constexpr):
     weights = tl.full((BLOCK,), 0, CONST.DTYPE)
     magnitudes = tl.full((BLOCK,), 0, CONST.DTYPE)
     for block in range(first_block, _num_blocks(args, CONST, BLOCK), step):
-        b = _make_block(args, Factors(1, 1, 0, 0, 0), block, CONST, BLOCK)
+        # Only `divisor_weight` is used, which depends on no scalar.
+        b = _make_block(args, Scalars(1, 1, 0, 0, 0), block, CONST, BLOCK)
         weights += b.divisor_weight
         magnitudes += tl.abs(b.divisor_weight)
     return tl.sum(weights), tl.sum(magnitudes)
@@ -45,14 +46,17 @@ def _divisor(weights, magnitudes, args, CONST: tl.constexpr):
 
 @triton.jit
 def _scaled_inverse(divisor):
-    """A scale s for the sample weights, and 1 / (s·divisor): s = 2⁶⁴ if 1/divisor overflows."""
+    """A scale s for all weights, and 1 / (s·divisor): s = 2⁶⁴ if 1/divisor overflows."""
     scale = tl.where(tl.abs(divisor) < LEAST_DIVISOR, 2.0**64, 1.0).to(divisor.dtype)
     return scale, 1 / (divisor * scale)
 
 
 @triton.jit
-def _is_last_program(counter_ptr):
-    """True in the last program to finish, which sees the stores of all. Resets the counter."""
+def _arrive_and_check_last(counter_ptr):
+    """Counts this program as finished. True in the last, which sees the stores of all.
+
+    The last one resets the counter for the next launch.
+    """
     tl.debug_barrier()
     is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
     if is_last:
@@ -74,13 +78,13 @@ def _sum_partials(partials_ptr, CONST: tl.constexpr):
 @triton.jit
 def _divisor_kernel(args, partials_ptr, counter_ptr, CONST: tl.constexpr):
     """Stores the divisor of `'mean'` where the loss will be: R labels and weights."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    weights, magnitudes = _sum_weights(args, program, programs, CONST)
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    weights, magnitudes = _sum_weights(args, program, num_programs, CONST)
     tl.store(partials_ptr + program, weights)
-    tl.store(partials_ptr + programs + program, magnitudes)
-    if _is_last_program(counter_ptr):
+    tl.store(partials_ptr + num_programs + program, magnitudes)
+    if _arrive_and_check_last(counter_ptr):
         weights = _sum_partials(partials_ptr, CONST)
-        magnitudes = _sum_partials(partials_ptr + programs, CONST)
+        magnitudes = _sum_partials(partials_ptr + num_programs, CONST)
         tl.store(args.loss_ptr, _divisor(weights, magnitudes, args, CONST))
 
 
@@ -91,26 +95,27 @@ def _loss_kernel(
 ):  # fmt: skip
     """Loss and gradients, by the function of losses.py that `CONST.BODY` names.
 
-    R one label and the weights per sample, besides what that function reads.
+    R label, weights and upstream gradient of each sample, besides what that function reads.
     """
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    scale, inverse = 1, tl.full((), inv_divisor, CONST.DTYPE)
-    if CONST.DIVISOR == "divisor_kernel":
-        scale, inverse = _scaled_inverse(tl.load(args.loss_ptr))
-    elif CONST.DIVISOR == "each_program":
-        # Triton 3.6 needs names other than those in the loop: these are scalars, those blocks.
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    weight_scale, inverse = 1, tl.full((), inv_divisor, CONST.DTYPE)
+    if CONST.DIVISOR_SOURCE == "divisor_kernel":
+        weight_scale, inverse = _scaled_inverse(tl.load(args.loss_ptr))
+    elif CONST.DIVISOR_SOURCE == "each_program":
+        # Triton 3.6 needs names other than those in the loop: these are scalars, those are blocks.
         all_weights, all_magnitudes = _sum_weights(args, 0, 1, CONST)
-        scale, inverse = _scaled_inverse(_divisor(all_weights, all_magnitudes, args, CONST))
-    factors = Factors(
-        scale, inverse, tl.full((), delta, CONST.DTYPE), tl.full((), one_minus_eps, CONST.DTYPE),
-        tl.full((), eps_per_class, CONST.DTYPE),
+        divisor = _divisor(all_weights, all_magnitudes, args, CONST)
+        weight_scale, inverse = _scaled_inverse(divisor)
+    scalars = Scalars(
+        weight_scale, inverse, tl.full((), delta, CONST.DTYPE),
+        tl.full((), one_minus_eps, CONST.DTYPE), tl.full((), eps_per_class, CONST.DTYPE),
     )  # fmt: skip
 
     total = tl.full((CONST.TILE.samples,), 0, CONST.DTYPE)
     weights = total
     magnitudes = total
-    for block in range(program, _num_blocks(args, CONST, CONST.TILE.samples), programs):
-        b = _make_block(args, factors, block, CONST, CONST.TILE.samples)
+    for block in range(program, _num_blocks(args, CONST, CONST.TILE.samples), num_programs):
+        b = _make_block(args, scalars, block, CONST, CONST.TILE.samples)
         if CONST.BODY == "softmax_nll":
             loss = _softmax_nll(args, b, CONST)
         elif CONST.BODY == "softmax":
@@ -123,20 +128,20 @@ def _loss_kernel(
             total += loss
         elif not CONST.PER_ELEMENT:
             tl.store(args.loss_ptr + b.first + b.i, loss, mask=b.in_bounds)
-        if CONST.DIVISOR == "last_program":
+        if CONST.DIVISOR_SOURCE == "last_program":
             weights += b.divisor_weight
             magnitudes += tl.abs(b.divisor_weight)
 
     if CONST.IS_REDUCED:
         tl.store(partials_ptr + program, tl.sum(total))
-        if CONST.DIVISOR == "last_program":
-            tl.store(partials_ptr + programs + program, tl.sum(weights))
-            tl.store(partials_ptr + 2 * programs + program, tl.sum(magnitudes))
-        if _is_last_program(counter_ptr):
+        if CONST.DIVISOR_SOURCE == "last_program":
+            tl.store(partials_ptr + num_programs + program, tl.sum(weights))
+            tl.store(partials_ptr + 2 * num_programs + program, tl.sum(magnitudes))
+        if _arrive_and_check_last(counter_ptr):
             loss = _sum_partials(partials_ptr, CONST)
-            if CONST.DIVISOR == "last_program":
-                all_weights = _sum_partials(partials_ptr + programs, CONST)
-                all_magnitudes = _sum_partials(partials_ptr + 2 * programs, CONST)
+            if CONST.DIVISOR_SOURCE == "last_program":
+                all_weights = _sum_partials(partials_ptr + num_programs, CONST)
+                all_magnitudes = _sum_partials(partials_ptr + 2 * num_programs, CONST)
                 divisor = _divisor(all_weights, all_magnitudes, args, CONST)
                 last_scale, inverse = _scaled_inverse(divisor)
                 loss *= last_scale
@@ -145,23 +150,23 @@ def _loss_kernel(
 
 @triton.jit
 def _rescale_kernel(
-    grad_ptr, grad_loss_ptr, target_ptr, numel, ignore_index, row, inner, BLOCK: tl.constexpr
-):
-    """Multiplies a gradient in place by that of the loss, unless that is 1: R W the gradient.
+    grad_ptr, upstream_ptr, target_ptr, numel, ignore_index, outer_stride, inner,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Scales a gradient in place by the upstream gradient, unless that is 1: R W the gradient.
 
-    If the factor is not finite it also reads the labels, to keep ignored rows 0. `row` is the
-    number of elements from one outer index to the next.
+    If the upstream gradient is not finite it also reads the labels, to keep ignored rows 0.
     """
-    factor = tl.load(grad_loss_ptr)
-    if factor != 1:
+    upstream = tl.load(upstream_ptr)
+    if upstream != 1:
         first_block = tl.program_id(0).to(tl.int64)
         for block in range(first_block, tl.cdiv(numel, BLOCK), tl.num_programs(0)):
             offsets = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-            grad = tl.load(grad_ptr + offsets, mask=offsets < numel).to(factor.dtype)
-            grad *= factor
+            grad = tl.load(grad_ptr + offsets, mask=offsets < numel).to(upstream.dtype)
+            grad *= upstream
             if target_ptr is not None:  # noqa: SIM102 - Only this condition is a constant.
-                if not tl.abs(factor) < float("inf"):  # 0 times it is NaN.
-                    samples = offsets // row * inner + offsets % inner
+                if not tl.abs(upstream) < float("inf"):  # 0 times it is NaN.
+                    samples = offsets // outer_stride * inner + offsets % inner
                     label = tl.load(target_ptr + samples, mask=offsets < numel)
                     grad = tl.where(_is_ignored(label, ignore_index), 0, grad)
             tl.store(grad_ptr + offsets, grad, mask=offsets < numel)

@@ -1,7 +1,8 @@
 """Losses and gradients of a block of samples: one function for each name in `BODIES`.
 
-Each returns weighted losses per sample, and stores the gradients that have a pointer, times
-`grad_weight`. R and W say what it reads and writes: y or x is the input, t a dense target.
+Each returns weighted losses per sample (`_elementwise` stores losses per element), and stores the
+gradients that have a pointer, times `grad_scale`. R and W say what it reads and writes. The input
+is x if logits, else y; t is the target as `_load_targets` returns it.
 """
 
 import collections
@@ -12,15 +13,15 @@ import triton.language as tl
 from torchlosses.kernels.triton.blocks import (
     LN_2,
     LOG2_E,
+    _broadcast,
     _class_max,
     _class_sum,
     _exp,
     _load_input,
-    _load_target_class,
+    _load_input_at_label,
     _load_targets,
     _log2,
     _make_tile,
-    _over_classes,
     _pointers,
     _reciprocal,
     _store,
@@ -32,33 +33,33 @@ SoftmaxTile = collections.namedtuple("SoftmaxTile", "x t target_is_zero dtarget 
 
 
 @triton.jit
-def _squared_error(y, t, weight):
-    """½ (y − t)², its derivative by y times `weight`, and its derivative by t."""
+def _squared_error(y, t, scale):
+    """½ (y − t)², its derivative with respect to y, times `scale`, and with respect to t."""
     difference = y - t
     loss = difference * (difference * 0.5)  # (y − t)² overflows earlier.
-    return loss, difference * weight, -difference
+    return loss, difference * scale, -difference
 
 
 @triton.jit
-def _guarded_log(y, t, weight, target_is_zero, b, CONST: tl.constexpr):
-    """−t·log(y + δ), its derivative by y times `weight`, and its derivative by t."""
+def _guarded_log(y, t, scale, target_is_zero, b, CONST: tl.constexpr):
+    """−t·log(y + δ), its derivative with respect to y, times `scale`, and with respect to t."""
     guarded = y + b.delta
-    if CONST.IS_EXACT:  # 0·log 0 is 0.
+    if not CONST.HAS_DELTA:  # 0·log 0 is 0.
         guarded = tl.where(target_is_zero & (guarded == 0), 1, guarded)
     log = _log2(guarded, CONST) * LN_2
-    grad = -t * weight  # Before the quotient: t / (y + δ) may overflow where the result does not.
+    grad = -t * scale  # Before the quotient: t / (y + δ) may overflow where the result does not.
     grad = grad * _reciprocal(guarded, CONST) if CONST.APPROXIMATE else grad / guarded
     return -t * log, grad, -log
 
 
 @triton.jit
-def _element_loss(y, t, weight, target_is_zero, b, CONST: tl.constexpr):
-    """The loss per element, its derivative by y times `weight`, and its derivative by t."""
+def _element_loss(y, t, scale, target_is_zero, b, CONST: tl.constexpr):
+    """The loss of an element, its derivative with respect to y, times `scale`, and to t."""
     tl.static_assert(CONST.LOSS == "squares" or CONST.LOSS == "probabilities")
     if CONST.LOSS == "squares":
-        return _squared_error(y, t, weight)
+        return _squared_error(y, t, scale)
     else:  # noqa: RET505 - Only one branch is compiled.
-        return _guarded_log(y, t, weight, target_is_zero, b, CONST)
+        return _guarded_log(y, t, scale, target_is_zero, b, CONST)
 
 
 @triton.jit
@@ -69,16 +70,16 @@ def _elementwise(args, b, CONST: tl.constexpr):
         k, class_mask, offsets, is_label = _make_tile(b, start, CONST)
         y = _load_input(args, b, offsets, class_mask, 0, CONST)
         t, target_is_zero, dtarget = _load_targets(args, b, k, class_mask, offsets, is_label, CONST)
-        weight = _over_classes(b.grad_weight)
+        scale = _broadcast(b.grad_scale)
         if CONST.PER_ELEMENT and args.upstream_ptr is not None:
-            pointers = _over_classes(args.upstream_ptr + b.upstream)
+            pointers = _broadcast(args.upstream_ptr + b.upstream_offset)
             pointers = _pointers(pointers, k * args.upstream_class_stride, CONST)
-            mask = _over_classes(b.is_valid) & class_mask
-            weight *= tl.load(pointers, mask=mask, other=0).to(CONST.DTYPE)
-        loss, grad, grad_target = _element_loss(y, t, weight, target_is_zero, b, CONST)
+            mask = _broadcast(b.is_valid) & class_mask
+            scale *= tl.load(pointers, mask=mask, other=0).to(CONST.DTYPE)
+        loss, grad, grad_target = _element_loss(y, t, scale, target_is_zero, b, CONST)
         _store(args.grad_input_ptr, b, offsets, class_mask, grad, CONST)
-        _store(args.grad_target_ptr, b, offsets, class_mask, grad_target * dtarget * weight, CONST)
-        loss = tl.where(class_mask, loss, 0) * _over_classes(b.weight)
+        _store(args.grad_target_ptr, b, offsets, class_mask, grad_target * dtarget * scale, CONST)
+        loss = tl.where(class_mask, loss, 0) * _broadcast(b.weight)
         if CONST.PER_ELEMENT and not CONST.IS_REDUCED:
             _store(args.loss_ptr, b, offsets, class_mask, loss, CONST)
         else:
@@ -89,10 +90,10 @@ def _elementwise(args, b, CONST: tl.constexpr):
 @triton.jit
 def _nll(args, b, CONST: tl.constexpr):
     """−log(y_c + δ) for the label c: R one element per sample, W the gradient."""
-    guarded = tl.where(b.is_valid, _load_target_class(args, b, CONST) + b.delta, 1)
+    guarded = tl.where(b.is_valid, _load_input_at_label(args, b, CONST) + b.delta, 1)
     if args.grad_input_ptr is not None:
-        grad_label = _over_classes(-b.grad_weight / guarded)  # 1/guarded may overflow.
-        grad_others = _over_classes(tl.where(b.is_valid, 0, b.grad_weight))  # 0, or NaN.
+        grad_label = _broadcast(-b.grad_scale / guarded)  # 1/guarded may overflow.
+        grad_others = _broadcast(tl.where(b.is_valid, 0, b.grad_scale))  # 0, or NaN.
         for start in range(0, b.classes, CONST.TILE.classes):
             _k, class_mask, offsets, is_label = _make_tile(b, start, CONST)
             grad = tl.where(is_label, grad_label, grad_others)
@@ -108,7 +109,7 @@ def _thread_zeros(CONST: tl.constexpr):
 
 @triton.jit
 def _normalize(args, b, HAS_TARGETS: tl.constexpr, CONST: tl.constexpr):
-    """Online softmax: m = max x and Σ exp(x − m); with HAS_TARGETS also Σ t and Σ t·(x − m).
+    """Online softmax: m = max x, Σ exp(x − m), Σ t and Σ t·(x − m); the last two need HAS_TARGETS.
 
     Each thread keeps its own maximum and sums in registers, so the loop has no exchange between
     threads.
@@ -116,8 +117,8 @@ def _normalize(args, b, HAS_TARGETS: tl.constexpr, CONST: tl.constexpr):
     normalizer = _thread_zeros(CONST)
     # Start at the lowest finite value: −inf − (−inf) is NaN.
     maximum = tl.full(normalizer.shape, CONST.LOWEST, CONST.DTYPE)
-    targets = _thread_zeros(CONST)
-    products = _thread_zeros(CONST)
+    sum_t = _thread_zeros(CONST)
+    sum_products = _thread_zeros(CONST)
     for start in range(0, b.classes, CONST.TILE.classes):
         k, class_mask, offsets, is_label = _make_tile(b, start, CONST)
         x = _load_input(args, b, offsets, class_mask, float("-inf"), CONST)
@@ -127,17 +128,17 @@ def _normalize(args, b, HAS_TARGETS: tl.constexpr, CONST: tl.constexpr):
         normalizer += _thread_sum(_exp(shifted))
         if HAS_TARGETS:
             t, _is_zero, _dtarget = _load_targets(args, b, k, class_mask, offsets, is_label, CONST)
-            products += tl.where(targets == 0, 0, targets * (maximum - new_maximum))
-            products += _thread_sum(tl.where(t == 0, 0, t * shifted))
-            targets += _thread_sum(t)
+            sum_products += tl.where(sum_t == 0, 0, sum_t * (maximum - new_maximum))
+            sum_products += _thread_sum(tl.where(t == 0, 0, t * shifted))
+            sum_t += _thread_sum(t)
         maximum = new_maximum
     row_maximum = _class_max(maximum)
-    shift = maximum - _over_classes(row_maximum)
+    shift = maximum - _broadcast(row_maximum)
     normalizer = _class_sum(normalizer * _exp(shift))
-    products += tl.where(targets == 0, 0, targets * shift)
+    sum_products += tl.where(sum_t == 0, 0, sum_t * shift)
     row_maximum = tl.where(b.is_valid, row_maximum, 0)
     normalizer = tl.where(b.is_valid, normalizer, 1)
-    return row_maximum, normalizer, _class_sum(targets), _class_sum(products)
+    return row_maximum, normalizer, _class_sum(sum_t), _class_sum(sum_products)
 
 
 @triton.jit
@@ -146,44 +147,47 @@ def _softmax_nll(args, b, CONST: tl.constexpr):
 
     Rows longer than a tile are read twice, the second time backwards, as the end is still cached.
     """
-    # The order of these loads needs the fewest registers.
-    if not (CONST.TILE.is_whole and (CONST.NUM_CLASSES or CONST.IS_SPATIAL)):
-        x_c = _load_target_class(args, b, CONST)
     if CONST.TILE.is_whole:
         _k, class_mask, offsets, is_label = _make_tile(b, 0, CONST)
-        x = _load_input(args, b, offsets, class_mask, float("-inf"), CONST)
+        # x and x_c are loaded in the order that needs the fewest registers.
         if CONST.IS_SPATIAL:
-            x_c = _load_target_class(args, b, CONST)
-        elif CONST.NUM_CLASSES:  # The row is in registers: no second load waits for the label.
+            x = _load_input(args, b, offsets, class_mask, float("-inf"), CONST)
+            x_c = _load_input_at_label(args, b, CONST)
+        elif CONST.NUM_CLASSES:  # x_c is among the registers of x, so no load waits for the label.
+            x = _load_input(args, b, offsets, class_mask, float("-inf"), CONST)
             x_c = _class_sum(tl.where(is_label, x, 0))
+        else:
+            x_c = _load_input_at_label(args, b, CONST)
+            x = _load_input(args, b, offsets, class_mask, float("-inf"), CONST)
         maximum = tl.where(b.is_valid, _class_max(x), 0)
-        exponential = _exp(x - _over_classes(maximum))
+        exponential = _exp(x - _broadcast(maximum))
         normalizer = tl.where(b.is_valid, _class_sum(exponential), 1)
     else:
-        maximum, normalizer, _sum_t, _products = _normalize(args, b, False, CONST)
+        x_c = _load_input_at_label(args, b, CONST)
+        maximum, normalizer, _sum_t, _sum_products = _normalize(args, b, False, CONST)
     shifted = x_c - maximum
     inv_normalizer = _reciprocal(normalizer, CONST)
-    grad_weight = b.grad_weight
-    if CONST.IS_EXACT:
-        log2 = shifted * LOG2_E - _log2(normalizer, CONST)
-    else:
+    grad_scale = b.grad_scale
+    if CONST.HAS_DELTA:
         p_c = _exp(shifted) * inv_normalizer
         log2 = _log2(p_c + b.delta, CONST)
-        grad_weight *= p_c * _reciprocal(p_c + b.delta, CONST)
+        grad_scale *= p_c * _reciprocal(p_c + b.delta, CONST)
+    else:
+        log2 = shifted * LOG2_E - _log2(normalizer, CONST)
     if args.grad_input_ptr is not None:
-        exp_scale = _over_classes(grad_weight * inv_normalizer)
-        grad_weight = _over_classes(grad_weight)
+        exp_scale = _broadcast(grad_scale * inv_normalizer)
+        grad_scale = _broadcast(grad_scale)
         if CONST.TILE.is_whole:
-            grad = exponential * exp_scale - tl.where(is_label, grad_weight, 0)
+            grad = exponential * exp_scale - tl.where(is_label, grad_scale, 0)
             _store(args.grad_input_ptr, b, offsets, class_mask, grad, CONST)
         else:
-            tiles = tl.cdiv(b.classes, CONST.TILE.classes)
-            for done in range(tiles):
-                start = (tiles - 1 - done) * CONST.TILE.classes
+            num_tiles = tl.cdiv(b.classes, CONST.TILE.classes)
+            for done in range(num_tiles):
+                start = (num_tiles - 1 - done) * CONST.TILE.classes
                 _k, class_mask, offsets, is_label = _make_tile(b, start, CONST)
                 x = _load_input(args, b, offsets, class_mask, float("-inf"), CONST)
-                exponential = _exp(x - _over_classes(maximum))
-                grad = exponential * exp_scale - tl.where(is_label, grad_weight, 0)
+                exponential = _exp(x - _broadcast(maximum))
+                grad = exponential * exp_scale - tl.where(is_label, grad_scale, 0)
                 _store(args.grad_input_ptr, b, offsets, class_mask, grad, CONST)
     return log2 * -LN_2 * b.weight
 
@@ -200,24 +204,24 @@ def _load_tile(args, b, start, CONST: tl.constexpr):
 @triton.jit
 def _guarded_softmax(b, x, maximum, log2_normalizer, CONST: tl.constexpr):
     """p = softmax(x), log₂(p + δ) and 1 / (p + δ)."""
-    p = tl.exp2((x - _over_classes(maximum)) * LOG2_E - _over_classes(log2_normalizer))
+    p = tl.exp2((x - _broadcast(maximum)) * LOG2_E - _broadcast(log2_normalizer))
     return p, _log2(p + b.delta, CONST), _reciprocal(p + b.delta, CONST)
 
 
 @triton.jit
 def _store_softmax_gradients(args, b, tile, maximum, log2_normalizer, s, CONST: tl.constexpr):
-    """Stores pⱼ·(S − tⱼ/(pⱼ+δ)) and −log(pⱼ+δ)·∂t′/∂t, times `grad_weight`; see `_softmax`."""
-    weight = _over_classes(b.grad_weight)
-    if CONST.IS_EXACT:
-        shifted = tile.x - _over_classes(maximum)
-        exp_scale = _over_classes(s * tl.exp2(-log2_normalizer) * b.grad_weight)
-        grad = _exp(shifted) * exp_scale - tile.t * weight
-        log2 = shifted * LOG2_E - _over_classes(log2_normalizer)
-        log2 = tl.where(tile.target_is_zero & (log2 == float("-inf")), 0, log2)  # 0·log 0 is 0.
-    else:
+    """Stores pⱼ·(S − tⱼ/(pⱼ+δ)) and −log(pⱼ+δ)·dtargetⱼ, times `grad_scale`; see `_softmax`."""
+    scale = _broadcast(b.grad_scale)
+    if CONST.HAS_DELTA:
         p, log2, reciprocal = _guarded_softmax(b, tile.x, maximum, log2_normalizer, CONST)
-        grad = p * (_over_classes(s) - tile.t * reciprocal) * weight
-    grad_target = log2 * -LN_2 * tile.dtarget * weight
+        grad = p * (_broadcast(s) - tile.t * reciprocal) * scale
+    else:
+        shifted = tile.x - _broadcast(maximum)
+        exp_scale = _broadcast(s * tl.exp2(-log2_normalizer) * b.grad_scale)
+        grad = _exp(shifted) * exp_scale - tile.t * scale
+        log2 = shifted * LOG2_E - _broadcast(log2_normalizer)
+        log2 = tl.where(tile.target_is_zero & (log2 == float("-inf")), 0, log2)  # 0·log 0 is 0.
+    grad_target = log2 * -LN_2 * tile.dtarget * scale
     _store(args.grad_input_ptr, b, tile.offsets, tile.class_mask, grad, CONST)
     _store(args.grad_target_ptr, b, tile.offsets, tile.class_mask, grad_target, CONST)
 
@@ -227,39 +231,41 @@ def _softmax(args, b, CONST: tl.constexpr):
     """−Σ t·log(p + δ) and pⱼ·(S − tⱼ/(pⱼ+δ)), p = softmax(x), S = Σ tₖpₖ/(pₖ+δ).
 
     R x, R t if dense, W each gradient. Rows longer than a tile are read up to three times: for the
-    normalizer, for S, and for the gradient. Each pass starts where the one before ended, in cache.
-    With δ = 0, S is Σ t, which the first pass computes too.
+    normalizer, for S and the loss, and for the gradients. Each pass starts where the one before
+    ended, in cache. With δ = 0 the first pass computes S = Σ t and the loss too.
     """
-    tiles = tl.cdiv(b.classes, CONST.TILE.classes)
     if CONST.TILE.is_whole:
         tile = _load_tile(args, b, 0, CONST)
         maximum = tl.where(b.is_valid, _class_max(tile.x), 0)
-        shifted = tile.x - _over_classes(maximum)
+        shifted = tile.x - _broadcast(maximum)
         log2_normalizer = _log2(tl.where(b.is_valid, _class_sum(_exp(shifted)), 1), CONST)
-        if CONST.IS_EXACT:
-            s = _class_sum(tile.t)
-            loss = _class_sum(tl.where(tile.target_is_zero, 0, tile.t * shifted))
-        else:
+        if CONST.HAS_DELTA:
             p, log2, reciprocal = _guarded_softmax(b, tile.x, maximum, log2_normalizer, CONST)
             s, loss = _class_sum(tile.t * p * reciprocal), _class_sum(tile.t * log2)
+        else:
+            s = _class_sum(tile.t)
+            loss = _class_sum(tl.where(tile.target_is_zero, 0, tile.t * shifted))
         _store_softmax_gradients(args, b, tile, maximum, log2_normalizer, s, CONST)
     else:
-        maximum, normalizer, s, loss = _normalize(args, b, CONST.IS_EXACT, CONST)
+        maximum, normalizer, sum_t, sum_products = _normalize(args, b, not CONST.HAS_DELTA, CONST)
         log2_normalizer = _log2(normalizer, CONST)
-        if not CONST.IS_EXACT:
+        num_tiles = tl.cdiv(b.classes, CONST.TILE.classes)
+        if CONST.HAS_DELTA:
             thread_s = _thread_zeros(CONST)
             thread_loss = _thread_zeros(CONST)
-            for done in range(tiles):
-                tile = _load_tile(args, b, (tiles - 1 - done) * CONST.TILE.classes, CONST)
+            for done in range(num_tiles):
+                tile = _load_tile(args, b, (num_tiles - 1 - done) * CONST.TILE.classes, CONST)
                 p, log2, reciprocal = _guarded_softmax(b, tile.x, maximum, log2_normalizer, CONST)
                 thread_s += _thread_sum(tile.t * p * reciprocal)
                 thread_loss += _thread_sum(tile.t * log2)
             s, loss = _class_sum(thread_s), _class_sum(thread_loss)
+        else:
+            s, loss = sum_t, sum_products
         if args.grad_input_ptr is not None or args.grad_target_ptr is not None:
-            for done in range(tiles):
-                start = (tiles - 1 - done if CONST.IS_EXACT else done) * CONST.TILE.classes
+            for done in range(num_tiles):
+                start = (done if CONST.HAS_DELTA else num_tiles - 1 - done) * CONST.TILE.classes
                 tile = _load_tile(args, b, start, CONST)
                 _store_softmax_gradients(args, b, tile, maximum, log2_normalizer, s, CONST)
-    if CONST.IS_EXACT:
+    if not CONST.HAS_DELTA:  # So far Σ t·(x − m).
         loss = loss * LOG2_E - s * log2_normalizer
     return loss * -LN_2 * b.weight
