@@ -272,6 +272,26 @@ def test_logits_at_the_lowest_finite_number(dtype: torch.dtype) -> None:
     torch.testing.assert_close(loss, -(1 / x.isfinite().sum(1).to(dtype) + 1e-7).log())
 
 
+@interpreted
+@pytest.mark.parametrize("tiles", ["whole", "small"])
+def test_infinite_logits_of_classes_without_weight(
+    tiles: str, request: pytest.FixtureRequest
+) -> None:
+    """0 · ∞ is NaN by a class weight of 0, and 0 by a target of 0."""
+    if tiles == "small":
+        request.getfixturevalue("small_tiles")
+    x = torch.randn(2, 9)
+    x[:, 3] = -torch.inf
+    target = torch.full((2, 9), 1 / 8)
+    target[1, 3] = 0
+    weight = torch.ones(9)
+    weight[3] = 0
+    loss = cross_entropy_error(
+        x, target, weight=weight, from_logits=True, delta=0, reduction="none"
+    )
+    assert loss.isnan().tolist() == [True, False]
+
+
 def calls(reduction: str, *, is_index: bool, dtype: torch.dtype = torch.float32) -> Iterator[Call]:
     """One call for each variant of `_loss_kernel`."""
     call = functools.partial(Call, is_index=is_index, dim=1, reduction=reduction, ignore_index=-100)

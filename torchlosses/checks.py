@@ -322,13 +322,13 @@ def check_classes(target: Tensor, num_classes: int, ignore_index: int) -> Classe
     """The class indices of `target`, checked if reading them costs no device sync."""
     can_read = can_read_values(target)
     if can_read and _are_within(to_int64(target), num_classes, ignore_index):
-        return Classes(target, num_classes, ignore_index=None, is_valid=True)
+        return Classes(target, num_classes, ignore_index=None, all_valid=True)
     unchecked = Classes(target, num_classes, ignore_index)
     if not can_read:
         return unchecked
-    valid: Any = unchecked.valid
+    valid: Any = unchecked.valid_or_ignored
     if _truth(valid.all()):
-        return Classes(target, num_classes, ignore_index, is_valid=True)
+        return Classes(target, num_classes, ignore_index, all_valid=True)
     position = _first(~valid)
     if position is None:
         return unchecked

@@ -20,7 +20,7 @@ LEAST_DIVISOR = 2.0**-120  # From here on 1/divisor is finite in float32, with r
 
 
 class Call(NamedTuple):
-    """The options of a call, checked."""
+    """A checked call: its options, and what follows from the shapes and dtypes of its tensors."""
 
     kind: str  # A name in LOSSES.
     is_index: bool
@@ -62,14 +62,14 @@ Result = tuple[Tensor, Tensor | None, Tensor | None]
 class Classes(NamedTuple):
     """A target of class indices, and what is known of its values without a device sync.
 
-    `ignore_index` is None if no sample is ignored. `is_valid` is True if every other index is
+    `ignore_index` is None if no sample is ignored. `all_valid`: every index that is not ignored is
     known to be in range.
     """
 
     target: Tensor
     num_classes: int
     ignore_index: int | None
-    is_valid: bool = False
+    all_valid: bool = False
 
     @property
     def not_ignored(self) -> Tensor | None:
@@ -79,9 +79,9 @@ class Classes(NamedTuple):
         return to_int64(self.target, self.ignore_index) != self.ignore_index
 
     @property
-    def valid(self) -> Tensor | None:
-        """False where the index of a counted sample is out of range; None if none is."""
-        if self.is_valid:
+    def valid_or_ignored(self) -> Tensor | None:
+        """False where an index that is not ignored is out of range; None if none is."""
+        if self.all_valid:
             return None
         not_ignored = self.not_ignored
         return self._within if not_ignored is None else self._within | ~not_ignored
@@ -90,7 +90,7 @@ class Classes(NamedTuple):
     def label(self) -> Tensor:
         """The class indices, with 0 for ignored and invalid ones: safe to gather with."""
         label = to_int64(self.target)
-        if self.is_valid and self.ignore_index is None:
+        if self.all_valid and self.ignore_index is None:
             return label
         return label.where(self._within, 0)
 
@@ -101,19 +101,20 @@ class Classes(NamedTuple):
 
 
 class Rows:
-    """The rows of an input in one process; `sharded.Shards` are rows over several.
+    """How processes share the rows of an input: its shape, class dimension, and sums over them.
 
-    `shape` is the input's, and `own` that of the part in this process.
+    Here there is one process; `sharded.Shards` has several. `own_shape` is that of the part of the
+    input in this process.
     """
 
     are_shared = False
 
     def __init__(self, shape: Sequence[int], dim: int) -> None:
-        self.shape = self.own = torch.Size(shape)
+        self.shape = self.own_shape = torch.Size(shape)
         self.dim = dim
         self.num_classes = shape[dim] if len(shape) else 1
 
-    def find(self, classes: Classes) -> "ClassPosition":
+    def find_position(self, classes: Classes) -> "ClassPosition":
         return ClassPosition(classes.label.unsqueeze(self.dim), self.dim)
 
     def over_classes(self, values: Tensor, operation: str = "sum") -> Tensor:
@@ -130,7 +131,11 @@ class Rows:
 
 
 class ClassPosition(NamedTuple):
-    """The index of each sample's class; `is_here` is False where another process holds it."""
+    """The index of each sample's class among those of this process, with the class dimension kept.
+
+    `is_here` is False where this process does not count the sample: another holds its class, or it
+    is ignored. None: this process counts all.
+    """
 
     indices: Tensor
     dim: int
@@ -166,7 +171,7 @@ def compute(call: Call, arguments: Arguments, classes: Classes | None = None) ->
     rows = Rows(input.shape, call.dim)
     if call.is_index and classes is None:
         classes = Classes(target, rows.num_classes, call.ignore_index)
-    position = None if classes is None else rows.find(classes)
+    position = None if classes is None else rows.find_position(classes)
     losses = unreduced_losses(call, arguments, rows, classes, position)
     return reduce(call, losses, rows, arguments, classes, position)
 
@@ -427,7 +432,7 @@ def to_int64(target: Tensor, ignore_index: int | None = None) -> Tensor:
 
 def _masked(input: Tensor, classes: Classes, dim: int) -> Tensor:
     """`input` with NaN in invalid rows, and without gradient in ignored rows."""
-    not_ignored, valid = classes.not_ignored, classes.valid
+    not_ignored, valid = classes.not_ignored, classes.valid_or_ignored
     if valid is not None:  # A factor makes the gradient of the whole row NaN too.
         one_or_nan = torch.where(valid, 1.0, torch.nan).to(input.dtype)
         input = input * one_or_nan.unsqueeze(dim)
@@ -449,7 +454,7 @@ def _count(
     if not_ignored is None and classes is not None and rows.are_shared:
         # Every process takes part in the sum, and another may have samples to ignore.
         not_ignored = torch.ones_like(classes.target, dtype=torch.bool)
-    sizes = list(rows.shape if weights is None and not_ignored is None else rows.own)
+    sizes = list(rows.shape if weights is None and not_ignored is None else rows.own_shape)
     num_classes: Any = 1
     if not call.is_per_element or call.is_index:
         along_classes = sizes[call.dim : call.dim + 1]

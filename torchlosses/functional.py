@@ -141,12 +141,13 @@ def _compute(
         constants = ops.find_constants(options, tensors)
         static = None if constants is None else _find_static_call(kind, *constants)
         if static is not None:
+            # Unchanged by `_check`: it changes 0-D tensors alone, which are too small.
             numbers = None  # δ and ε are constants.
             loss: Tensor = ops.LOSS_OPERATOR.op(*tensors, numbers, *static)
             return loss
     checked = checks.cached_options(*options)
     prepared = ops.find(ops.key_of(kind, checked, tensors))
-    # Anomaly mode checks values too, so it takes no prepared call.
+    # Anomaly mode checks values first, so it takes no shortcut.
     if prepared is not None and not torch.is_anomaly_enabled():
         result = ops.run(prepared, tensors)
         if result is not None:
@@ -163,7 +164,7 @@ def _compute(
             num_classes = arguments.input.shape[call.dim]
             classes = checks.check_classes(arguments.target, num_classes, call.ignore_index)
         checks.check_values(call, arguments, classes)
-    # A call that warns is never prepared, so it warns at every call site.
+    # A call that warns is never cached, so it warns at every call site.
     return ops.compute(call, arguments, ops.key_of(kind, checked, arguments), not has_one_class)
 
 
@@ -232,5 +233,5 @@ def _find_static_call(
     return tuple(call) if is_served else None
 
 
-# As torch.compiler.assume_constant_result marks it, which would import the compiler.
+# The mark of torch.compiler.assume_constant_result; calling that would import the compiler.
 _find_static_call._dynamo_marked_constant = True  # type: ignore[attr-defined]

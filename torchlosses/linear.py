@@ -1,8 +1,8 @@
 """Cross-entropy of a linear layer without holding all logits in memory.
 
 For each chunk of rows: compute the logits into a reused buffer, overwrite them with their gradient,
-and accumulate the gradients of input, weight and bias. Without kernels, eager mode computes the
-formula in chunks, whose logits are recomputed in backward.
+and accumulate the gradients of input, linear weight and bias. Without kernels, eager mode computes
+the formula in chunks, whose logits are recomputed in backward.
 """
 
 import functools
@@ -28,8 +28,9 @@ CHUNK_BYTES_PER_CLASS = 2**12
 # percent longer, but at least MIN_ROWS: half as many take 10 to 15% longer.
 CPU_CHUNK_BYTES = 48 * 10**6
 MIN_ROWS = 256
-# The most chunks whose weight gradients are accumulated in half precision. Each rounds the sum; a
-# sum of random terms grows as a square root, so six roundings at most double the error of one.
+# The most chunks whose weight gradients are accumulated in half precision. Each rounds the sum. A
+# sum of random terms grows as a square root: the k-th of six roundings is of a sum √(k/6) as large
+# as the last, so all six together have 1.9 times the error of one.
 MAX_HALF_CHUNKS = 6
 MAX_PLANS = 64
 # Classes per block when a product in half precision is added to a sum in float32: the product of a
@@ -95,7 +96,7 @@ def compute(
     if not checks.is_eager():
         return formula(dtype, call, *tensors)
     rows = Rows(input.shape[:-1] + linear_weight.shape[:1], call.dim)
-    position = None if classes is None else rows.find(classes)
+    position = None if classes is None else rows.find_position(classes)
     losses = unreduced_losses(
         call, input, linear_weight, linear_bias, target, weight, rows, classes, position
     )
@@ -106,7 +107,7 @@ def compute(
 class LayerKernels(NamedTuple):
     """Kernels for a linear layer and its loss, on top of those of the loss."""
 
-    dtype: torch.dtype  # Of the matrix products.
+    dtype: torch.dtype  # In which F.linear would multiply.
     kernels: ops.Kernels
 
     @property
@@ -137,19 +138,19 @@ class LayerPlan:
     def rescale(
         self, gradients: Sequence[Tensor | None], upstream: Tensor, target: Tensor
     ) -> Sequence[Tensor | None] | None:
-        if not self.plans:  # No chunk was computed: a new object, or every row is ignored.
+        if not self.plans:  # No chunk was computed: every row is ignored.
             return None
         plan = next(iter(self.plans.values()))
         grad_input, *rest = gradients
         if grad_input is None:
             return plan.rescale(gradients, upstream, target)
-        rows = grad_input.view(-1, grad_input.shape[-1])
-        targets = target.reshape(len(rows), *target.shape[grad_input.dim() - 1 :])
-        rescaled = plan.rescale([rows, *rest], upstream, targets)
+        flat = grad_input.view(-1, grad_input.shape[-1])
+        targets = target.reshape(len(flat), *target.shape[grad_input.dim() - 1 :])
+        rescaled = plan.rescale([flat, *rest], upstream, targets)
         return rescaled and [grad_input.data, *rescaled[1:]]
 
     def compute(self, input: Tensor, *rest: Any) -> list[Any]:
-        """The loss, and the gradients of input, weight, bias and target times `upstream`."""
+        """The loss, and the gradients of input, linear weight, bias and target times `upstream`."""
         # Dtypes are chosen explicitly.
         with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
             return self._compute(input, *rest)
@@ -222,14 +223,16 @@ class Batch(NamedTuple):
     target: Tensor
     sample_weight: Tensor | None
     upstream: Tensor | None  # Per row, or one for all.
-    not_ignored: Tensor | None  # On a GPU, a mask of the rows that are not ignored; None for all.
-    kept_rows: Tensor | None  # On the CPU, their indices; None for all.
+    # The rows that are not ignored, or None if all are: a mask where values cannot be read, else
+    # their indices.
+    not_ignored: Tensor | None
+    kept_rows: Tensor | None
 
     @property
     def num_rows(self) -> int:
         return len(self.x if self.kept_rows is None else self.kept_rows)
 
-    def rows(self, start: int, step: int) -> Any:
+    def index_of(self, start: int, step: int) -> Any:
         """The index of a chunk."""
         if self.kept_rows is None:
             return slice(start, min(start + step, len(self.x)))
@@ -237,7 +240,7 @@ class Batch(NamedTuple):
 
     def part(self, start: int, step: int, dtype: torch.dtype) -> tuple[Any, ...]:
         """Inputs, targets, sample weights and upstream gradients of a chunk."""
-        rows = self.rows(start, step)
+        rows = self.index_of(start, step)
         x, s, u = self.x[rows].to(dtype), self.sample_weight, self.upstream
         if self.not_ignored is not None:  # 0 · ∞ of an ignored row is NaN.
             x = x.where(self.not_ignored[rows], 0)
@@ -248,7 +251,7 @@ class Batch(NamedTuple):
 def _make_batch(
     call: Call, num_classes: int, arguments: Arguments, upstream: Tensor | None
 ) -> tuple[Batch, Any]:
-    """The rows of a call, with upstream gradients divide by the divisor, and the divisor."""
+    """The rows of a call, with upstream gradients divided by the divisor, and the divisor."""
     input, target, _, sample_weight = arguments
     samples = input.shape[:-1]
     like = input.new_empty((), dtype=call.dtype)
@@ -259,7 +262,7 @@ def _make_batch(
     classes = position = not_ignored = kept_rows = None
     if call.is_index:
         classes = Classes(target, num_classes, call.ignore_index)
-        position = rows.find(classes)
+        position = rows.find_position(classes)
         not_ignored = (formulas.to_int64(t, call.ignore_index) != call.ignore_index).unsqueeze(1)
         if checks.can_read_values(t):
             kept_rows = None if not_ignored.all() else not_ignored.nonzero()[:, 0]
@@ -275,7 +278,7 @@ def _make_batch(
 
 
 class LayerGradients:
-    """Accumulates the needed gradients of input, weight, bias and target, chunk by chunk.
+    """Accumulates the needed gradients of input, linear weight, bias and target by chunks.
 
     The weight's is accumulated in `sum_dtype`, and the bias's in float32 at least.
     """
@@ -288,12 +291,12 @@ class LayerGradients:
         self.grad_x = new_x(batch.x.shape) if needs[0] else None
         new_w = w.new_empty if batch.num_rows else w.new_zeros
         self.grad_w = new_w(w.shape, dtype=sum_dtype) if needs[1] else None
-        single = torch.promote_types(w.dtype, torch.float32)
-        self.grad_b = w.new_zeros(len(w), dtype=single) if needs[2] else None
+        bias_dtype = torch.promote_types(w.dtype, torch.float32)
+        self.grad_b = w.new_zeros(len(w), dtype=bias_dtype) if needs[2] else None
         self.grad_target = batch.target.new_empty(batch.target.shape) if needs[3] else None
 
     def add(self, start: int, step: int, x: Tensor, grad_z: Any, grad_t: Any) -> None:
-        rows = self.batch.rows(start, step)
+        rows = self.batch.index_of(start, step)
         if self.grad_x is not None:
             if self.batch.kept_rows is None and self.grad_x.dtype == self.w.dtype:
                 torch.mm(grad_z, self.w, out=self.grad_x[rows])
@@ -326,13 +329,15 @@ def has_fast_matmul(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and is_supported is not None and is_supported()
 
 
-def rows_per_chunk(rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> int:
+def rows_per_chunk(
+    num_rows: int, num_classes: int, dtype: torch.dtype, device: torch.device
+) -> int:
     """Rows per chunk, chosen so that chunks are nearly equal."""
     most = CHUNK_BYTES_PER_CLASS // dtype.itemsize
     if device.type == "cpu":
         fitting = CPU_CHUNK_BYTES // dtype.itemsize // max(num_classes, 1)
         most = min(most, max(fitting, MIN_ROWS))
-    return _ceil_div(rows, _ceil_div(rows, most)) if rows else 1
+    return _ceil_div(num_rows, _ceil_div(num_rows, most)) if num_rows else 1
 
 
 def _ceil_div(dividend: int, divisor: int) -> int:
@@ -340,19 +345,21 @@ def _ceil_div(dividend: int, divisor: int) -> int:
 
 
 def plan_chunks(
-    rows: int, linear_weight: Tensor, dtype: torch.dtype, needs_weight_grad: bool
+    num_rows: int, linear_weight: Tensor, dtype: torch.dtype, needs_weight_grad: bool
 ) -> tuple[int, torch.dtype]:
     """Rows per chunk, and the dtype in which the weight's gradient is accumulated.
 
-    In half precision each chunk rounds the sum, so there are at most MAX_HALF_CHUNKS chunks, which
-    are larger. If they take more memory than smaller ones and a sum in float32, that is the choice.
+    Each chunk rounds a sum in half precision, so that gets at most MAX_HALF_CHUNKS chunks, which
+    are larger if there are many rows. If those take more memory than the usual chunks and a sum in
+    float32, the choice is the latter.
     """
     num_classes, width = linear_weight.shape
-    step = rows_per_chunk(rows, num_classes, dtype, linear_weight.device)
+    step = rows_per_chunk(num_rows, num_classes, dtype, linear_weight.device)
     if not needs_weight_grad or linear_weight.dtype != dtype or dtype.itemsize >= 4:
         return step, torch.promote_types(linear_weight.dtype, torch.float32)
     # A sum of half the bytes has half the traffic, so half the rows suffice to hide it.
-    half_step = max(_ceil_div(rows, MAX_HALF_CHUNKS), step // 2, 1)
+    half_step = max(_ceil_div(num_rows, MAX_HALF_CHUNKS), step // 2, 1)
+    # Bytes per class: logits, and what a sum in float32 adds.
     if half_step * dtype.itemsize <= step * dtype.itemsize + width * torch.float32.itemsize:
         return half_step, dtype
     return step, torch.float32
@@ -372,8 +379,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) 
         else:
             torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
         return
-    for block, rows in zip(total.split(BLOCK), left.split(BLOCK), strict=True):
-        product = torch.mm(rows, right)
+    for block, left_block in zip(total.split(BLOCK), left.split(BLOCK), strict=True):
+        product = torch.mm(left_block, right)
         if is_first:
             block.copy_(product)
         else:

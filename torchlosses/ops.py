@@ -2,8 +2,9 @@
 
 An eager call:
 
-    public function ─ key_of ─ prepared? ─ yes ───────────── run ─ Plan.compute ─ OnePass
-                                  └─ no ─ checks ─ prepare ──┘└─ formulas.compute, without kernels
+    public function ─ key_of ─ prepared? ─ yes ────────────────────── run ─ Plan.compute ─ OnePass
+                                  └─ no ─ checks ─ prepare ─ kernels ──┘
+                                                       └─ none, or they fail: formulas.compute
 
 - `key_of` returns the cache key of a call, or None if kernels cannot serve it.
 - `Plan` is prepared by the kernels of a device, in `kernels/cpu` or `kernels/triton`.
@@ -13,6 +14,8 @@ A compiled graph:
 
     public function ─ checks ─ serves_graph ─ yes ─ Operator ─ GraphNode ─ Plan.compute
                                            └─ no ── formulas.compute
+
+`functional._find_static_call` checks a call of constants without being traced.
 
 Anything beyond a first derivative is computed by the formula.
 """
@@ -48,9 +51,9 @@ class Plan(Protocol):
     def compute(self, *arguments: Any) -> Any:
         """The loss and its gradients, from tensors, needs and an optional upstream gradient.
 
-        Needs say which tensors get a gradient, without the last two, the weights. The loss and
-        gradient of a sample with an invalid class are NaN, and on the CPU an eager call raises an
-        IndexError.
+        `needs` has one bool for each tensor but the weights, the last two. Two flags may follow:
+        `in_place` writes the input's gradient over the input; `raise_on_invalid`, True if absent,
+        lets the CPU raise an IndexError for an invalid class. Else its loss and gradient are NaN.
         """
 
     def rescale(
@@ -81,7 +84,7 @@ class Kernels(Protocol):
 
 @functools.cache
 def _load_cpu() -> Any | None:
-    """Imports the kernels at first use: under a mode its constants would be the mode's tensors."""
+    """Imports the kernels at first use: under a fake-tensor mode their constants would be fake."""
     try:
         from torchlosses.kernels import cpu
     except ImportError as error:
@@ -198,7 +201,7 @@ def layout_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
     return tuple(layout)
 
 
-def key_of(kind: str, options: Any, tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
+def key_of(name: str, options: Any, tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
     """The key of a prepared call; None if only the formula can serve.
 
     Kernels serve plain tensors in eager mode.
@@ -214,7 +217,7 @@ def key_of(kind: str, options: Any, tensors: Sequence[Tensor | None]) -> tuple[A
     ):
         return None
     layout = layout_of(tensors)
-    return None if layout is None else (kind, options, is_grad_enabled(), layout)
+    return None if layout is None else (name, options, is_grad_enabled(), layout)
 
 
 def prepare(
@@ -228,7 +231,7 @@ def prepare(
 ) -> Prepared | None:
     """Prepares a checked call, or returns None if no kernels serve it.
 
-    They compute gradients for all tensors but the weights. For the linear loss, `wrap` wraps the
+    Kernels compute gradients of all tensors but the weights. For the linear loss, `wrap` wraps the
     kernels of a device, `formula` is its formula, and `dtypes` are those of intermediate results.
     """
     differentiable = tensors[:-2]
@@ -281,7 +284,7 @@ def run(prepared: Prepared, tensors: Sequence[Tensor | None]) -> Tensor | None:
     """The loss by kernels, or None if they fail."""
     _, kernels, plan, device, needs, deferred, _ = prepared
     needs_grad = True in needs
-    has_hooks = needs_grad and bool(checks.find_saving_hooks(True))
+    has_hooks = needs_grad and bool(checks.find_saving_hooks(True))  # Under a tracer too.
     if deferred or has_hooks:
         needs = (False,) * len(needs)
     results = try_kernels(kernels, device, plan.compute, *tensors, needs)
@@ -315,7 +318,7 @@ def compute(
 
 
 class OnePass(Function):
-    """The autograd node of a loss: computes gradients in forward, and hands them out once.
+    """The autograd node of a loss: saves what `run` computed, and hands gradients out once.
 
     Some gradients are computed in backward instead: those of float16, where small values would
     underflow before a loss scaler lifts them; those of losses that are not reduced, which depend on
@@ -366,7 +369,10 @@ def _gradients(
     results: Sequence[Tensor | None],
     upstream: Tensor,
 ) -> Any:
-    """The gradients, computed by the kernels."""
+    """The gradients, computed by the kernels.
+
+    Recomputed ones are scaled like saved ones, for the same bits.
+    """
     call, kernels, plan, _, _, deferred, _ = ctx.prepared
     if ctx.has_hooks:  # Hooks may return other strides.
         plan = kernels.prepare(call, *tensors)
@@ -395,7 +401,7 @@ def _show_saved(node: Any) -> Any:
     return super(_ONE_PASS_NODE, node)._raw_saved_tensors
 
 
-_ONE_PASS_NODE: Any = getattr(OnePass, "_backward_cls", None)  # Private: their class.
+_ONE_PASS_NODE: Any = getattr(OnePass, "_backward_cls", None)  # Private: the class of its nodes.
 if _ONE_PASS_NODE is None:
     checks.find_saving_hooks = lambda _: True  # Unknown, so assume that there are hooks.
 else:
@@ -459,8 +465,8 @@ def _has_kernels(device: torch.device, kind: str) -> bool:
     return kernels_of(device, kind) is not None
 
 
-# As torch.compiler.assume_constant_result marks it, which would import the compiler: Dynamo calls
-# the function when it compiles a graph, and does not trace it.
+# The mark of torch.compiler.assume_constant_result: Dynamo calls the function when it compiles a
+# graph, and does not trace it. Calling that would import the compiler.
 _has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -506,8 +512,8 @@ CALL = (
 )
 
 
-# Identity on `upstream` that depends on `tensors`. AOTAutograd refuses a second derivative only if
-# the backward graph reads the inputs; multiplying a finished gradient does not.
+# Returns `upstream`, and makes the backward graph read `tensors`. Only then does AOTAutograd refuse
+# a second derivative, which would be wrong: the product of a finished gradient reads no input.
 LIBRARY.define("depending(Tensor upstream, Tensor[] tensors) -> Tensor")
 LIBRARY.impl("depending", lambda upstream, tensors: upstream.clone(), "CompositeExplicitAutograd")
 
@@ -540,6 +546,9 @@ class Operator:
     Graphs call the operator `loss`. It decomposes into `GraphNode`, an autograd node around two
     operators that run the kernels: `loss_and_gradients`, whose gradients a handle holds on the CPU,
     and `gradients`, which rescales those of a handle or computes them from the upstream gradient.
+    On CUDA the graph multiplies the gradients itself.
+
+    The inputs are *tensors, numbers, *extra, *call, and then those of the inner operators.
 
     The first tensors are `differentiable`, which get gradients, the target last; then come weights.
     `numbers` holds δ and ε if the graph takes them as inputs: torch.compile would specialise on
@@ -652,10 +661,8 @@ class Operator:
         results = None
         if prepared is not None:
             in_place = raise_on_invalid = False  # A graph raises no IndexError.
-            options = (tuple(needs), upstream, in_place, raise_on_invalid)
-            results = try_kernels(
-                prepared.kernels, device, prepared.plan.compute, *tensors, *options
-            )
+            rest = (tuple(needs), upstream, in_place, raise_on_invalid)
+            results = try_kernels(prepared.kernels, device, prepared.plan.compute, *tensors, *rest)
         if results is None:  # Within an operator there is no autograd, so no formula.
             raise RuntimeError(
                 f"a kernel of torchlosses has failed on {device}, and this graph was compiled for "
@@ -692,7 +699,7 @@ class GraphNode(Function):
         extra, call = operator.extra_and_call(inputs)
         dtypes = [t.dtype for t in inputs[: operator.num_differentiable] if t is not None]
         ctx.operator, ctx.needs = operator, needs
-        ctx.options = inputs[operator.num_tensors + 1 :]
+        ctx.extra_and_call = inputs[operator.num_tensors + 1 :]
         if is_deferred(call, *extra, *dtypes):  # Extra are the dtypes of intermediate results.
             needs = [False] * len(needs)
         loss: Tensor
@@ -704,7 +711,7 @@ class GraphNode(Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         operator, needs = ctx.operator, ctx.needs
         count = operator.num_tensors + 1
-        inputs = (*ctx.saved_tensors[:count], *ctx.options)
+        inputs = (*ctx.saved_tensors[:count], *ctx.extra_and_call)
         gradients = ctx.saved_tensors[count:]  # On the CPU, their handle.
         tensors, (extra, call) = inputs[: operator.num_tensors], operator.extra_and_call(inputs)
         if torch.is_grad_enabled():  # To be differentiated again.

@@ -162,7 +162,7 @@ def _compute(call: Call, arguments: Arguments, layer: "Layer | None" = None) -> 
     try:
         if call.is_index:
             classes = checks.check_classes(arguments.target, shards.num_classes, call.ignore_index)
-            position = shards.find(classes)
+            position = shards.find_position(classes)
         if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
             if layer is None:
                 checks.check_values(call, arguments, classes, is_whole=is_whole)
@@ -319,7 +319,7 @@ class Shards(formulas.Rows):
             self.mesh.get_local_rank(i) == 0 for i, cut in enumerate(self.is_cut) if cut
         )
         self.input = _local(input, self.placements, self.placements)
-        self.own = self.input.shape
+        self.own_shape = self.input.shape
 
     def loss_dims(self, call: Call) -> tuple[int, ...]:
         """The input's dimensions that remain in the losses."""
@@ -378,14 +378,14 @@ class Shards(formulas.Rows):
             )
         return part
 
-    def find(self, classes: Classes) -> ClassPosition:
+    def find_position(self, classes: Classes) -> ClassPosition:
         """The indices of the classes in the shard. Every shard has an invalid class."""
         ids = torch.arange(self.num_classes, device=self.input.device)
         ids = self.part("input", ids, (self.dim,))
         index = classes.label - ids[:1].sum()  # The first of them, if there is one.
         is_here = (index >= 0) & (index < len(ids))
-        if classes.valid is not None:
-            is_here = is_here | ~classes.valid
+        if classes.valid_or_ignored is not None:
+            is_here = is_here | ~classes.valid_or_ignored
         if classes.not_ignored is not None:
             is_here = is_here & classes.not_ignored
         index = index.clamp(0, max(len(ids) - 1, 0))

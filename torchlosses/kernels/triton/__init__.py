@@ -13,7 +13,8 @@ directly. It then allocates nothing but the loss and its gradients, except in ca
 where a tensor must be copied to be contiguous or broadcast.
 
 The input is seen as (outer, classes, inner). A tile has the shape (vectors per thread, samples,
-threads, vector size): each thread holds the first and the last dimension in its registers. With
+threads, vector size): each thread holds the first and the last dimension in its registers, but for
+wide tiles with inner > 1, whose classes are spread over threads. With
 inner = 1 samples are contiguous rows, and a flat tensor has classes = 1 too. Otherwise samples are
 contiguous along inner, classes are strided, and a block of samples has one outer index. So offsets
 within a block almost always fit in 32 bits (otherwise INDEX is int64), and only the block's index
@@ -52,7 +53,7 @@ MAX_DIVISOR_PROGRAMS = 2**9
 LOCAL_DIVISOR_SAMPLES = 2**12
 # Elements per block of `_rescale_kernel`.
 RESCALE_BLOCK = 2**11
-# The most compiled `_rescale_kernel`s that a `Plan` keeps: one per shape and dtype of a gradient.
+# The most compiled `_rescale_kernel`s that a `Plan` keeps.
 MAX_RESCALERS = 16
 # Launches in captured graphs that get a counter zeroed in advance; beyond that, each replay zeroes
 # its counter.
@@ -346,9 +347,9 @@ class Plan:
             NUM_CLASSES=classes if classes <= MAX_CONSTANT_CLASSES else 0,
         )
         # One size is divided by ALIGNMENT and multiplied back in the kernel, so that Triton can
-        # prove divisibility and vectorise. `inner` is passed as 2q + 1, so Triton never specialises
-        # on its divisibility by 16, and so proves no more than ALIGNMENT. `classes` needs no such
-        # limit: its `max_alignment` is 16, and no load is longer.
+        # prove divisibility and vectorise. q = inner / ALIGNMENT is passed as 2q + 1: it is odd, so
+        # Triton never specialises on its divisibility by 16, and proves no more than ALIGNMENT.
+        # `classes` needs no such disguise: with rows `max_alignment` is 16, and no load is longer.
         sizes = (outer, classes // alignment, inner)
         if is_spatial:
             sizes = (outer, classes, inner // alignment * 2 + 1)

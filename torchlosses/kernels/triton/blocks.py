@@ -35,7 +35,7 @@ KernelArgs = collections.namedtuple(
 # A block of samples.
 # first: index of its first sample; i: sample index within the block.
 # base: element offset of the block; sample_offset: offset of each sample from base.
-# in_bounds: the sample exists; is_valid: it also has a label that is neither ignored nor invalid;
+# in_bounds: the sample exists; is_valid: and its label, if any, is neither ignored nor invalid;
 # load_mask: the samples whose input is loaded.
 # weight, grad_scale: factors of a sample's loss and gradient; divisor_weight: its share of the
 # divisor; upstream_offset: offset of its upstream gradient.
@@ -51,6 +51,7 @@ Scalars = collections.namedtuple(
     "Scalars", "weight_scale inv_divisor delta one_minus_eps eps_per_class"
 )
 # The function in losses.py that computes a loss: for dense targets, and for class indices.
+# "elementwise" needs no normalizer; its losses may still be summed per sample.
 BODIES = {
     "squares": ("elementwise", "elementwise"),
     "probabilities": ("elementwise", "nll"),
@@ -194,12 +195,13 @@ def _load_labels(args, samples, in_bounds, sample_weight, classes, CONST: tl.con
     is_class = label.to(tl.uint64) < classes.to(tl.uint64)  # Negative labels wrap around.
     is_valid = not_ignored & is_class
     divisor_weight = tl.where(not_ignored, sample_weight, 0)
-    weight = tl.where(not_ignored, tl.where(is_class, sample_weight, float("nan")), 0)
     if args.class_weight_ptr is not None:
         pointers = args.class_weight_ptr + tl.where(is_class, label, 0)
         divisor_weight *= tl.load(pointers, mask=not_ignored, other=0).to(CONST.DTYPE)
-    if not CONST.IS_SMOOTHED:  # Else `_load_targets` applies class weights, per element.
-        weight = tl.where(not_ignored & ~is_class, float("nan"), divisor_weight)
+    weight = divisor_weight
+    if CONST.IS_SMOOTHED:  # `_load_targets` applies class weights, per element.
+        weight = tl.where(not_ignored, sample_weight, 0)
+    weight = tl.where(not_ignored & ~is_class, float("nan"), weight)
     label = tl.where(is_valid, label, -1).to(CONST.INDEX)
     return label, is_valid, weight, divisor_weight
 

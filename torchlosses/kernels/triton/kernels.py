@@ -102,7 +102,8 @@ def _loss_kernel(
     if CONST.DIVISOR_SOURCE == "divisor_kernel":
         weight_scale, inverse = _scaled_inverse(tl.load(args.loss_ptr))
     elif CONST.DIVISOR_SOURCE == "each_program":
-        # Triton 3.6 needs names other than those in the loop: these are scalars, those are blocks.
+        # `weights` and `magnitudes` are vectors in the loop, and Triton 3.6 lets no name change its
+        # shape.
         all_weights, all_magnitudes = _sum_weights(args, 0, 1, CONST)
         divisor = _divisor(all_weights, all_magnitudes, args, CONST)
         weight_scale, inverse = _scaled_inverse(divisor)

@@ -1,6 +1,6 @@
 """Losses and gradients of a block of samples: one function for each name in `BODIES`.
 
-Each returns weighted losses per sample (`_elementwise` stores losses per element), and stores the
+Each returns weighted losses per sample (`_elementwise` stores those per element), and stores the
 gradients that have a pointer, times `grad_scale`. R and W say what it reads and writes. The input
 is x if logits, else y; t is the target as `_load_targets` returns it.
 """
@@ -111,8 +111,8 @@ def _thread_zeros(CONST: tl.constexpr):
 def _normalize(args, b, HAS_TARGETS: tl.constexpr, CONST: tl.constexpr):
     """Online softmax: m = max x, Σ exp(x − m), Σ t and Σ t·(x − m); the last two need HAS_TARGETS.
 
-    Each thread keeps its own maximum and sums in registers, so the loop has no exchange between
-    threads.
+    Each thread keeps its own maximum and sums in registers, so with rows the loop has no exchange
+    between threads.
     """
     normalizer = _thread_zeros(CONST)
     # Start at the lowest finite value: −inf − (−inf) is NaN.
@@ -127,9 +127,9 @@ def _normalize(args, b, HAS_TARGETS: tl.constexpr, CONST: tl.constexpr):
         normalizer *= _exp(maximum - new_maximum)
         normalizer += _thread_sum(_exp(shifted))
         if HAS_TARGETS:
-            t, _is_zero, _dtarget = _load_targets(args, b, k, class_mask, offsets, is_label, CONST)
+            t, is_zero, _dtarget = _load_targets(args, b, k, class_mask, offsets, is_label, CONST)
             sum_products += tl.where(sum_t == 0, 0, sum_t * (maximum - new_maximum))
-            sum_products += _thread_sum(tl.where(t == 0, 0, t * shifted))
+            sum_products += _thread_sum(tl.where(is_zero, 0, t * shifted))
             sum_t += _thread_sum(t)
         maximum = new_maximum
     row_maximum = _class_max(maximum)

@@ -20,14 +20,14 @@ class Tile(NamedTuple):
     warps: int
     registers: int  # Limit per thread; with ptxas's default, kernels spill or occupancy drops.
     max_programs: int  # Per launch.
-    is_whole: bool  # The tile holds all classes; else programs loop over them.
+    is_whole: bool  # For a softmax: the tile holds all classes. Else programs loop over them.
     vector_size: int  # Contiguous classes per vector.
     vectors_per_thread: int
     max_alignment: int  # Limit of `Constants.ALIGNMENT`.
 
     @property
     def threads(self) -> int:
-        """Threads per sample."""
+        """Size of the tile along threads."""
         return self.classes // self.vector_size // self.vectors_per_thread
 
     @property
@@ -86,8 +86,8 @@ def configure(
     width, samples, warps, registers = spec
     width //= size
     vector_size = 1 if is_spatial else math.gcd(16 // itemsize, classes, width)
-    threads = 1 if is_spatial else few_threads if has_few_classes else 32 * warps
-    vectors_per_thread = max(width // vector_size // threads, 1)
+    threads_per_row = 1 if is_spatial else few_threads if has_few_classes else 32 * warps
+    vectors_per_thread = max(width // vector_size // threads_per_row, 1)
     # Four per multiprocessor of an H200.
     max_programs = 4 * 132 if is_cached and is_odd else MAX_PROGRAMS
     # Vector loads of over two samples would split one sample's classes between threads.
@@ -125,7 +125,7 @@ def _row_spec(w: int, size: int, is_nll: bool) -> TileSpec:
 
 
 def _part_spec(is_lightest: bool, is_light: bool, needs_few_registers: bool) -> TileSpec:
-    """For parts of rows: the fewer tensors are read besides the logits, the larger the tile."""
+    """For parts of rows: the fewer registers an element needs, the larger the tile."""
     if is_lightest:
         return 2**14, 1, 32, 64
     if is_light:
