@@ -13,8 +13,8 @@ from torch import Tensor
 
 # The range of δ that float32 holds to full precision; others are computed in float64.
 MIN_DELTA, MAX_DELTA = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-# If log p < log δ − LOG_RANGE, then p / (p + δ) rounds to 0; log p is clamped there, so that
-# squares of the quotient stay finite.
+# If log p < log δ − LOG_RANGE, then p / (p + δ), a factor of the gradient, is negligible. log p is
+# clamped there, so that exp(log δ − log p) in the derivatives of logaddexp stays finite.
 LOG_RANGE = {torch.float32: 80, torch.float64: 700}
 LEAST_DIVISOR = 2.0**-120  # From here on 1/divisor is finite in float32, with room for a factor.
 
@@ -335,7 +335,7 @@ def guarded_log(input: Tensor, log_normalizer: Tensor | None, delta: float) -> T
     log_p = input - log_normalizer
     if delta == 0:
         return log_p
-    # By log p and log δ: the derivative of the quotient p/(p+δ) is 0/0 where both are small.
+    # By log p and log δ: differentiating through p/(p+δ) gives 0/0 where both are small.
     reach = LOG_RANGE[log_p.dtype]
     if is_symbolic(delta):
         log_delta = scalar(delta).log().to(log_p.dtype)
@@ -377,7 +377,7 @@ def number(value: float, like: Tensor) -> Tensor | float:
 
 def is_exporting() -> bool:
     """Whether the graph is recorded for another runtime."""
-    # Private: in torch 2.11 every compiled graph takes the public twin for True.
+    # Private: in torch 2.11 the public torch.compiler.is_exporting() is True in compiled graphs too.
     flag = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_exporting() if flag is None else flag
 

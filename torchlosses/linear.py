@@ -223,9 +223,9 @@ class Batch(NamedTuple):
     target: Tensor
     sample_weight: Tensor | None
     upstream: Tensor | None  # Per row, or one for all.
-    # The rows that are not ignored, or None if all are: a mask where values cannot be read, else
-    # their indices.
+    # A mask of the rows to compute, if labels cannot be read without a device sync; else None.
     not_ignored: Tensor | None
+    # The indices of the rows to compute, if labels can be read and some are ignored; else None.
     kept_rows: Tensor | None
 
     @property
@@ -349,9 +349,9 @@ def plan_chunks(
 ) -> tuple[int, torch.dtype]:
     """Rows per chunk, and the dtype in which the weight's gradient is accumulated.
 
-    Each chunk rounds a sum in half precision, so that gets at most MAX_HALF_CHUNKS chunks, which
-    are larger if there are many rows. If those take more memory than the usual chunks and a sum in
-    float32, the choice is the latter.
+    A sum in half precision is rounded once per chunk, so it gets at most MAX_HALF_CHUNKS chunks,
+    which are larger if there are many rows. If such chunks take more memory than the usual chunks
+    plus a sum in float32, the usual chunks and that sum are used.
     """
     num_classes, width = linear_weight.shape
     step = rows_per_chunk(num_rows, num_classes, dtype, linear_weight.device)

@@ -62,8 +62,8 @@ class Plan(Protocol):
         """Scales gradients in place by the upstream gradient.
 
         Returns detached tensors, so the versions of saved ones do not change. In the input's
-        gradient, ignored rows stay 0 though 0 · ∞ is NaN. Returns None, and does nothing, if the
-        kernels leave a factor that is not finite to `compute`.
+        gradient, ignored rows stay 0 though 0 · ∞ is NaN. If `upstream` is not finite, kernels may
+        change nothing and return None; the caller then calls `compute` with it.
         """
 
 
@@ -164,7 +164,7 @@ class Prepared(NamedTuple):
     kernels: Kernels
     plan: Plan
     device: torch.device
-    needs: tuple[bool, ...]  # Which tensors get a gradient; weights never do.
+    needs: tuple[bool, ...]  # Which tensors but the last two, the weights, get a gradient.
     is_deferred: bool  # Gradients are computed in backward.
     formula: Callable[..., Tensor]
 
@@ -231,8 +231,9 @@ def prepare(
 ) -> Prepared | None:
     """Prepares a checked call, or returns None if no kernels serve it.
 
-    Kernels compute gradients of all tensors but the weights. For the linear loss, `wrap` wraps the
-    kernels of a device, `formula` is its formula, and `dtypes` are those of intermediate results.
+    Kernels compute gradients of all tensors but the last two, `weight` and `sample_weight`, whose
+    gradients the formula computes. For the linear loss, `wrap` wraps the kernels of a device,
+    `formula` is its formula, and `dtypes` are those of intermediate results.
     """
     differentiable = tensors[:-2]
     needs = tuple(is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
@@ -512,8 +513,9 @@ CALL = (
 )
 
 
-# Returns `upstream`, and makes the backward graph read `tensors`. Only then does AOTAutograd refuse
-# a second derivative, which would be wrong: the product of a finished gradient reads no input.
+# Returns `upstream`, and makes the backward graph read `tensors`. A graph that multiplies gradients
+# by `upstream` reads no other input, so AOTAutograd would allow a second derivative, and get it
+# wrong. Because of this dependency it raises an error.
 LIBRARY.define("depending(Tensor upstream, Tensor[] tensors) -> Tensor")
 LIBRARY.impl("depending", lambda upstream, tensors: upstream.clone(), "CompositeExplicitAutograd")
 

@@ -34,7 +34,7 @@ SoftmaxTile = collections.namedtuple("SoftmaxTile", "x t target_is_zero dtarget 
 
 @triton.jit
 def _squared_error(y, t, scale):
-    """½ (y − t)², its derivative with respect to y, times `scale`, and with respect to t."""
+    """The loss ½ (y − t)², `scale` times its derivative with respect to y, and that to t."""
     difference = y - t
     loss = difference * (difference * 0.5)  # (y − t)² overflows earlier.
     return loss, difference * scale, -difference
@@ -42,7 +42,7 @@ def _squared_error(y, t, scale):
 
 @triton.jit
 def _guarded_log(y, t, scale, target_is_zero, b, CONST: tl.constexpr):
-    """−t·log(y + δ), its derivative with respect to y, times `scale`, and with respect to t."""
+    """The loss −t·log(y + δ), `scale` times its derivative with respect to y, and that to t."""
     guarded = y + b.delta
     if not CONST.HAS_DELTA:  # 0·log 0 is 0.
         guarded = tl.where(target_is_zero & (guarded == 0), 1, guarded)
@@ -54,7 +54,7 @@ def _guarded_log(y, t, scale, target_is_zero, b, CONST: tl.constexpr):
 
 @triton.jit
 def _element_loss(y, t, scale, target_is_zero, b, CONST: tl.constexpr):
-    """The loss of an element, its derivative with respect to y, times `scale`, and to t."""
+    """The loss of an element, `scale` times its derivative with respect to y, and that to t."""
     tl.static_assert(CONST.LOSS == "squares" or CONST.LOSS == "probabilities")
     if CONST.LOSS == "squares":
         return _squared_error(y, t, scale)
