@@ -377,7 +377,7 @@ def number(value: float, like: Tensor) -> Tensor | float:
 
 def is_exporting() -> bool:
     """Whether the graph is recorded for another runtime."""
-    # Private: in torch 2.11 the public torch.compiler.is_exporting() is True in compiled graphs too.
+    # Private: in torch 2.11 the public is_exporting() is True in every compiled graph.
     flag = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_exporting() if flag is None else flag
 
