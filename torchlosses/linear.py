@@ -223,9 +223,10 @@ class Batch(NamedTuple):
     target: Tensor
     sample_weight: Tensor | None
     upstream: Tensor | None  # Per row, or one for all.
-    # A mask of the rows to compute, if labels cannot be read without a device sync; else None.
+    # A mask, if labels cannot be read without a device sync: all rows are computed, ignored ones
+    # with an input of 0. Else None.
     not_ignored: Tensor | None
-    # The indices of the rows to compute, if labels can be read and some are ignored; else None.
+    # The indices of the rows to compute, if labels can be read and some are ignored. Else None.
     kept_rows: Tensor | None
 
     @property

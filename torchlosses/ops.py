@@ -61,7 +61,8 @@ class Plan(Protocol):
     ) -> Sequence[Tensor | None] | None:
         """Scales gradients in place by the upstream gradient.
 
-        Returns detached tensors, so the versions of saved ones do not change. In the input's
+        Writes through `.data`, whose versions are its own, so those of saved tensors do not change,
+        and returns these. In the input's
         gradient, ignored rows stay 0 though 0 · ∞ is NaN. If `upstream` is not finite, kernels may
         change nothing and return None; the caller then calls `compute` with it.
         """
@@ -438,14 +439,15 @@ def formula_gradients(
 # ---- In compiled graphs
 
 
-# Below this the compiler fuses the formula with its surroundings, which is faster than an operator.
+# Below this number of inputs or logits the compiler fuses the formula with its surroundings, which
+# is faster than an operator.
 MIN_ELEMENTS = 2**13
 
 
 def serves_graph(
     device: torch.device, call: Call, tensors: Sequence[Tensor | None], count: int
 ) -> bool:
-    """Whether a graph that is being compiled gets the operator, for a loss of `count` elements.
+    """Whether a graph that is being compiled gets the operator, for `count` inputs or logits.
 
     Exported graphs use plain operations: the package may not be installed where they run.
     """
@@ -546,11 +548,12 @@ class Operator:
     """A loss in compiled graphs, by the same kernels as eager calls.
 
     Graphs call the operator `loss`. It decomposes into `GraphNode`, an autograd node around two
-    operators that run the kernels: `loss_and_gradients`, whose gradients a handle holds on the CPU,
+    operators that run the kernels: `loss_and_gradients`, which returns CPU gradients in a handle,
     and `gradients`, which rescales those of a handle or computes them from the upstream gradient.
-    On CUDA the graph multiplies the gradients itself.
+    On CUDA the graph itself multiplies the returned gradients.
 
-    The inputs are *tensors, numbers, *extra, *call, and then those of the inner operators.
+    All take *tensors, numbers, *extra, *call; `loss_and_gradients` also takes `needs`, and
+    `gradients` takes `needs`, `upstream` and `handle`.
 
     The first tensors are `differentiable`, which get gradients, the target last; then come weights.
     `numbers` holds δ and ε if the graph takes them as inputs: torch.compile would specialise on
@@ -649,7 +652,7 @@ class Operator:
         tensors = inputs[: self.num_tensors]
         extra, call = self.extra_and_call(inputs)
         call = _with_numbers(call, inputs[self.num_tensors])
-        if tensors[0].numel() == 0:  # Kernels launch nothing: a sum of nothing, and zeros.
+        if tensors[0].numel() == 0:  # The formula's empty sum, and gradients of zeros.
             pairs = zip(tensors, needs, strict=False)
             zeros = [t.new_zeros(t.shape) if needed else None for t, needed in pairs]
             return None, self.make_formula(*extra)(call, *tensors), *zeros
@@ -665,7 +668,7 @@ class Operator:
             in_place = raise_on_invalid = False  # A graph raises no IndexError.
             rest = (tuple(needs), upstream, in_place, raise_on_invalid)
             results = try_kernels(prepared.kernels, device, prepared.plan.compute, *tensors, *rest)
-        if results is None:  # Within an operator there is no autograd, so no formula.
+        if results is None:  # Without autograd, as in an operator, the formula has no gradients.
             raise RuntimeError(
                 f"a kernel of torchlosses has failed on {device}, and this graph was compiled for "
                 f"it; call torch.compiler.reset() and compile it again: the graph will then use "

@@ -13,8 +13,8 @@ directly. It then allocates nothing but the loss and its gradients, except in ca
 where a tensor must be copied to be contiguous or broadcast.
 
 The input is seen as (outer, classes, inner). A tile has the shape (vectors per thread, samples,
-threads, vector size): each thread holds the first and the last dimension in its registers, but for
-wide tiles with inner > 1, whose classes are spread over threads. With
+threads, vector size): each thread holds the first and the last dimension in its registers, except
+that wide tiles with inner > 1 spread the first over threads. With
 inner = 1 samples are contiguous rows, and a flat tensor has classes = 1 too. Otherwise samples are
 contiguous along inner, classes are strided, and a block of samples has one outer index. So offsets
 within a block almost always fit in 32 bits (otherwise INDEX is int64), and only the block's index
@@ -256,7 +256,7 @@ class Plan:
     def rescale(
         self, gradients: Sequence[Tensor | None], upstream: Tensor, target: Tensor
     ) -> list[Tensor | None]:
-        """Scales gradients in place by the upstream gradient, and returns them detached.
+        """Scales gradients in place by the upstream gradient, through `.data`, which it returns.
 
         In the input's gradient, ignored rows stay 0 though 0 · ∞ is NaN.
         """
@@ -349,7 +349,8 @@ class Plan:
         # One size is divided by ALIGNMENT and multiplied back in the kernel, so that Triton can
         # prove divisibility and vectorise. q = inner / ALIGNMENT is passed as 2q + 1: it is odd, so
         # Triton never specialises on its divisibility by 16, and proves no more than ALIGNMENT.
-        # `classes` needs no such disguise: with rows `max_alignment` is 16, and no load is longer.
+        # `classes` needs no such disguise: with inner = 1 `max_alignment` is 16, and no load is
+        # longer.
         sizes = (outer, classes // alignment, inner)
         if is_spatial:
             sizes = (outer, classes, inner // alignment * 2 + 1)

@@ -44,7 +44,7 @@ Block = collections.namedtuple(
     "first i base sample_offset class_stride classes in_bounds load_mask is_valid label weight "
     "grad_scale divisor_weight upstream_offset delta one_minus_eps eps_per_class",
 )
-# The same for all blocks, in the computing dtype.
+# Values shared by all blocks, in the dtype of the computation.
 # weight_scale: factor of all weights, see `_scaled_inverse`; inv_divisor: 1 / (scaled divisor).
 # one_minus_eps: 1 − ε; eps_per_class: ε/C.
 Scalars = collections.namedtuple(
@@ -309,7 +309,7 @@ def _load_input_at_label(args, b, CONST: tl.constexpr):
 
 @triton.jit
 def _load_targets(args, b, k, class_mask, offsets, is_label, CONST: tl.constexpr):
-    """w·t′ with t′ = (1 − ε)·t + ε/C, whether t′ = 0, and ∂(w·t′)/∂t = (1 − ε)·w.
+    """w·t′ with t′ = (1 − ε)·t + ε/C, whether t′ = 0, and t_factor = ∂(w·t′)/∂t = (1 − ε)·w.
 
     t is a tile of the target, one-hot for labels, and w are class weights.
     """
@@ -319,17 +319,17 @@ def _load_targets(args, b, k, class_mask, offsets, is_label, CONST: tl.constexpr
     else:
         pointers = _pointers(args.target_ptr + b.base, offsets, CONST)
         t = tl.load(pointers, mask=mask, other=0).to(CONST.DTYPE)
-    dtarget = tl.full((1, 1, 1, 1), 1, CONST.DTYPE)
+    t_factor = tl.full((1, 1, 1, 1), 1, CONST.DTYPE)
     if CONST.IS_SMOOTHED:
         t = tl.where(mask, t * b.one_minus_eps + b.eps_per_class, 0)
-        dtarget *= b.one_minus_eps
+        t_factor *= b.one_minus_eps
     is_zero = t == 0
     if args.class_weight_ptr is not None:
         pointers = _pointers(args.class_weight_ptr, k, CONST)
         class_weight = tl.load(pointers, mask=class_mask, other=0).to(CONST.DTYPE)
         t *= class_weight
-        dtarget *= class_weight
-    return t, is_zero, dtarget
+        t_factor *= class_weight
+    return t, is_zero, t_factor
 
 
 @triton.jit

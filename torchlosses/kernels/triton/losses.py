@@ -29,12 +29,14 @@ from torchlosses.kernels.triton.blocks import (
     _thread_sum,
 )
 
-SoftmaxTile = collections.namedtuple("SoftmaxTile", "x t target_is_zero dtarget class_mask offsets")
+SoftmaxTile = collections.namedtuple(
+    "SoftmaxTile", "x t target_is_zero t_factor class_mask offsets"
+)
 
 
 @triton.jit
 def _squared_error(y, t, scale):
-    """The loss ½ (y − t)², `scale` times its derivative with respect to y, and that to t."""
+    """The loss ½ (y − t)², scale · ∂loss/∂y, and ∂loss/∂t without the scale."""
     difference = y - t
     loss = difference * (difference * 0.5)  # (y − t)² overflows earlier.
     return loss, difference * scale, -difference
@@ -42,7 +44,7 @@ def _squared_error(y, t, scale):
 
 @triton.jit
 def _guarded_log(y, t, scale, target_is_zero, b, CONST: tl.constexpr):
-    """The loss −t·log(y + δ), `scale` times its derivative with respect to y, and that to t."""
+    """The loss −t·log(y + δ), scale · ∂loss/∂y, and ∂loss/∂t without the scale."""
     guarded = y + b.delta
     if not CONST.HAS_DELTA:  # 0·log 0 is 0.
         guarded = tl.where(target_is_zero & (guarded == 0), 1, guarded)
@@ -54,7 +56,7 @@ def _guarded_log(y, t, scale, target_is_zero, b, CONST: tl.constexpr):
 
 @triton.jit
 def _element_loss(y, t, scale, target_is_zero, b, CONST: tl.constexpr):
-    """The loss of an element, `scale` times its derivative with respect to y, and that to t."""
+    """The loss of an element, scale · ∂loss/∂y, and ∂loss/∂t without the scale."""
     tl.static_assert(CONST.LOSS == "squares" or CONST.LOSS == "probabilities")
     if CONST.LOSS == "squares":
         return _squared_error(y, t, scale)
@@ -69,7 +71,9 @@ def _elementwise(args, b, CONST: tl.constexpr):
     for start in range(0, b.classes, CONST.TILE.classes):
         k, class_mask, offsets, is_label = _make_tile(b, start, CONST)
         y = _load_input(args, b, offsets, class_mask, 0, CONST)
-        t, target_is_zero, dtarget = _load_targets(args, b, k, class_mask, offsets, is_label, CONST)
+        t, target_is_zero, t_factor = _load_targets(
+            args, b, k, class_mask, offsets, is_label, CONST
+        )
         scale = _broadcast(b.grad_scale)
         if CONST.PER_ELEMENT and args.upstream_ptr is not None:
             pointers = _broadcast(args.upstream_ptr + b.upstream_offset)
@@ -78,7 +82,7 @@ def _elementwise(args, b, CONST: tl.constexpr):
             scale *= tl.load(pointers, mask=mask, other=0).to(CONST.DTYPE)
         loss, grad, grad_target = _element_loss(y, t, scale, target_is_zero, b, CONST)
         _store(args.grad_input_ptr, b, offsets, class_mask, grad, CONST)
-        _store(args.grad_target_ptr, b, offsets, class_mask, grad_target * dtarget * scale, CONST)
+        _store(args.grad_target_ptr, b, offsets, class_mask, grad_target * t_factor * scale, CONST)
         loss = tl.where(class_mask, loss, 0) * _broadcast(b.weight)
         if CONST.PER_ELEMENT and not CONST.IS_REDUCED:
             _store(args.loss_ptr, b, offsets, class_mask, loss, CONST)
@@ -111,8 +115,8 @@ def _thread_zeros(CONST: tl.constexpr):
 def _normalize(args, b, HAS_TARGETS: tl.constexpr, CONST: tl.constexpr):
     """Online softmax: m = max x, Σ exp(x − m), Σ t and Σ t·(x − m); the last two need HAS_TARGETS.
 
-    Each thread keeps its own maximum and sums in registers, so with rows the loop has no exchange
-    between threads.
+    Each thread keeps its own maximum and sums in registers, so with inner = 1 the loop has no
+    exchange between threads.
     """
     normalizer = _thread_zeros(CONST)
     # Start at the lowest finite value: −inf − (−inf) is NaN.
@@ -127,7 +131,7 @@ def _normalize(args, b, HAS_TARGETS: tl.constexpr, CONST: tl.constexpr):
         normalizer *= _exp(maximum - new_maximum)
         normalizer += _thread_sum(_exp(shifted))
         if HAS_TARGETS:
-            t, is_zero, _dtarget = _load_targets(args, b, k, class_mask, offsets, is_label, CONST)
+            t, is_zero, _t_factor = _load_targets(args, b, k, class_mask, offsets, is_label, CONST)
             sum_products += tl.where(sum_t == 0, 0, sum_t * (maximum - new_maximum))
             sum_products += _thread_sum(tl.where(is_zero, 0, t * shifted))
             sum_t += _thread_sum(t)
@@ -197,8 +201,8 @@ def _load_tile(args, b, start, CONST: tl.constexpr):
     """The logits of a tile, and its targets as `_load_targets` returns them."""
     k, class_mask, offsets, is_label = _make_tile(b, start, CONST)
     x = _load_input(args, b, offsets, class_mask, float("-inf"), CONST)
-    t, target_is_zero, dtarget = _load_targets(args, b, k, class_mask, offsets, is_label, CONST)
-    return SoftmaxTile(x, t, target_is_zero, dtarget, class_mask, offsets)
+    t, target_is_zero, t_factor = _load_targets(args, b, k, class_mask, offsets, is_label, CONST)
+    return SoftmaxTile(x, t, target_is_zero, t_factor, class_mask, offsets)
 
 
 @triton.jit
@@ -221,7 +225,7 @@ def _store_softmax_gradients(args, b, tile, maximum, log2_normalizer, s, CONST: 
         grad = _exp(shifted) * exp_scale - tile.t * scale
         log2 = shifted * LOG2_E - _broadcast(log2_normalizer)
         log2 = tl.where(tile.target_is_zero & (log2 == float("-inf")), 0, log2)  # 0·log 0 is 0.
-    grad_target = log2 * -LN_2 * tile.dtarget * scale
+    grad_target = log2 * -LN_2 * tile.t_factor * scale
     _store(args.grad_input_ptr, b, tile.offsets, tile.class_mask, grad, CONST)
     _store(args.grad_target_ptr, b, tile.offsets, tile.class_mask, grad_target, CONST)
 
