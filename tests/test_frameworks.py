@@ -980,7 +980,7 @@ def test_figures_of_the_linear_loss() -> None:
     ours = functools.partial(linear_cross_entropy_error, delta=0, reduction="mean")
     x = torch.zeros(2048, 4, dtype=torch.bfloat16)
     weight, t = torch.zeros(8000, 4, dtype=torch.bfloat16), torch.zeros(2048).long()
-    figures = f"{chunked(x, weight, t):.1f} for {ours(x, weight, t):.2f}"
+    figures = f"{chunked(x, weight, t):.1f} where {ours(x, weight, t):.2f} is right"
     for text in (README["Where it differs from torch"], MIGRATION["torch"]):
         assert f" {figures}" in " ".join(text.split())
     x, weight, t = x[:8].requires_grad_(), weight[:8].requires_grad_(), t[:8] - 100
