@@ -101,7 +101,7 @@ class Classes(NamedTuple):
 
 
 class Rows:
-    """How processes share the rows of an input: its shape, class dimension, and sums over them.
+    """How processes share the rows of an input: its shape, class dimension, and collectives.
 
     Here there is one process; `sharded.Shards` has several. `own_shape` is that of the part of the
     input in this process.

@@ -141,7 +141,7 @@ def _compute(
         constants = ops.find_constants(options, tensors)
         static = None if constants is None else _find_static_call(kind, *constants)
         if static is not None:
-            # `_check` reshapes only 0-D tensors, and those are too small for the operator.
+            # The tensors as given: `_check` would change only 0-D ones, too small for the operator.
             numbers = None  # δ and ε are constants.
             loss: Tensor = ops.LOSS_OPERATOR.op(*tensors, numbers, *static)
             return loss

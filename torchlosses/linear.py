@@ -29,8 +29,8 @@ CHUNK_BYTES_PER_CLASS = 2**12
 CPU_CHUNK_BYTES = 48 * 10**6
 MIN_ROWS = 256
 # The most chunks whose weight gradients are accumulated in half precision. Each rounds the sum. A
-# sum of random terms grows as a square root: the k-th of six roundings is of a sum √(k/6) as large
-# as the last, so all six together have 1.9 times the error of one.
+# sum of random terms grows as a square root: after k of six chunks the sum, and so its rounding
+# error, is √(k/6) times the last one. The six together are √(Σ k/6) = 1.9 times the last one.
 MAX_HALF_CHUNKS = 6
 MAX_PLANS = 64
 # Classes per block when a product in half precision is added to a sum in float32: the product of a

@@ -61,10 +61,10 @@ class Plan(Protocol):
     ) -> Sequence[Tensor | None] | None:
         """Scales gradients in place by the upstream gradient.
 
-        Writes through `.data`, whose versions are its own, so those of saved tensors do not change,
-        and returns these. In the input's
-        gradient, ignored rows stay 0 though 0 · ∞ is NaN. If `upstream` is not finite, kernels may
-        change nothing and return None; the caller then calls `compute` with it.
+        Writes through `.data`, which has a version counter of its own, so autograd does not see the
+        saved tensors change; returns the `.data` tensors. Ignored rows of the input's gradient stay
+        0, though 0 · ∞ is NaN. If `upstream` is not finite, kernels may change nothing and return
+        None; the caller then calls `compute` with it.
         """
 
 
@@ -85,7 +85,10 @@ class Kernels(Protocol):
 
 @functools.cache
 def _load_cpu() -> Any | None:
-    """Imports the kernels at first use: under a fake-tensor mode their constants would be fake."""
+    """Imports the kernels at first use, not with the package.
+
+    The package may be imported under a fake-tensor mode, where the kernels' constants would be fake.
+    """
     try:
         from torchlosses.kernels import cpu
     except ImportError as error:
@@ -165,7 +168,7 @@ class Prepared(NamedTuple):
     kernels: Kernels
     plan: Plan
     device: torch.device
-    needs: tuple[bool, ...]  # Which tensors but the last two, the weights, get a gradient.
+    needs: tuple[bool, ...]  # Whether each tensor but the last two, the weights, gets a gradient.
     is_deferred: bool  # Gradients are computed in backward.
     formula: Callable[..., Tensor]
 
@@ -286,7 +289,7 @@ def run(prepared: Prepared, tensors: Sequence[Tensor | None]) -> Tensor | None:
     """The loss by kernels, or None if they fail."""
     _, kernels, plan, device, needs, deferred, _ = prepared
     needs_grad = True in needs
-    has_hooks = needs_grad and bool(checks.find_saving_hooks(True))  # Under a tracer too.
+    has_hooks = needs_grad and bool(checks.find_saving_hooks(True))  # True: even under a tracer.
     if deferred or has_hooks:
         needs = (False,) * len(needs)
     results = try_kernels(kernels, device, plan.compute, *tensors, needs)
@@ -529,10 +532,10 @@ NOTHING = None, None
 def hold(*held: Any) -> Tensor:
     """A handle: a small tensor that holds gradients between forward and backward of a graph.
 
-    An operator must not return an argument, and a multiplication would be one more pass over
-    memory. So backward takes the gradients from the handle and scales them in place. They live as
-    long as the handle, which autograd saves. A copy of the handle is empty, and backward computes
-    the gradients again.
+    Backward scales gradients in place, as a product in new memory would cost one more pass. An
+    operator must not return an argument, so backward gets them from the handle. They live as long
+    as the handle, which autograd saves. A copy of the handle is empty, and backward computes the
+    gradients again.
     """
     handle = torch.empty(HANDLE_NUMEL, dtype=torch.uint8, device="cpu")
     handle.held = held  # type: ignore[attr-defined]
@@ -555,7 +558,7 @@ class Operator:
     All take *tensors, numbers, *extra, *call; `loss_and_gradients` also takes `needs`, and
     `gradients` takes `needs`, `upstream` and `handle`.
 
-    The first tensors are `differentiable`, which get gradients, the target last; then come weights.
+    The tensors are first the `differentiable` ones, of which the target is the last, then weights.
     `numbers` holds δ and ε if the graph takes them as inputs: torch.compile would specialise on
     float arguments. `wrap(*extra, kernels)` and `make_formula(*extra)` return the kernels and the
     formula of `prepare`.

@@ -214,7 +214,7 @@ def _guarded_softmax(b, x, maximum, log2_normalizer, CONST: tl.constexpr):
 
 @triton.jit
 def _store_softmax_gradients(args, b, tile, maximum, log2_normalizer, s, CONST: tl.constexpr):
-    """Stores pⱼ·(S − tⱼ/(pⱼ+δ)) and −log(pⱼ+δ)·dtargetⱼ, times `grad_scale`; see `_softmax`."""
+    """Stores pⱼ·(S − tⱼ/(pⱼ+δ)) and −log(pⱼ+δ)·t_factorⱼ, times `grad_scale`; see `_softmax`."""
     scale = _broadcast(b.grad_scale)
     if CONST.HAS_DELTA:
         p, log2, reciprocal = _guarded_softmax(b, tile.x, maximum, log2_normalizer, CONST)
