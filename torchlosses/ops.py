@@ -87,7 +87,7 @@ class Kernels(Protocol):
 def _load_cpu() -> Any | None:
     """Imports the kernels at first use, not with the package.
 
-    The package may be imported under a fake-tensor mode, where the kernels' constants would be fake.
+    That may be imported under a fake-tensor mode, where the kernels' constants would be fake.
     """
     try:
         from torchlosses.kernels import cpu
