@@ -166,7 +166,7 @@ class ClassPosition(NamedTuple):
 
 
 def compute(call: Call, arguments: Arguments, classes: Classes | None = None) -> Tensor:
-    """The loss. Pass `classes` if more is known of the target than its range."""
+    """The loss. Pass `classes` if its values are known, such as that all are valid."""
     input, target, *_ = arguments
     rows = Rows(input.shape, call.dim)
     if call.is_index and classes is None:

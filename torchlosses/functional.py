@@ -141,7 +141,7 @@ def _compute(
         constants = ops.find_constants(options, tensors)
         static = None if constants is None else _find_static_call(kind, *constants)
         if static is not None:
-            # The tensors as given: `_check` would change only 0-D ones, too small for the operator.
+            # `_check` returns the tensors unchanged, except 0-D ones, which MIN_ELEMENTS excludes.
             numbers = None  # δ and ε are constants.
             loss: Tensor = ops.LOSS_OPERATOR.op(*tensors, numbers, *static)
             return loss

@@ -51,9 +51,10 @@ class Plan(Protocol):
     def compute(self, *arguments: Any) -> Any:
         """The loss and its gradients, from tensors, needs and an optional upstream gradient.
 
-        `needs` has one bool for each tensor but the weights, the last two. Two flags may follow:
-        `in_place` writes the input's gradient over the input; `raise_on_invalid`, True if absent,
-        lets the CPU raise an IndexError for an invalid class. Else its loss and gradient are NaN.
+        `needs` has one bool for each tensor but the last two, the weights. After `upstream` come
+        `in_place`, to write the input's gradient over the input, and `raise_on_invalid`, by default
+        True: the CPU raises an IndexError for an invalid class. Without an error, its loss and
+        gradient are NaN.
         """
 
     def rescale(
@@ -519,8 +520,8 @@ CALL = (
 
 
 # Returns `upstream`, and makes the backward graph read `tensors`. A graph that multiplies gradients
-# by `upstream` reads no other input, so AOTAutograd would allow a second derivative, and get it
-# wrong. Because of this dependency it raises an error.
+# by `upstream` reads no input of forward, so AOTAutograd would allow a second derivative, and get
+# it wrong. With this dependency AOTAutograd raises an error instead.
 LIBRARY.define("depending(Tensor upstream, Tensor[] tensors) -> Tensor")
 LIBRARY.impl("depending", lambda upstream, tensors: upstream.clone(), "CompositeExplicitAutograd")
 
@@ -550,10 +551,10 @@ def take(handle: Tensor | None) -> Any:
 class Operator:
     """A loss in compiled graphs, by the same kernels as eager calls.
 
-    Graphs call the operator `loss`. It decomposes into `GraphNode`, an autograd node around two
-    operators that run the kernels: `loss_and_gradients`, which returns CPU gradients in a handle,
-    and `gradients`, which rescales those of a handle or computes them from the upstream gradient.
-    On CUDA the graph itself multiplies the returned gradients.
+    Graphs call `op`, the operator of this name. It decomposes into `GraphNode`, an autograd node
+    around two operators that run the kernels: `loss_and_gradients`, which returns CPU gradients in
+    a handle, and `gradients`, which rescales those of a handle or computes them from the upstream
+    gradient. On CUDA the graph itself multiplies the returned gradients.
 
     All take *tensors, numbers, *extra, *call; `loss_and_gradients` also takes `needs`, and
     `gradients` takes `needs`, `upstream` and `handle`.
