@@ -322,17 +322,17 @@ def test_a_layer_prepared_anew_between_forward_and_backward(path: str) -> None:
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
 @pytest.mark.parametrize("name", ["weight", "sample_weight", "upstream"])
 def test_copies_outlive_a_kernel_that_dynamo_calls(name: str, path: str) -> None:
-    """Dynamo compiles a launch by itself where it fails to trace the caller."""
+    """Dynamo compiles `Plan.compute` by itself where it fails to trace the caller."""
     y, t = torch.rand(64, 64), torch.randint(64, (64,))
     copied = {name: torch.rand(64, dtype=torch.float64)}  # To float32.
     call = Call("logits", True, 1, "none", -100, torch.float32)
     kernels = ops.kernels_of(y.device, call.kind)
     assert kernels is not None
-    launch = kernels.prepare(call, y, t, copied.get("weight"), copied.get("sample_weight"))
+    plan = kernels.prepare(call, y, t, copied.get("weight"), copied.get("sample_weight"))
 
     def compute() -> Any:
         weights = copied.get("weight"), copied.get("sample_weight")
-        return launch.compute(y, t, *weights, (True, False), copied.get("upstream"))
+        return plan.compute(y, t, *weights, (True, False), copied.get("upstream"))
 
     expected = compute()
     compiled = torch.compile(compute, backend="eager")

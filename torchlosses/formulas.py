@@ -152,10 +152,11 @@ class ClassPosition(NamedTuple):
         return picked if self.is_here is None else picked.where(self.is_here, otherwise)
 
     def one_hot(self, like: Tensor) -> Tensor:
-        """Whether an element is that of its sample's class."""
+        """True at each sample's class, and nowhere if another process holds it."""
         shape = [1] * like.dim()
         shape[self.dim] = like.shape[self.dim]
-        return torch.arange(shape[self.dim], device=like.device).view(shape) == self.indices
+        mask = torch.arange(shape[self.dim], device=like.device).view(shape) == self.indices
+        return mask if self.is_here is None else mask & self.is_here.unsqueeze(self.dim)
 
     def weight(self, weight: Tensor) -> Tensor:
         """The class weight of each sample, or 0 if another process holds its class."""
@@ -257,7 +258,7 @@ def squared_error(
         difference = input - target
     elif input.shape[target.dim] == 0:
         return input
-    elif is_fused() and target.is_here is None:
+    elif is_fused():
         difference = input - target.one_hot(input).to(input.dtype)
     else:  # y − t differs from y in one element per row, so the one-hot row is never made.
         minus_one = input.new_full((), -1).expand(target.indices.shape)

@@ -220,16 +220,18 @@ def _find_static_call(
     Dynamo runs this once per graph. Traced code would cost a guard, at each call, for everything it
     reads.
     """
-    given = [p and _Properties(*p) for p in properties]
+    given: list[Any] = [p and _Properties(*p) for p in properties]
     if len({p.device for p in given if p}) > 1 or not all(p.is_plain for p in given if p):
         return None
-    tensors: list[Any] = [p and p.make_meta() for p in given]
     try:
-        call, arguments, has_one_class = _check(kind, checks.check_options(*options), *tensors)
+        checked = checks.check_options(*options)
+        call, arguments, has_one_class = _check(
+            kind, checked, *[p and p.make_meta() for p in given]
+        )
     except (TypeError, ValueError):
         return None  # The traced code raises it, with the user's tensors.
-    device, size = properties[0][1], arguments.input.numel()
-    is_served = not has_one_class and ops.serves_graph(device, call, arguments, size)
+    size = arguments.input.numel()
+    is_served = not has_one_class and ops.serves_graph(given[0].device, call, arguments, size)
     return tuple(call) if is_served else None
 
 

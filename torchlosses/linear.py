@@ -184,7 +184,7 @@ class LayerPlan:
                 torch.mm(x, w.t(), out=z)
             else:
                 torch.addmm(b, x, w.t(), out=z)
-            loss, grad_z, grad_t = self._plan_chunk(z, t, weight, s).compute(
+            loss, grad_z, grad_t = self._find_plan(z, t, weight, s).compute(
                 z, t, weight, s, (any(needs[:3]), needs[3]), u, in_place, raise_on_invalid
             )
             losses.append(loss)
@@ -193,9 +193,7 @@ class LayerPlan:
         loss = self._loss(batch, losses, divisor)
         return [loss, *gradients.finish(input, linear_weight, linear_bias, target)]
 
-    def _plan_chunk(
-        self, z: Tensor, t: Tensor, weight: Tensor | None, s: Tensor | None
-    ) -> ops.Plan:
+    def _find_plan(self, z: Tensor, t: Tensor, weight: Tensor | None, s: Tensor | None) -> ops.Plan:
         layout = ops.layout_of((z, t, weight, s))
         plan = self.plans.get(layout)
         if plan is None:
@@ -358,9 +356,9 @@ def plan_chunks(
     step = rows_per_chunk(num_rows, num_classes, dtype, linear_weight.device)
     if not needs_weight_grad or linear_weight.dtype != dtype or dtype.itemsize >= 4:
         return step, torch.promote_types(linear_weight.dtype, torch.float32)
-    # A sum of half the bytes has half the traffic, so half the rows suffice to hide it.
+    # A sum in half precision has half the traffic, so half the rows suffice to hide it.
     half_step = max(_ceil_div(num_rows, MAX_HALF_CHUNKS), step // 2, 1)
-    # Bytes per class: logits, and what a sum in float32 adds.
+    # Bytes per class: of logits, and on the right of a sum in float32 too.
     if half_step * dtype.itemsize <= step * dtype.itemsize + width * torch.float32.itemsize:
         return half_step, dtype
     return step, torch.float32

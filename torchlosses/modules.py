@@ -19,7 +19,7 @@ class SumSquaredError(nn.Module):
 
     Args:
         reduction: ``'sum'`` (default); ``'mean'``, over all elements; ``'batchmean'``, the sum
-            divide by ``input.shape[0]``, or by 1 for an input of at most one dimension;
+            divided by ``input.shape[0]``, or by 1 for an input of at most one dimension;
             ``'none'``, a loss per element.
         dim: the class dimension, for targets that are class indices. By default 1, or 0 for a 1-D
             input.
@@ -117,7 +117,7 @@ class CrossEntropyError(nn.Module):
             the module; an :class:`torch.nn.Parameter` becomes a parameter of it.
         reduction: ``'sum'`` (default); ``'mean'``, which divides by the sum of the target classes'
             weights for class indices and by the number of samples for other targets;
-            ``'batchmean'``, the sum divide by ``input.shape[0]``, or by 1 for an input of at most
+            ``'batchmean'``, the sum divided by ``input.shape[0]``, or by 1 for an input of at most
             one dimension; ``'none'``, a loss per sample.
         delta: the guard δ, at least 0. With 0, a term 0·log 0 is the constant 0.
         from_logits: whether `input` holds logits instead of probabilities. Logits of −inf are fine

@@ -526,7 +526,7 @@ LIBRARY.define("depending(Tensor upstream, Tensor[] tensors) -> Tensor")
 LIBRARY.impl("depending", lambda upstream, tensors: upstream.clone(), "CompositeExplicitAutograd")
 
 
-HANDLE_NUMEL = 1  # Elements of a handle.
+HANDLE_NUMEL = 1
 NOTHING = None, None
 
 

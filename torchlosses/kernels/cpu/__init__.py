@@ -130,7 +130,7 @@ def prepare(
     weight: Tensor | None,
     sample_weight: Tensor | None,
 ) -> Plan:
-    """What computes all calls whose tensors are alike in dtype, shape and strides."""
+    """A plan for calls whose tensors are alike in dtype, shape and strides."""
     return Plan(call, input, target, sample_weight)
 
 
