@@ -30,8 +30,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py starts such a pr
                 checks.check_classes(target, input.shape[call.dim], call.ignore_index)
             return super().compute(*arguments)
 
+    triton.Plan = CheckedPlan  # type: ignore[misc]
     interpreted = SimpleNamespace(
-        LOSSES=triton.LOSSES, CAN_FAIL=True, prepare=CheckedPlan, Plan=CheckedPlan
+        LOSSES=triton.LOSSES, CAN_FAIL=True, prepare=triton.prepare, Plan=CheckedPlan
     )
     ops.KERNEL_LOADERS["cpu"] = lambda device: interpreted
 

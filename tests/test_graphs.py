@@ -1,14 +1,18 @@
 """Compiled graphs run the kernels of eager calls, as operators of torch."""
 
+import functools
 import itertools
 import os
-import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.profiler import profile
 
 from torchlosses import LinearCrossEntropyError, formulas, linear, ops
 from torchlosses.formulas import Arguments, Call, Loss
@@ -33,8 +37,7 @@ pytestmark = pytest.mark.parametrize("path", ["kernels"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def _anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(ops, "MIN_ELEMENTS", 0)
+def _anew() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -73,17 +76,6 @@ def test_a_graph_holds_an_operator(name: str, is_index: bool, device: str) -> No
     assert operators(torch.func.grad(loss), y, t) == []
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_small_loss_is_fused_with_what_is_around_it(
-    name: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    y, t = (x.to(device) for x in batch(is_index=True))  # 30 elements.
-    for least, count in ((30, 1), (31, 0)):
-        monkeypatch.setattr(ops, "MIN_ELEMENTS", least)
-        torch.compiler.reset()
-        assert len(operators(LOSSES[name], y, t)) == count
-
-
 def test_a_loss_that_no_kernel_knows_goes_to_the_formula(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,33 +111,35 @@ def test_a_kernel_knows_its_own_names_alone(
         kernels.prepare(unknown, y, t, None, None)
 
 
-def options_of(kind: str, is_index: bool, reduction: str) -> tuple[Any, ...]:
-    return (kind, is_index, 1, reduction, -100, torch.float32, 1e-7, 0.0)
+def packed(kind: str, is_index: bool, reduction: str) -> str:
+    return ops.pack(Call(kind, is_index, 1, reduction, -100, torch.float32, 1e-7))
 
 
 # opcheck looks at gradients of what it cloned.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize("is_late", [False, True])
 @pytest.mark.parametrize("is_index", [False, True])
 @pytest.mark.parametrize("kind", [*KINDS, "linear"])
 def test_the_operators_are_what_they_say(
-    kind: str, is_index: bool, is_late: bool, device: str
+    kind: str, is_index: bool, is_late: bool, is_weighted: bool, device: str
 ) -> None:
     y, t = (x.to(device) for x in batch(is_index))
     reduction = "none" if is_late else "mean"
-    weights = (None, torch.rand(6, device=device))
+    weights = (None, torch.rand(6, device=device) if is_weighted else None)
     if kind == "linear":
         w = torch.randn(5, 5, device=device).t().requires_grad_()
         b = torch.randn(5, device=device)
-        options = options_of("logits", is_index, reduction)
+        options = packed("logits", is_index, reduction)
         for size, needs in ((6, [True, True, False, False]), (0, [False, True, False, False])):
             x = y[:size].detach().requires_grad_(needs[0])
+            sample_weight = None if weights[1] is None else weights[1][:size]
             torch.library.opcheck(
                 linear.LOSS_OPERATOR.op,
-                (x, w, b, t[:size], None, weights[1][:size], None, torch.float32, *options),
+                (x, w, b, t[:size], None, sample_weight, None, torch.float32, options),
             )
         return
-    if kind == "squares" and not is_index:
+    if kind == "squares" and not is_index and is_weighted:
         weights = (None, torch.rand(6, 1, device=device))
     for wanted in itertools.product([False, True], [False, not is_index]):
         leaves = [
@@ -153,8 +147,113 @@ def test_the_operators_are_what_they_say(
         ]
         torch.library.opcheck(
             ops.LOSS_OPERATOR.op,
-            (*leaves, *weights, None, *options_of(kind, is_index, reduction)),
+            (*leaves, *weights, None, packed(kind, is_index, reduction)),
         )
+
+
+# ---- The native operators
+
+native = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="of the CPU's kernels")
+
+
+@native
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_holds_native_operators_where_they_serve(kind: str, path: str) -> None:
+    assert ops.kernels_of(torch.device("cpu"), kind).HAS_OPERATORS  # type: ignore[union-attr]
+
+    def names(y: Tensor, t: Tensor, **options: Any) -> list[str]:
+        graphs: list[Any] = []
+
+        def keep(graph: Any, inputs: Any) -> Any:
+            graphs.append(graph)
+            return make_boxed_func(graph.forward)
+
+        backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+        torch.compiler.reset()
+        loss = torch.compile(LOSSES[kind], fullgraph=True, backend=backend)(y, t, **options)
+        if loss.requires_grad:
+            loss.sum().backward()
+        targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+        return [name.split(".")[1] for name in targets if name.startswith("torchlosses.")]
+
+    for is_index in (False, True):
+        y, t = batch(is_index)
+        assert names(y, t) == ["native_loss_and_gradient", "native_loss_gradient"]
+        assert names(y, t, reduction="none") == ["native_loss", "native_loss_gradient"]
+        assert names(y.detach(), t) == ["native_loss"]
+        weights = torch.rand(6) if is_index or kind != "squares" else torch.rand(6, 1)
+        assert names(y, t, sample_weight=weights) == ["loss_and_gradients", "loss_gradients"]
+    y, t = batch(is_index=False)
+    assert names(y, t.requires_grad_()) == ["loss_and_gradients", "loss_gradients"]
+
+
+CELLS = (  # Shape of the input, class dimension, dtype of class indices.
+    ((5,), 0, torch.int64),
+    ((600, 6), 1, torch.uint16),
+    ((4, 5, 30), 1, torch.int8),
+    ((3, 2, 6), 2, torch.int32),
+    ((0, 5), 1, torch.int64),
+)
+
+
+@native
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean", "none"])
+@pytest.mark.parametrize("is_index", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_native_operators_return_the_bits_of_the_others(
+    kind: str, is_index: bool, reduction: str, dtype: torch.dtype, path: str
+) -> None:
+    computed = torch.promote_types(dtype, torch.float32)
+    operator = ops.LOSS_OPERATOR
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+    for shape, dim, integer in CELLS:
+        call = Call(kind, is_index, dim, reduction, 3 if is_index else -100, computed, 0.1, 0.2)
+        y, t = torch.rand(shape).to(dtype), torch.rand(shape) < 0.5
+        if is_index:  # Some classes are ignored, and some are none.
+            t = torch.randint(0, 7, [*shape[:dim], *shape[dim + 1 :]]).to(integer)
+        for input in (y, y.transpose(0, -1).contiguous().transpose(0, -1)):
+            inputs = (input, t, None, None, None, ops.pack(call))
+            assert ops._find_native_inputs(inputs, [True, False]) is not None
+            assert ops.unpack(ops.pack(call)) == call
+            for needed in (False, reduction != "none"):
+                needs = [needed, False]
+                loss, *handles = operator.loss_and_gradients(*inputs, needs)
+                expected, *others = operator.op_loss_and_gradients(*inputs, needs)
+                close(loss, expected)
+                for factor in (1.0, 0.3, torch.inf):
+                    rest = [True, False], torch.full_like(loss, factor)
+                    close(
+                        operator.gradients(*inputs, *rest, handles),
+                        operator.op_gradients(*inputs, *rest, others),
+                    )
+
+
+@native
+def test_native_operators_refuse_what_no_kernel_knows(path: str) -> None:
+    y, t = (x.detach() for x in batch(is_index=False))
+    text = packed("squares", False, "sum")
+    for wrong in (text.replace("squares", "cubes"), text.replace("sum", "median")):
+        with pytest.raises(RuntimeError, match="no kernel knows"):
+            ops.LOSS_OPERATOR.native_loss(y, t, wrong)
+    with pytest.raises(RuntimeError, match="64 dimensions"):
+        ops.LOSS_OPERATOR.native_loss(torch.rand([1] * 65), torch.rand([1] * 65), text)
+
+
+@native
+def test_many_threads_call_native_operators(path: str) -> None:
+    def run(leaf: Tensor) -> bool:
+        for _ in range(300):
+            loss, handle = ops.LOSS_OPERATOR.native_loss_and_gradient(leaf, t, text)
+            gradient = ops.LOSS_OPERATOR.native_gradient(leaf, t, text, loss.sign(), handle)
+            if not torch.equal(gradient, leaf - t):
+                return False
+        return True
+
+    y, t = (x.detach() for x in batch(is_index=False))
+    text = packed("squares", False, "sum")
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(run, [y + k for k in range(8)]))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
@@ -272,41 +371,54 @@ def test_a_bad_class_in_a_mean_spoils_its_own_sample(
     torch.testing.assert_close(gradient[valid], expected[valid])
 
 
-@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="handles are the CPU's")
+def allocated(call: Any) -> tuple[int, Any]:
+    """The bytes that a call allocates and does not free, and its result."""
+    with profile(profile_memory=True) as profiler:
+        result = call()
+    events = getattr(profiler.profiler, "kineto_results").events()  # noqa: B009
+    return sum(event.nbytes() for event in events if event.name() == "[memory]"), result
+
+
+@native
+@pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_handle_holds_gradients_until_backward_takes_them(
-    name: str, path: str, monkeypatch: pytest.MonkeyPatch
+    name: str, is_weighted: bool, path: str
 ) -> None:
-    """The caller may write to what backward returned; a copy of a handle holds nothing."""
-    y, t = batch(is_index=True)
-    (expected,) = torch.autograd.grad(LOSSES[name](y, t), y)
-    hold, held = ops.hold, []
-
-    def spy(prepared: Any, gradients: Any) -> Tensor:
-        held.append((weakref.ref(gradients[0]), gradients[0].data_ptr()))
-        return hold(prepared, gradients)
-
-    monkeypatch.setattr(ops, "hold", spy)
+    """The caller may write to what backward returned."""
+    y, t = torch.rand(64, 5, requires_grad=True), torch.randint(5, (64,))
+    options = {"sample_weight": torch.rand(64)} if is_weighted else {}
+    (expected,) = torch.autograd.grad(LOSSES[name](y, t, **options), y)
     compiled = torch.compile(LOSSES[name], fullgraph=True, backend="aot_eager")
+    torch.autograd.grad(compiled(y, t, **options), y)
     with torch._functorch.config.patch(donated_buffer=False):
-        loss = compiled(y, t)
-        ((alive, address),) = held
+        held, loss = allocated(lambda: compiled(y, t, **options))
+        assert held >= y.nbytes
         for is_first in (True, False):
-            (gradient,) = torch.autograd.grad(loss, y, retain_graph=True)
+            fresh, (gradient,) = allocated(lambda: torch.autograd.grad(loss, y, retain_graph=True))
             torch.testing.assert_close(gradient, expected)
-            assert (gradient.data_ptr() == address) == is_first
+            assert (fresh < y.nbytes) == is_first
             gradient.zero_()
-        (again,) = torch.autograd.grad(compiled(y, t), y)
-        torch.testing.assert_close(again, expected)
-        loss = compiled(y, t)
-        alive, _ = held[-1]
-        assert alive() is not None
-        del loss
-    assert alive() is None
-    handle = hold(None, [])
-    assert ops.take(handle.clone()) is ops.NOTHING
-    assert ops.take(handle) == (None, [])
-    assert ops.take(handle) is ops.NOTHING
+        left, _ = allocated(lambda: [compiled(y, t, **options)].clear())
+    assert left < y.nbytes
+
+
+@native
+@pytest.mark.parametrize("is_native", [False, True])
+def test_a_copy_of_a_handle_holds_nothing(is_native: bool, path: str) -> None:
+    y, t = batch(is_index=True)
+    (expected,) = torch.autograd.grad(3 * LOSSES["logits"](y, t), y)
+    weight = None if is_native else torch.ones(5)
+    inputs = (y, t, weight, None, None, packed("logits", True, "sum"), [True, False])
+    _, handle = ops.LOSS_OPERATOR.loss_and_gradients(*inputs)
+    upstream, found = torch.tensor(3.0), []
+    for held in (handle.clone(), handle, handle):
+        fresh, (gradient,) = allocated(
+            lambda held=held: ops.LOSS_OPERATOR.gradients(*inputs, upstream, [held])
+        )
+        torch.testing.assert_close(gradient, expected)
+        found.append(fresh >= y.nbytes)
+    assert found == [True, False, True]
 
 
 def test_a_layer_prepared_anew_between_forward_and_backward(path: str) -> None:
@@ -318,7 +430,7 @@ def test_a_layer_prepared_anew_between_forward_and_backward(path: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(3 * loss, y)[0], expected)
 
 
-@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="of the CPU's kernels")
+@native
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
 @pytest.mark.parametrize("name", ["weight", "sample_weight", "upstream"])
 def test_copies_outlive_a_kernel_that_dynamo_calls(name: str, path: str) -> None:

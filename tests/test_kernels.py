@@ -46,8 +46,9 @@ STABLE = {
     "PyCapsule_GetPointer", "PyCapsule_New", "PyErr_Format", "PyErr_NoMemory", "PyErr_Occurred",
     "PyEval_RestoreThread", "PyEval_SaveThread", "PyExc_TypeError", "PyLong_AsLong",
     "PyLong_AsLongLong", "PyLong_AsSize_t", "PyLong_AsVoidPtr", "PyLong_FromLong",
-    "PyLong_FromLongLong", "PyModule_AddObjectRef", "PyModule_Create2", "PyTuple_New",
-    "PyTuple_SetItem", "PyUnicode_FromString", "_PyArg_ParseTuple_SizeT", "_Py_NoneStruct",
+    "PyLong_FromLongLong", "PyModule_AddIntConstant", "PyModule_AddObjectRef", "PyModule_Create2",
+    "PyTuple_New", "PyTuple_SetItem", "PyUnicode_FromString", "_PyArg_ParseTuple_SizeT",
+    "_Py_Dealloc", "_Py_NoneStruct",
 }  # fmt: skip
 
 

@@ -650,10 +650,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("path", ["kernels"], indirect=True)
-def test_a_graph_whose_kernels_failed_asks_to_be_compiled_again(
-    path: str, failing: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ops, "MIN_ELEMENTS", 0)
+def test_a_graph_whose_kernels_failed_asks_to_be_compiled_again(path: str, failing: Any) -> None:
     torch._dynamo.reset()
     x, w, t = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4), torch.zeros(5).long()
     compiled = torch.compile(linear_cross_entropy_error, fullgraph=True, backend="aot_eager")

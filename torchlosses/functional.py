@@ -141,9 +141,8 @@ def _compute(
         constants = ops.find_constants(options, tensors)
         static = None if constants is None else _find_static_call(kind, *constants)
         if static is not None:
-            # `_check` returns the tensors unchanged, except 0-D ones, which MIN_ELEMENTS excludes.
             numbers = None  # δ and ε are constants.
-            loss: Tensor = ops.LOSS_OPERATOR.op(*tensors, numbers, *static)
+            loss: Tensor = ops.LOSS_OPERATOR.op(*tensors, numbers, static)
             return loss
     checked = checks.cached_options(*options)
     prepared = ops.find(ops.key_of(kind, checked, tensors))
@@ -212,10 +211,9 @@ class _Properties(NamedTuple):
         )
 
 
-def _find_static_call(
-    kind: str, options: Sequence[Any], properties: Sequence[Any]
-) -> tuple[Any, ...] | None:
-    """The checked call of a graph, or None if the operator does not serve it.
+@ops.constant
+def _find_static_call(kind: str, options: Sequence[Any], properties: Sequence[Any]) -> str | None:
+    """The packed call of a graph, or None if the operator does not serve it as it is.
 
     Dynamo runs this once per graph. Traced code would cost a guard, at each call, for everything it
     reads.
@@ -230,10 +228,7 @@ def _find_static_call(
         )
     except (TypeError, ValueError):
         return None  # The traced code raises it, with the user's tensors.
-    size = arguments.input.numel()
-    is_served = not has_one_class and ops.serves_graph(given[0].device, call, arguments, size)
-    return tuple(call) if is_served else None
-
-
-# The mark of torch.compiler.assume_constant_result; calling that would import the compiler.
-_find_static_call._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    is_unchanged = arguments.input.dim() == len(given[0].shape)
+    if is_unchanged and not has_one_class and ops.serves_graph(given[0].device, call, arguments):
+        return ops.pack(call)
+    return None

@@ -74,9 +74,7 @@ def compute(
     tensors = (input, linear_weight, linear_bias, target, weight, sample_weight)
     if (
         torch.compiler.is_compiling()
-        and ops.serves_graph(
-            input.device, call, tensors, math.prod(input.shape[:-1]) * len(linear_weight)
-        )
+        and ops.serves_graph(input.device, call, tensors)
         and 0 not in linear_weight.shape
     ):
         return LOSS_OPERATOR(call, (dtype,), *tensors)

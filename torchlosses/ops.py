@@ -23,7 +23,7 @@ Anything beyond a first derivative is computed by the formula.
 import functools
 from collections.abc import Callable, Sequence
 from operator import index
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -310,7 +310,7 @@ def compute(
 ) -> Tensor:
     """The loss of a checked call."""
     input, target, *_ = arguments
-    if is_compiling() and serves_graph(input.device, call, arguments, input.numel()):
+    if is_compiling() and serves_graph(input.device, call, arguments):
         return LOSS_OPERATOR(call, (), *arguments)
     prepared = find(key) or prepare(key, call, arguments, is_cached=is_cached)
     if prepared is not None:
@@ -443,15 +443,8 @@ def formula_gradients(
 # ---- In compiled graphs
 
 
-# Below this number of inputs or logits the compiler fuses the formula with its surroundings, which
-# is faster than an operator.
-MIN_ELEMENTS = 2**13
-
-
-def serves_graph(
-    device: torch.device, call: Call, tensors: Sequence[Tensor | None], count: int
-) -> bool:
-    """Whether a graph that is being compiled gets the operator, for `count` inputs or logits.
+def serves_graph(device: torch.device, call: Call, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a graph that is being compiled gets the operator.
 
     Exported graphs use plain operations: the package may not be installed where they run.
     """
@@ -463,18 +456,31 @@ def serves_graph(
         and all(t is None or type(t) in checks.PLAIN for t in tensors)
         and not (torch.is_grad_enabled() and any(w.requires_grad for w in weights))
         and supports(call, tensors)
-        and (formulas.is_symbolic(count) or count >= MIN_ELEMENTS)
         and _has_kernels(device, call.kind)
     )
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant(function: F) -> F:
+    """Marks as torch.compiler.assume_constant_result does, which would import the compiler.
+
+    Dynamo calls the function when it compiles a graph, and does not trace it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
 def _has_kernels(device: torch.device, kind: str) -> bool:
     return kernels_of(device, kind) is not None
 
 
-# The mark of torch.compiler.assume_constant_result: Dynamo calls the function when it compiles a
-# graph, and does not trace it. Calling that would import the compiler.
-_has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@constant
+def _has_operators(device: torch.device, kind: str) -> bool:
+    """Whether the kernels implement the native operators; see `LossOperator`."""
+    return getattr(kernels_of(device, kind), "HAS_OPERATORS", False)
 
 
 def find_constants(
@@ -513,10 +519,32 @@ def _as_constant(number: Any) -> Any:
 # torch caches compiled graphs on disk by the names of their operators, with their backward. Rename
 # an operator whose backward changes.
 LIBRARY = torch.library.Library("torchlosses", "DEF")
-CALL = (
-    "str kind, bool is_index, int dim, str reduction, int ignore_index, ScalarType dtype, "
-    "float delta, float label_smoothing"
-)
+
+
+def pack(call: Call) -> str:
+    """The call as one argument of an operator: torch takes longer for some than the kernels do."""
+    kind, is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing = call
+    return _format(
+        kind, is_index, _as_constant(dim), reduction, _as_constant(ignore_index), dtype,
+        _as_constant(delta), _as_constant(label_smoothing),
+    )  # fmt: skip
+
+
+@constant
+def _format(kind: str, is_index: bool, dim: int, reduction: str, *rest: Any) -> str:
+    ignore_index, dtype, delta, label_smoothing = rest
+    return (
+        f"{kind} {'index' if is_index else 'dense'} {dim} {reduction} {ignore_index} "
+        f"{str(dtype).removeprefix('torch.')} {delta!r} {label_smoothing!r}"
+    )
+
+
+def unpack(text: str) -> Call:
+    kind, target, dim, reduction, ignore_index, dtype, delta, label_smoothing = text.split()
+    return Call(
+        kind, target == "index", int(dim), reduction, int(ignore_index), getattr(torch, dtype),
+        float(delta), float(label_smoothing),
+    )  # fmt: skip
 
 
 # Returns `upstream`, and makes the backward graph read `tensors`. A graph that multiplies gradients
@@ -543,9 +571,18 @@ def hold(*held: Any) -> Tensor:
     return handle
 
 
-def take(handle: Tensor | None) -> Any:
+def take(handle: Tensor) -> Any:
     """Takes what the handle holds, and leaves it empty."""
-    return NOTHING if handle is None else vars(handle).pop("held", NOTHING)
+    return vars(handle).pop("held", NOTHING)
+
+
+def _define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    LIBRARY.define(schema)
+    name = schema.partition("(")[0]
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"torchlosses::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.torchlosses, name).default
 
 
 class Operator:
@@ -556,8 +593,8 @@ class Operator:
     a handle, and `gradients`, which rescales those of a handle or computes them from the upstream
     gradient. On CUDA the graph itself multiplies the returned gradients.
 
-    All take *tensors, numbers, *extra, *call; `loss_and_gradients` also takes `needs`, and
-    `gradients` takes `needs`, `upstream` and `handle`.
+    All take *tensors, numbers, *extra, pack(call); `loss_and_gradients` also takes `needs`, and
+    `gradients` takes `needs`, `upstream` and `handles`, of which there is one or none.
 
     The tensors are first the `differentiable` ones, of which the target is the last, then weights.
     `numbers` holds δ and ε if the graph takes them as inputs: torch.compile would specialise on
@@ -576,35 +613,20 @@ class Operator:
         self.name, self.wrap, self.make_formula = name, wrap, make_formula
         self.num_differentiable, self.num_tensors = len(differentiable), len(differentiable) + 2
         self.call_start = self.num_tensors + 1 + len(extra)
-        tensors = [*differentiable, "Tensor? weight", "Tensor? sample_weight"]
-        inputs = ", ".join([*tensors, "Tensor? numbers", *extra, CALL])
-        self.op = self._define(f"{name}({inputs}) -> Tensor", self._decompose)
-        self.loss_and_gradients = self._define(
+        options = ("Tensor? weight", "Tensor? sample_weight", "Tensor? numbers", *extra)
+        inputs = ", ".join([*differentiable, *options, "str call"])
+        LIBRARY.define(f"{name}({inputs}) -> Tensor")
+        LIBRARY.impl(name, self._decompose, "CompositeImplicitAutograd")
+        self.op = getattr(torch.ops.torchlosses, name).default
+        self.op_loss_and_gradients = _define(
             f"{name}_and_gradients({inputs}, bool[] needs) -> Tensor[]",
-            self._compute_loss, self._fake_loss,
+            self._compute_loss, _fake_loss,
         )  # fmt: skip
-        self.gradients = self._define(
-            f"{name}_gradients({inputs}, bool[] needs, Tensor upstream, Tensor? handle)"
+        self.op_gradients = _define(
+            f"{name}_gradients({inputs}, bool[] needs, Tensor upstream, Tensor[] handles)"
             " -> Tensor[]",
-            self._compute_gradients, self._fake_gradients,
+            self._compute_gradients, _fake_gradients,
         )  # fmt: skip
-
-    def _define(
-        self,
-        schema: str,
-        function: Callable[..., Any],
-        fake: Callable[..., Any] | None = None,
-    ) -> Any:
-        LIBRARY.define(schema)
-        name = schema.partition("(")[0]
-        if fake is None:
-            LIBRARY.impl(name, function, "CompositeImplicitAutograd")
-        else:
-            LIBRARY.impl(name, function, "CPU")
-            LIBRARY.impl(name, function, "CUDA")
-            LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-            torch.library.register_fake(f"torchlosses::{name}", fake, lib=LIBRARY)
-        return getattr(torch.ops.torchlosses, name).default
 
     def __call__(self, call: Call, extra: Sequence[Any], *tensors: Any) -> Tensor:
         """The loss, in a graph."""
@@ -614,12 +636,17 @@ class Operator:
                 [formulas.scalar(call.delta), formulas.scalar(call.label_smoothing)]
             )
             call = call._replace(delta=0.0, label_smoothing=0.0)
-        return cast("Tensor", self.op(*tensors, numbers, *extra, *call))
+        return cast("Tensor", self.op(*tensors, numbers, *extra, pack(call)))
 
     def extra_and_call(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Call]:
         """Extra arguments and call of the inputs of an operator."""
-        call = Call(*inputs[self.call_start : self.call_start + len(Call._fields)])
-        return inputs[self.num_tensors + 1 : self.call_start], call
+        return inputs[self.num_tensors + 1 : self.call_start], unpack(inputs[self.call_start])
+
+    def loss_and_gradients(self, *inputs: Any) -> list[Tensor]:
+        return cast("list[Tensor]", self.op_loss_and_gradients(*inputs))
+
+    def gradients(self, *inputs: Any) -> list[Tensor]:
+        return cast("list[Tensor]", self.op_gradients(*inputs))
 
     def _decompose(self, *inputs: Any) -> Tensor:
         is_enabled = torch.is_grad_enabled()
@@ -627,7 +654,7 @@ class Operator:
         needs = [is_enabled and t is not None and t.requires_grad for t in tensors]
         if True in needs:
             return cast("Tensor", GraphNode.apply(self, needs, *inputs))
-        return cast("Tensor", self.loss_and_gradients(*inputs, needs)[0])
+        return self.loss_and_gradients(*inputs, needs)[0]
 
     def _compute_loss(self, *inputs: Any) -> list[Tensor]:
         needs = inputs[-1]
@@ -637,8 +664,8 @@ class Operator:
         return [loss, *[gradient for gradient in gradients if gradient is not None]]
 
     def _compute_gradients(self, *inputs: Any) -> list[Tensor]:
-        needs, upstream, handle = inputs[-3:]
-        prepared, gradients = take(handle)
+        needs, upstream, handles = inputs[-3:]
+        prepared, gradients = take(handles[0]) if handles else NOTHING
         if prepared is not None:
             target = inputs[self.num_differentiable - 1]
             gradients = try_kernels(
@@ -653,20 +680,23 @@ class Operator:
         self, inputs: Sequence[Any], needs: Sequence[bool], upstream: Tensor | None = None
     ) -> Any:
         """The prepared call, and the loss and gradients that the kernels compute."""
-        tensors = inputs[: self.num_tensors]
-        extra, call = self.extra_and_call(inputs)
-        call = _with_numbers(call, inputs[self.num_tensors])
+        tensors, numbers = inputs[: self.num_tensors], _to_floats(inputs[self.num_tensors])
+        *extra, text = inputs[self.num_tensors + 1 : self.call_start + 1]
         if tensors[0].numel() == 0:  # The formula's empty sum, and gradients of zeros.
             pairs = zip(tensors, needs, strict=False)
             zeros = [t.new_zeros(t.shape) if needed else None for t, needed in pairs]
+            call = _with_numbers(unpack(text), numbers)
             return None, self.make_formula(*extra)(call, *tensors), *zeros
         device = tensors[0].device
         layout = layout_of(tensors)
         if layout is None:
             tensors = tuple(None if t is None else t.contiguous() for t in tensors)
             layout = layout_of(tensors)
-        key = None if layout is None else (self.name, call, extra, layout)
-        prepared = find(key) or prepare(key, call, tensors, functools.partial(self.wrap, *extra))
+        key = None if layout is None else (self.name, text, numbers, *extra, layout)
+        prepared = find(key)
+        if prepared is None:
+            call = _with_numbers(unpack(text), numbers)
+            prepared = prepare(key, call, tensors, functools.partial(self.wrap, *extra))
         results = None
         if prepared is not None:
             in_place = raise_on_invalid = False  # A graph raises no IndexError.
@@ -680,20 +710,23 @@ class Operator:
             )
         return prepared, *results
 
-    def _fake_loss(self, *inputs: Any) -> list[Tensor]:
-        input, needs, (_, call) = inputs[0], inputs[-1], self.extra_and_call(inputs)
-        shape: Sequence[int] = ()
-        if call.reduction == "none":
-            shape = list(input.shape)
-            if not call.is_per_element:
-                del shape[call.dim]
-        loss = input.new_empty(shape, dtype=call.dtype)
-        if True in needs and input.device.type == "cpu":
-            return [loss, input.new_empty((HANDLE_NUMEL,), dtype=torch.uint8)]
-        return [loss, *_fake_like(inputs, needs)]
 
-    def _fake_gradients(self, *inputs: Any) -> list[Tensor]:
-        return _fake_like(inputs, inputs[-3])
+def _fake_loss(*inputs: Any) -> list[Tensor]:
+    input, *_, text, needs = inputs
+    call = unpack(text)
+    shape: Sequence[int] = ()
+    if call.reduction == "none":
+        shape = list(input.shape)
+        if not call.is_per_element:
+            del shape[call.dim]
+    loss = input.new_empty(shape, dtype=call.dtype)
+    if True in needs and input.device.type == "cpu":
+        return [loss, input.new_empty((HANDLE_NUMEL,), dtype=torch.uint8)]
+    return [loss, *_fake_like(inputs, needs)]
+
+
+def _fake_gradients(*inputs: Any) -> list[Tensor]:
+    return _fake_like(inputs, inputs[-3])
 
 
 def _fake_like(tensors: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
@@ -721,15 +754,15 @@ class GraphNode(Function):
         operator, needs = ctx.operator, ctx.needs
         count = operator.num_tensors + 1
         inputs = (*ctx.saved_tensors[:count], *ctx.extra_and_call)
-        gradients = ctx.saved_tensors[count:]  # On the CPU, their handle.
+        gradients = list(ctx.saved_tensors[count:])  # On the CPU, their handle.
         tensors, (extra, call) = inputs[: operator.num_tensors], operator.extra_and_call(inputs)
         if torch.is_grad_enabled():  # To be differentiated again.
-            call, formula = _with_numbers(call, inputs[count - 1]), operator.make_formula(*extra)
+            call = _with_numbers(call, _to_floats(inputs[count - 1]))
+            formula = operator.make_formula(*extra)
             padded = formula_gradients(formula, call, tensors, needs, upstream)
             gradients = [gradient for gradient in padded if gradient is not None]
         elif not gradients or upstream.device.type == "cpu":
-            handle = gradients[0] if gradients else None
-            gradients = operator.gradients(*inputs, needs, upstream, handle)
+            gradients = operator.gradients(*inputs, needs, upstream, gradients)
         else:
             read = [t for t, needed in zip(tensors, needs, strict=False) if needed]
             upstream = torch.ops.torchlosses.depending(upstream, read)
@@ -743,17 +776,81 @@ class GraphNode(Function):
         return (None, None, *padded, *[None] * (len(inputs) - len(needs)))
 
 
-def _with_numbers(call: Call, numbers: Tensor | None) -> Call:
+def _to_floats(numbers: Tensor | None) -> tuple[float, ...] | None:
+    return None if numbers is None else tuple(numbers.tolist())
+
+
+def _with_numbers(call: Call, numbers: tuple[float, ...] | None) -> Call:
     if numbers is None:
         return call
-    delta, smoothing = numbers.tolist()
+    delta, smoothing = numbers
     return call._replace(delta=delta, label_smoothing=smoothing)
 
 
-LOSS_OPERATOR = Operator(
-    "loss",
-    ["Tensor input", "Tensor target"],
-    [],
-    lambda kernels: kernels,
-    lambda: formula_of_tensors,
-)
+class LossOperator(Operator):
+    """The operator of a plain loss.
+
+    Kernels with `HAS_OPERATORS` implement three native operators, which torch calls without Python.
+    They serve calls without weights and numbers, whose target needs no gradient.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "loss",
+            ["Tensor input", "Tensor target"],
+            [],
+            lambda kernels: kernels,
+            lambda: formula_of_tensors,
+        )
+        inputs = "Tensor input, Tensor target, str call"
+        self.native_loss, self.native_loss_and_gradient, self.native_gradient = map(
+            _define,
+            (
+                f"native_loss({inputs}) -> Tensor",
+                f"native_loss_and_gradient({inputs}) -> (Tensor, Tensor)",
+                f"native_loss_gradient({inputs}, Tensor upstream, Tensor handle) -> Tensor",
+            ),
+            _natively(self._compute_loss, self._compute_gradients),
+            _natively(_fake_loss, _fake_gradients),
+        )
+
+    def loss_and_gradients(self, *inputs: Any) -> list[Tensor]:
+        native_inputs = _find_native_inputs(inputs[:-1], inputs[-1])
+        if native_inputs is None:
+            return super().loss_and_gradients(*inputs)
+        if True in inputs[-1]:
+            return list(self.native_loss_and_gradient(*native_inputs))
+        return [self.native_loss(*native_inputs)]
+
+    def gradients(self, *inputs: Any) -> list[Tensor]:
+        *call, needs, upstream, handles = inputs
+        native_inputs = _find_native_inputs(call, needs)
+        if native_inputs is None:
+            return super().gradients(*inputs)
+        (handle,) = handles or (upstream,)  # Which is no handle.
+        return [self.native_gradient(*native_inputs, upstream, handle)]
+
+
+def _natively(
+    compute_loss: Callable[..., Any], compute_gradients: Callable[..., Any]
+) -> Sequence[Callable[..., Any]]:
+    """The native operators by functions of all arguments, which serve until kernels are loaded."""
+    nothing = (None, None, None)
+    return (
+        lambda x, t, text: compute_loss(x, t, *nothing, text, [False, False])[0],
+        lambda x, t, text: tuple(compute_loss(x, t, *nothing, text, [True, False])),
+        lambda x, t, text, upstream, handle: compute_gradients(
+            x, t, *nothing, text, [True, False], upstream, [handle]
+        )[0],
+    )
+
+
+def _find_native_inputs(inputs: Sequence[Any], needs: Sequence[bool]) -> Sequence[Any] | None:
+    """The inputs of the native operators, or None if they do not serve the call."""
+    input, target, weight, sample_weight, numbers, text = inputs
+    is_plain = weight is None and sample_weight is None and numbers is None and not needs[1]
+    kind = text.partition(" ")[0]
+    return (input, target, text) if is_plain and _has_operators(input.device, kind) else None
+
+
+LOSS_OPERATOR = LossOperator()

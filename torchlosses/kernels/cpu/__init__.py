@@ -17,11 +17,10 @@ from torchlosses.kernels.cpu import _cpu
 
 CAN_FAIL = False  # What they raise is for the caller.
 LOSSES = _cpu.LOSSES
-STORAGES = (  # Numbered as in job.h, like LOSSES and `checks.REDUCTIONS`.
+STORAGES = (  # Numbered as in job.h.
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int8,
     torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64, torch.bool,
 )  # fmt: skip
-FRESH = 2**25  # From so many bytes on, memory comes fresh from the system.
 # To make another like it takes half the time of making one by its shape.
 SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in STORAGES[:2]}
 
@@ -29,7 +28,7 @@ SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in STORAG
 def empty(like: Tensor) -> Tensor:
     """Memory like a contiguous tensor's; fresh memory in huge pages, where Linux grants them."""
     tensor = torch.empty_like(like)
-    if tensor.nbytes >= FRESH:
+    if tensor.nbytes >= _cpu.FRESH:
         _cpu.advise(tensor.data_ptr(), tensor.nbytes)
     return tensor
 
@@ -60,7 +59,7 @@ class Plan:
             if self.weights_dim >= 0 and sample_weight.shape[self.weights_dim] > 1:
                 self.weights_shape, self.weights_dim, weighs_elements = shape, -1, True
         self.prepared = _cpu.prepare(
-            LOSSES.index(call.kind), checks.REDUCTIONS.index(call.reduction), call.is_index,
+            LOSSES.index(call.kind), _cpu.REDUCTIONS.index(call.reduction), call.is_index,
             call.dtype == torch.float64, weighs_elements, STORAGES.index(input.dtype),
             STORAGES.index(target.dtype), math.prod(shape[:dim]), math.prod(shape[dim : dim + 1]),
             math.prod(shape[dim + 1 :]), shape[0] if len(shape) > 1 else 1, call.ignore_index,
@@ -134,9 +133,18 @@ def prepare(
     return Plan(call, input, target, sample_weight)
 
 
-# torch's own function to run in parallel, whose threads the kernels share. Without it they run in
-# one.
-for _library in (Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"):
-    _function = getattr(ctypes.CDLL(str(_library)), "torch_parallel_for", None)
-    if _function is not None:
-        _cpu.set_parallel_for(ctypes.cast(_function, ctypes.c_void_p).value or 0)
+def _connect() -> bool:
+    """Gives the extension the functions of torch's stable C interface that it calls.
+
+    With them it runs in torch's threads and registers operators.
+    """
+    for path in (Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"):
+        library = ctypes.CDLL(str(path))
+        functions = [getattr(library, name, None) for name in _cpu.TORCH_NAMES]
+        if None not in functions:
+            _cpu.connect(*[ctypes.cast(f, ctypes.c_void_p).value for f in functions])  # type: ignore[arg-type]
+            return True
+    return False
+
+
+HAS_OPERATORS = _connect()

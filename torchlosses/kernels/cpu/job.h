@@ -31,9 +31,9 @@ enum Kind { LOSSES(KIND_OF) };
 constexpr const char *KINDS[] = {LOSSES(NAME_OF)};
 constexpr bool PER_ELEMENT[] = {LOSSES(PER_ELEMENT_OF)};
 constexpr bool COUPLES_CLASSES[] = {LOSSES(COUPLES_CLASSES_OF)};
-// Numbered as in __init__.py.
 enum Reduction { SUM, MEAN, BATCHMEAN, NONE };
-enum Storage {
+constexpr const char *REDUCTIONS[] = {"sum", "mean", "batchmean", "none"};
+enum Storage {  // Numbered as in __init__.py.
     FLOAT32, FLOAT64, BFLOAT16, FLOAT16,
     UINT8, INT8, INT16, INT32, INT64, UINT16, UINT32, UINT64, BOOL,
 };

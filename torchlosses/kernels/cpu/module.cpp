@@ -1,17 +1,14 @@
 // The extension module: numbers and addresses come in, and none of Python's objects. It fits every
-// Python from 3.11 on, and includes and links nothing of torch; threads are torch's own, by the
-// function of its stable interface whose address `set_parallel_for` is given.
+// Python from 3.11 on, and includes and links nothing of torch: `connect` is given the addresses of
+// functions of its stable interface.
 
 #define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <iterator>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
-#include "run.h"
+#include "operators.h"
 
 namespace {
 
@@ -73,29 +70,30 @@ PyObject *py_run(PyObject *, PyObject *const *args, Py_ssize_t count) {
     return PyLong_FromLongLong(job.bad == INT64_MAX ? -1 : job.bad.load());
 }
 
-// The C library maps fresh memory for every tensor of so many bytes, and the kernel enters each
-// page of it at first touch. In pages of 4 kB that takes longer than all arithmetic here, so Linux
-// is asked for huge ones. It may not grant them; no value changes. PyTorch's own allocator asks for
-// them too, for all tensors, under THP_MEM_ALLOC_ENABLE=1.
-constexpr size_t HUGE_PAGE = 1 << 21;
-
 // advise(address, bytes): asks for huge pages.
 PyObject *py_advise(PyObject *, PyObject *const *args, Py_ssize_t count) {
     if (!has_arity(2, count)) return nullptr;
-#ifdef MADV_HUGEPAGE
-    const size_t begin = (size_t)address(args[0]), end = begin + PyLong_AsSize_t(args[1]);
+    void *begin = address(args[0]);
+    const size_t bytes = PyLong_AsSize_t(args[1]);
     if (PyErr_Occurred()) return nullptr;
-    const size_t first = (begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    const size_t last = end / HUGE_PAGE * HUGE_PAGE;
-    if (first < last) madvise((void *)first, last - first, MADV_HUGEPAGE);
-#endif
+    advise(begin, bytes);
     Py_RETURN_NONE;
 }
 
-// set_parallel_for(address of torch_parallel_for)
-PyObject *py_set_parallel_for(PyObject *, PyObject *number) {
-    parallel_for = (decltype(parallel_for))address(number);
+// connect(addresses of TORCH_FUNCTIONS and of aoti_torch_check): registers the operators, and runs
+// the kernels in torch's threads.
+PyObject *py_connect(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (!has_arity(std::size(TORCH_NAMES), count)) return nullptr;
+    static bool is_connected = false;
+    if (is_connected) Py_RETURN_NONE;
+#define SET(name, ...) name = (decltype(name))address(*args++);
+    TORCH_FUNCTIONS(SET)
+#undef SET
+    aoti_torch_check = (decltype(aoti_torch_check))address(*args);
     if (PyErr_Occurred()) return nullptr;
+    parallel_for = torch_parallel_for;
+    register_operators();
+    is_connected = true;
     Py_RETURN_NONE;
 }
 
@@ -124,7 +122,7 @@ PyMethodDef methods[] = {
     {"prepare", py_prepare, METH_VARARGS, nullptr},
     {"run", (PyCFunction)(void *)py_run, METH_FASTCALL, nullptr},
     {"advise", (PyCFunction)(void *)py_advise, METH_FASTCALL, nullptr},
-    {"set_parallel_for", py_set_parallel_for, METH_O, nullptr},
+    {"connect", (PyCFunction)(void *)py_connect, METH_FASTCALL, nullptr},
     {"set_target", py_set_target, METH_O, nullptr},
     {"apply", (PyCFunction)(void *)py_apply, METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
@@ -132,12 +130,24 @@ PyMethodDef methods[] = {
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, methods,
                       nullptr, nullptr, nullptr, nullptr};
 
+template <size_t COUNT>
+int add(PyObject *created, const char *name, const char *const (&strings)[COUNT]) {
+    PyObject *tuple = PyTuple_New(COUNT);
+    if (!tuple) return -1;
+    for (size_t k = 0; k < COUNT; k++)
+        PyTuple_SetItem(tuple, Py_ssize_t(k), PyUnicode_FromString(strings[k]));
+    const int error = PyModule_AddObjectRef(created, name, tuple);
+    Py_DECREF(tuple);
+    return error;
+}
+
 }  // namespace
 
 PyMODINIT_FUNC PyInit__cpu() {
-    PyObject *created = PyModule_Create(&module), *losses = PyTuple_New(std::size(KINDS));
-    if (!created || !losses) return nullptr;
-    for (size_t k = 0; k < std::size(KINDS); k++)
-        PyTuple_SetItem(losses, Py_ssize_t(k), PyUnicode_FromString(KINDS[k]));
-    return PyModule_AddObjectRef(created, "LOSSES", losses) < 0 ? nullptr : created;
+    PyObject *created = PyModule_Create(&module);
+    if (!created || add(created, "LOSSES", KINDS) || add(created, "REDUCTIONS", REDUCTIONS) ||
+        add(created, "TORCH_NAMES", TORCH_NAMES) ||
+        PyModule_AddIntConstant(created, "FRESH", long(FRESH)))
+        return nullptr;
+    return created;
 }
