@@ -30,9 +30,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton.py starts such a pr
                 checks.check_classes(target, input.shape[call.dim], call.ignore_index)
             return super().compute(*arguments)
 
-    triton.Plan = CheckedPlan  # type: ignore[misc]
+    def prepare(*arguments: Any) -> CheckedPlan:
+        triton.prepare(*arguments)  # It refuses unknown names.
+        return CheckedPlan(*arguments)
+
     interpreted = SimpleNamespace(
-        LOSSES=triton.LOSSES, CAN_FAIL=True, prepare=triton.prepare, Plan=CheckedPlan
+        LOSSES=triton.LOSSES, CAN_FAIL=True, prepare=prepare, Plan=CheckedPlan
     )
     ops.KERNEL_LOADERS["cpu"] = lambda device: interpreted
 

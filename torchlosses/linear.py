@@ -148,7 +148,7 @@ class LayerPlan:
         return rescaled and [grad_input.data, *rescaled[1:]]
 
     def compute(self, input: Tensor, *rest: Any) -> list[Any]:
-        """The loss, and the gradients of input, linear weight, bias and target times `upstream`."""
+        """As in `ops.Plan`: the loss, and gradients times `upstream`."""
         # Dtypes are chosen explicitly.
         with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
             return self._compute(input, *rest)

@@ -12,7 +12,8 @@ An eager call:
 
 A compiled graph:
 
-    public function ─ checks ─ serves_graph ─ yes ─ Operator ─ GraphNode ─ Plan.compute
+    public function ─ checks ─ serves_graph ─ yes ─ Operator ─ GraphNode ─ Plan.compute, or
+                                           │                               operators.h on the CPU
                                            └─ no ── formulas.compute
 
 `functional._find_static_call` checks a call of constants without being traced.
@@ -522,7 +523,7 @@ LIBRARY = torch.library.Library("torchlosses", "DEF")
 
 
 def pack(call: Call) -> str:
-    """The call as one argument of an operator: torch takes longer for some than the kernels do."""
+    """The call as one argument of an operator: eight would take torch longer than a small loss."""
     kind, is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing = call
     return _format(
         kind, is_index, _as_constant(dim), reduction, _as_constant(ignore_index), dtype,
@@ -790,7 +791,7 @@ def _with_numbers(call: Call, numbers: tuple[float, ...] | None) -> Call:
 class LossOperator(Operator):
     """The operator of a plain loss.
 
-    Kernels with `HAS_OPERATORS` implement three native operators, which torch calls without Python.
+    Kernels with `HAS_OPERATORS` implement three native operators in C++, which torch calls faster.
     They serve calls without weights and numbers, whose target needs no gradient.
     """
 
@@ -827,14 +828,14 @@ class LossOperator(Operator):
         native_inputs = _find_native_inputs(call, needs)
         if native_inputs is None:
             return super().gradients(*inputs)
-        (handle,) = handles or (upstream,)  # Which is no handle.
+        (handle,) = handles or (upstream,)  # Any tensor but a handle holds nothing.
         return [self.native_gradient(*native_inputs, upstream, handle)]
 
 
 def _natively(
     compute_loss: Callable[..., Any], compute_gradients: Callable[..., Any]
 ) -> Sequence[Callable[..., Any]]:
-    """The native operators by functions of all arguments, which serve until kernels are loaded."""
+    """The native operators in Python, for graphs that run before the kernels are loaded."""
     nothing = (None, None, None)
     return (
         lambda x, t, text: compute_loss(x, t, *nothing, text, [False, False])[0],

@@ -64,7 +64,7 @@ CAN_FAIL = True  # A driver, compiler or GPU may refuse any kernel.
 LOSSES: tuple[str, ...] = tuple(BODIES)
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
-Layout = tuple[int, int, int]
+Shape3D = tuple[int, int, int]
 Strides = tuple[int, int, int]
 
 _workspaces: dict[tuple[torch.device, torch.dtype], "Workspaces"] = {}
@@ -154,8 +154,8 @@ class Plan:
             divisor = losses_shape.numel()
         self.inv_divisor = 1.0 / divisor
 
-        self.layout, samples_shape = self._find_layout(shape, sample_weight)
-        outer, classes, inner = self.layout
+        self.shape_3d, samples_shape = self._find_shape_3d(shape, sample_weight)
+        outer, classes, inner = self.shape_3d
         # The shapes that `_view` expands and then reshapes a tensor to.
         self.sample_weight_shapes = samples_shape, (outer, 1, inner)
         self.upstream_shapes = losses_shape, (outer, classes if call.is_per_element else 1, inner)
@@ -172,28 +172,28 @@ class Plan:
         self._passes: dict[Any, Pass] = {}
         self._rescalers: dict[Any, tuple[Any, tuple[int, ...]]] = {}
 
-    def _find_layout(
+    def _find_shape_3d(
         self, shape: torch.Size, sample_weight: Tensor | None
-    ) -> tuple[Layout, Sequence[int]]:
+    ) -> tuple[Shape3D, Sequence[int]]:
         """(outer, classes, inner) of the input, and the shape that sample weights broadcast to.
 
         The input is flat, (numel, 1, 1), if nothing depends on which elements form a sample.
         """
         call, dim = self.call, self.call.dim
         # A slice, as the input may have no dimension.
-        layout = shape[:dim].numel(), shape[dim : dim + 1].numel(), shape[dim + 1 :].numel()
+        shape_3d = shape[:dim].numel(), shape[dim : dim + 1].numel(), shape[dim + 1 :].numel()
         flat = shape.numel(), 1, 1
         samples_shape = shape[:dim] + shape[dim + 1 :]
         depends_on_class = call.is_index or call.label_smoothing != 0 or self.has_class_weight
         if self.body != "elementwise" or depends_on_class:
-            return layout, samples_shape
+            return shape_3d, samples_shape
         if call.is_per_element:
             if _is_per_sample(sample_weight, shape, dim):
-                return layout, (*shape[:dim], 1, *shape[dim + 1 :])
+                return shape_3d, (*shape[:dim], 1, *shape[dim + 1 :])
             return flat, shape
         if self.is_reduced and sample_weight is None:
             return flat, samples_shape
-        return layout, samples_shape
+        return shape_3d, samples_shape
 
     def compute(
         self,
@@ -304,7 +304,7 @@ class Plan:
 
     def _make_pass(self, needs: tuple[bool, bool], upstream: Tensor | None) -> Pass:
         call, dtype = self.call, self.call.dtype
-        outer, classes, inner = self.layout
+        outer, classes, inner = self.shape_3d
         is_smoothed, has_delta = call.label_smoothing != 0, call.delta != 0
         tile = configure(
             self.body, classes, inner, dtype, self.itemsize, call.is_index, has_delta,
@@ -382,19 +382,19 @@ def _is_per_sample(sample_weight: Tensor | None, shape: torch.Size, dim: int) ->
 
 
 def _strides(
-    broadcastable: Tensor | None, shape: Sequence[int], layout: Layout
+    broadcastable: Tensor | None, shape: Sequence[int], shape_3d: Shape3D
 ) -> tuple[Strides, bool]:
     """The strides of a tensor broadcast to (outer, classes, inner), and whether that is a copy."""
     if broadcastable is None or broadcastable.numel() == 1:
         return (0, 0, 0), False
-    view = _view(broadcastable, shape, layout)
+    view = _view(broadcastable, shape, shape_3d)
     outer_stride, class_stride, inner_stride = view.stride()
     return (outer_stride, class_stride, inner_stride), view.data_ptr() != broadcastable.data_ptr()
 
 
-def _view(broadcastable: Tensor, shape: Sequence[int], layout: Layout) -> Tensor:
+def _view(broadcastable: Tensor, shape: Sequence[int], shape_3d: Shape3D) -> Tensor:
     """Expands a tensor to `shape`, and reshapes that to (outer, classes, inner)."""
-    return broadcastable.expand(shape).reshape(layout)
+    return broadcastable.expand(shape).reshape(shape_3d)
 
 
 class Workspaces:

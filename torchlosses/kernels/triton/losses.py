@@ -43,7 +43,7 @@ def _squared_error(y, t, scale):
 
 
 @triton.jit
-def _guarded_log(y, t, scale, target_is_zero, b, CONST: tl.constexpr):
+def _cross_entropy(y, t, scale, target_is_zero, b, CONST: tl.constexpr):
     """The loss −t·log(y + δ), scale · ∂loss/∂y, and ∂loss/∂t without the scale."""
     guarded = y + b.delta
     if not CONST.HAS_DELTA:  # 0·log 0 is 0.
@@ -61,7 +61,7 @@ def _element_loss(y, t, scale, target_is_zero, b, CONST: tl.constexpr):
     if CONST.LOSS == "squares":
         return _squared_error(y, t, scale)
     else:  # noqa: RET505 - Only one branch is compiled.
-        return _guarded_log(y, t, scale, target_is_zero, b, CONST)
+        return _cross_entropy(y, t, scale, target_is_zero, b, CONST)
 
 
 @triton.jit

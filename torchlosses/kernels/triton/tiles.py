@@ -36,7 +36,7 @@ class Tile(NamedTuple):
         return self.vectors_per_thread, self.samples, self.threads, self.vector_size
 
 
-# (Width in 4-byte words of the computing dtype, samples, warps, registers per thread.)
+# (Width of the tile in 4-byte words, samples, warps, registers per thread.)
 TileSpec = tuple[int, int, int, int]
 
 
