@@ -116,7 +116,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
             max_programs=2,
             is_whole=False,
             vector_size=max(width // 2, 1),
-            vectors_per_thread=1,
+            vectors=1,
         )
 
     def wide(**values: Any) -> Any:

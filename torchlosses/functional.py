@@ -83,8 +83,8 @@ def linear_cross_entropy_error(
     """Cross-entropy of a linear layer without holding all logits in memory.
 
     The function behind :class:`torchlosses.LinearCrossEntropyError`, where every argument, dtype,
-    error and source is described. Use it when the weight is tied to another module's, such as an
-    embedding's.
+    error and source is described. Use it when `linear_weight` is tied to another module's,
+    such as an embedding's.
 
     >>> import torch
     >>> from torchlosses.functional import linear_cross_entropy_error
@@ -139,7 +139,7 @@ def _compute(
     tensors = (input, target, weight, sample_weight)
     if is_compiling():
         constants = ops.find_constants(options, tensors)
-        static = None if constants is None else _find_static_call(kind, *constants)
+        static = None if constants is None else _pack_static_call(kind, *constants)
         if static is not None:
             numbers = None  # δ and ε are constants.
             loss: Tensor = ops.LOSS_OPERATOR.op(*tensors, numbers, static)
@@ -212,8 +212,8 @@ class _Properties(NamedTuple):
 
 
 @ops.constant
-def _find_static_call(kind: str, options: Sequence[Any], properties: Sequence[Any]) -> str | None:
-    """The packed call of a graph, or None if the operator does not serve it as it is.
+def _pack_static_call(kind: str, options: Sequence[Any], properties: Sequence[Any]) -> str | None:
+    """The call as the operator's string argument, or None if the graph must trace the checks.
 
     Dynamo runs this once per graph. Traced code would cost a guard, at each call, for everything it
     reads.

@@ -21,16 +21,16 @@ from torchlosses.formulas import Arguments, Call, Classes, ClassPosition, Rows
 
 # Bytes per class in a chunk of logits: 1024 rows in float32, 2048 in half precision. On a GPU, 1024
 # rows by 32000 classes are 2000 tiles of 128 by 128 for some 130 processors. Each chunk reads and
-# writes the weight's gradient, 8 bytes an element in float32 for 2 operations a row. With 2048 rows
-# that is 512 operations a byte; a GPU is busy from about 300 on in half precision.
+# writes the linear weight's gradient, 8 bytes an element in float32 for 2 operations a row. With
+# 2048 rows that is 512 operations a byte; a GPU is busy from about 300 on in half precision.
 CHUNK_BYTES_PER_CLASS = 2**12
 # Bytes of a chunk of logits on a CPU. With more classes a chunk has fewer rows, which takes a few
 # percent longer, but at least MIN_ROWS: half as many take 10 to 15% longer.
 CPU_CHUNK_BYTES = 48 * 10**6
 MIN_ROWS = 256
-# The most chunks whose weight gradients are accumulated in half precision. Each rounds the sum. A
-# sum of random terms grows as a square root: after k of six chunks the sum, and so its rounding
-# error, is √(k/6) times the last one. The six together are √(Σ k/6) = 1.9 times the last one.
+# The most chunks whose linear-weight gradients are accumulated in half precision. Each chunk rounds
+# the sum once, with an error proportional to the sum. A sum of random terms grows as a square root,
+# so the error of chunk k is √(k/6) times that of chunk 6, and all six are √(Σ k/6) = 1.9 times it.
 MAX_HALF_CHUNKS = 6
 MAX_PLANS = 64
 # Classes per block when a product in half precision is added to a sum in float32: the product of a
@@ -187,7 +187,7 @@ class LayerPlan:
             )
             losses.append(loss)
             gradients.add(start, step, x, grad_z, grad_t)
-        del logits, w, x, z, grad_z  # Free them before the cast of the weight's gradient.
+        del logits, w, x, z, grad_z  # Free them before the cast of the linear weight's gradient.
         loss = self._loss(batch, losses, divisor)
         return [loss, *gradients.finish(input, linear_weight, linear_bias, target)]
 
@@ -277,7 +277,7 @@ def _make_batch(
 class LayerGradients:
     """Accumulates the needed gradients of input, linear weight, bias and target by chunks.
 
-    The weight's is accumulated in `sum_dtype`, and the bias's in float32 at least.
+    The linear weight's is accumulated in `sum_dtype`, and the bias's in float32 at least.
     """
 
     def __init__(
@@ -309,7 +309,7 @@ class LayerGradients:
     def finish(self, *tensors: Tensor | None) -> list[Tensor | None]:
         """The gradients in the dtypes and shapes of these tensors."""
         gradients = [self.grad_x, self.grad_w, self.grad_b, self.grad_target]
-        del self.w  # Free it before the cast of the weight's gradient.
+        del self.w  # Free it before the cast of the linear weight's gradient.
         for k, tensor in enumerate(tensors):
             gradient = gradients[k]
             if gradient is not None and tensor is not None:
@@ -342,9 +342,9 @@ def _ceil_div(dividend: int, divisor: int) -> int:
 
 
 def plan_chunks(
-    num_rows: int, linear_weight: Tensor, dtype: torch.dtype, needs_weight_grad: bool
+    num_rows: int, linear_weight: Tensor, dtype: torch.dtype, needs_linear_weight_grad: bool
 ) -> tuple[int, torch.dtype]:
-    """Rows per chunk, and the dtype in which the weight's gradient is accumulated.
+    """Rows per chunk, and the dtype in which the linear weight's gradient is accumulated.
 
     A sum in half precision is rounded once per chunk, so it gets at most MAX_HALF_CHUNKS chunks,
     which are larger if there are many rows. If such chunks take more memory than the usual chunks
@@ -352,12 +352,13 @@ def plan_chunks(
     """
     num_classes, width = linear_weight.shape
     step = rows_per_chunk(num_rows, num_classes, dtype, linear_weight.device)
-    if not needs_weight_grad or linear_weight.dtype != dtype or dtype.itemsize >= 4:
+    if not needs_linear_weight_grad or linear_weight.dtype != dtype or dtype.itemsize >= 4:
         return step, torch.promote_types(linear_weight.dtype, torch.float32)
     # A sum in half precision has half the traffic, so half the rows suffice to hide it.
     half_step = max(_ceil_div(num_rows, MAX_HALF_CHUNKS), step // 2, 1)
-    # Bytes per class: of logits, and on the right of a sum in float32 too.
-    if half_step * dtype.itemsize <= step * dtype.itemsize + width * torch.float32.itemsize:
+    # In bytes per class.
+    usual_chunk_and_sum = step * dtype.itemsize + width * torch.float32.itemsize
+    if half_step * dtype.itemsize <= usual_chunk_and_sum:
         return half_step, dtype
     return step, torch.float32
 
@@ -421,7 +422,9 @@ def _logits(
     classes: Classes | None,
 ) -> Tensor:
     not_ignored = None if classes is None else classes.not_ignored
-    if not_ignored is not None:  # 0 · ∞ of an ignored row would make the weight's gradient NaN.
+    if (
+        not_ignored is not None
+    ):  # 0 · ∞ of an ignored row would make the linear weight's gradient NaN.
         input = input.where(not_ignored.unsqueeze(-1), 0)
     bias = None if linear_bias is None else linear_bias.to(dtype)
     return F.linear(input.to(dtype), linear_weight.to(dtype), bias)

@@ -16,7 +16,7 @@ A compiled graph:
                                            │                               operators.h on the CPU
                                            └─ no ── formulas.compute
 
-`functional._find_static_call` checks a call of constants without being traced.
+`functional._pack_static_call` runs the checks untraced if options, shapes and dtypes are constants.
 
 Anything beyond a first derivative is computed by the formula.
 """
@@ -89,7 +89,7 @@ class Kernels(Protocol):
 def _load_cpu() -> Any | None:
     """Imports the kernels at first use, not with the package.
 
-    That may be imported under a fake-tensor mode, where the kernels' constants would be fake.
+    The package may be imported under a fake-tensor mode, and the kernels' constants would be fake.
     """
     try:
         from torchlosses.kernels import cpu
@@ -513,12 +513,12 @@ def find_constants(
 
 
 def _as_constant(number: Any) -> Any:
-    """A constant: the compiler may have specialised a number, and still hold a symbol."""
+    """The number as a constant: the compiler may represent a specialised one by a symbol."""
     return number.__float__() if isinstance(number, float) else index(number)
 
 
-# torch caches compiled graphs on disk by the names of their operators, with their backward. Rename
-# an operator whose backward changes.
+# torch's cache on disk knows an operator by its name only, and contains the backward graph too.
+# Rename an operator whose backward changes.
 LIBRARY = torch.library.Library("torchlosses", "DEF")
 
 
@@ -742,7 +742,7 @@ class GraphNode(Function):
         extra, call = operator.extra_and_call(inputs)
         dtypes = [t.dtype for t in inputs[: operator.num_differentiable] if t is not None]
         ctx.operator, ctx.needs = operator, needs
-        ctx.extra_and_call = inputs[operator.num_tensors + 1 :]
+        ctx.extra_and_text = inputs[operator.num_tensors + 1 :]
         if is_deferred(call, *extra, *dtypes):  # Extra are the dtypes of intermediate results.
             needs = [False] * len(needs)
         loss: Tensor
@@ -754,7 +754,7 @@ class GraphNode(Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         operator, needs = ctx.operator, ctx.needs
         count = operator.num_tensors + 1
-        inputs = (*ctx.saved_tensors[:count], *ctx.extra_and_call)
+        inputs = (*ctx.saved_tensors[:count], *ctx.extra_and_text)
         gradients = list(ctx.saved_tensors[count:])  # On the CPU, their handle.
         tensors, (extra, call) = inputs[: operator.num_tensors], operator.extra_and_call(inputs)
         if torch.is_grad_enabled():  # To be differentiated again.
@@ -811,8 +811,8 @@ class LossOperator(Operator):
                 f"native_loss_and_gradient({inputs}) -> (Tensor, Tensor)",
                 f"native_loss_gradient({inputs}, Tensor upstream, Tensor handle) -> Tensor",
             ),
-            _natively(self._compute_loss, self._compute_gradients),
-            _natively(_fake_loss, _fake_gradients),
+            _python_fallbacks(self._compute_loss, self._compute_gradients),
+            _python_fallbacks(_fake_loss, _fake_gradients),
         )
 
     def loss_and_gradients(self, *inputs: Any) -> list[Tensor]:
@@ -824,18 +824,18 @@ class LossOperator(Operator):
         return [self.native_loss(*native_inputs)]
 
     def gradients(self, *inputs: Any) -> list[Tensor]:
-        *call, needs, upstream, handles = inputs
-        native_inputs = _find_native_inputs(call, needs)
+        *loss_inputs, needs, upstream, handles = inputs
+        native_inputs = _find_native_inputs(loss_inputs, needs)
         if native_inputs is None:
             return super().gradients(*inputs)
         (handle,) = handles or (upstream,)  # Any tensor but a handle holds nothing.
         return [self.native_gradient(*native_inputs, upstream, handle)]
 
 
-def _natively(
+def _python_fallbacks(
     compute_loss: Callable[..., Any], compute_gradients: Callable[..., Any]
 ) -> Sequence[Callable[..., Any]]:
-    """The native operators in Python, for graphs that run before the kernels are loaded."""
+    """The native operators in Python, for graphs that run before those in C++ are registered."""
     nothing = (None, None, None)
     return (
         lambda x, t, text: compute_loss(x, t, *nothing, text, [False, False])[0],

@@ -12,13 +12,12 @@ small loss, so from the second call on, a `Plan` bypasses Triton and calls the c
 directly. It then allocates nothing but the loss and its gradients, except in captured graphs and
 where a tensor must be copied to be contiguous or broadcast.
 
-The input is seen as (outer, classes, inner). A tile has the shape (vectors per thread, samples,
-threads, vector size): each thread holds the first and the last dimension in its registers, except
-that wide tiles with inner > 1 spread the first over threads. With
-inner = 1 samples are contiguous rows, and a flat tensor has classes = 1 too. Otherwise samples are
-contiguous along inner, classes are strided, and a block of samples has one outer index. So offsets
-within a block almost always fit in 32 bits (otherwise INDEX is int64), and only the block's index
-needs a division.
+The input is seen as (outer, classes, inner). A tile has the shape (vectors, samples, threads,
+vector size): each thread holds the first and the last dimension in its registers, but wide tiles
+with inner > 1 spread the vectors over threads. If inner = 1, samples are contiguous rows, and a
+flat tensor also has classes = 1. Otherwise samples are contiguous along inner, classes are strided,
+and a block of samples has one outer index. So offsets within a block almost always fit in 32 bits
+(otherwise INDEX is int64), and only the block's index needs a division.
 
 Each program takes every `num_programs`-th block of samples and adds up its losses in a fixed order.
 The last program to finish adds up the partial sums in a fixed order too, so the same input gives
@@ -167,8 +166,8 @@ class Plan:
             and target.is_contiguous()
             and (weight is None or weight.is_contiguous())
         )
-        # Whether a gradient that overwrites the input is aligned, as new tensors are.
-        self.is_aligned = not input.is_contiguous() or input.data_ptr() % 16 == 0
+        # Whether a gradient is aligned that overwrites the input or the input's contiguous copy.
+        self.is_aligned_in_place = not input.is_contiguous() or input.data_ptr() % 16 == 0
         self._passes: dict[Any, Pass] = {}
         self._rescalers: dict[Any, tuple[Any, tuple[int, ...]]] = {}
 
@@ -228,7 +227,7 @@ class Plan:
         pass_ = self._passes.get(key)
         if pass_ is None:
             pass_ = self._passes[key] = self._make_pass(needs, upstream)
-        is_aligned = self.is_aligned or not in_place
+        is_aligned = self.is_aligned_in_place or not in_place
         if upstream is not None:
             if pass_.copies_upstream:
                 upstream = _view(upstream, *self.upstream_shapes)
@@ -349,8 +348,8 @@ class Plan:
         # One size is divided by ALIGNMENT and multiplied back in the kernel, so that Triton can
         # prove divisibility and vectorise. q = inner / ALIGNMENT is passed as 2q + 1: it is odd, so
         # Triton never specialises on its divisibility by 16, and proves no more than ALIGNMENT.
-        # `classes` needs no such disguise: with inner = 1 `max_alignment` is 16, and no load is
-        # longer.
+        # `classes` needs no such disguise: if inner = 1, ALIGNMENT is at most 16 elements, and no
+        # vector load has more.
         sizes = (outer, classes // alignment, inner)
         if is_spatial:
             sizes = (outer, classes, inner // alignment * 2 + 1)

@@ -101,7 +101,7 @@ class Constants:
 
 
 def find_body(loss: str, is_index: bool, is_smoothed: bool) -> str:
-    """The function that computes a loss. Smoothing makes a dense target of a class index."""
+    """The function that computes a loss. Smoothing turns a class index into a dense target."""
     return BODIES[loss][is_index and not is_smoothed]
 
 
@@ -247,7 +247,7 @@ def _make_block(args, scalars, block, CONST: tl.constexpr, SAMPLES: tl.constexpr
     weight *= scalars.weight_scale
     # Ignored samples keep 0: times an infinite factor it would be NaN.
     grad_scale = tl.where(is_valid, weight * scalars.inv_divisor, weight)
-    upstream_offset = i  # Unused, but Triton 3.6 makes a tensor of None.
+    upstream_offset = i  # Unused, but Triton 3.6 fails to convert None to a tensor.
     if args.upstream_ptr is not None:
         upstream_offset = (
             outer_index * args.upstream_outer_stride + inner_index * args.upstream_inner_stride
@@ -269,7 +269,7 @@ def _make_tile(b, start, CONST: tl.constexpr):
     threads: tl.constexpr = CONST.TILE.threads
     vector_size: tl.constexpr = CONST.TILE.vector_size
     thread_start = tl.arange(0, threads)[:, None] * vector_size
-    vector = tl.arange(0, CONST.TILE.vectors_per_thread)[:, None, None, None]
+    vector = tl.arange(0, CONST.TILE.vectors)[:, None, None, None]
     step = vector * (threads * vector_size) + tl.arange(0, vector_size)[None, :]
     k = thread_start + step
     class_mask = k < b.classes - start

@@ -22,18 +22,18 @@ class Tile(NamedTuple):
     max_programs: int  # Per launch.
     is_whole: bool  # For a softmax: the tile holds all classes. Else programs loop over them.
     vector_size: int  # Contiguous classes per vector.
-    vectors_per_thread: int
+    vectors: int  # Size of the tile along vectors.
     max_alignment: int  # Limit of `Constants.ALIGNMENT`.
 
     @property
     def threads(self) -> int:
         """Size of the tile along threads."""
-        return self.classes // self.vector_size // self.vectors_per_thread
+        return self.classes // self.vector_size // self.vectors
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Shape of the tile as a tensor."""
-        return self.vectors_per_thread, self.samples, self.threads, self.vector_size
+        return self.vectors, self.samples, self.threads, self.vector_size
 
 
 # (Width of the tile in 4-byte words, samples, warps, registers per thread.)
@@ -76,7 +76,7 @@ def configure(
     elif is_whole:
         spec = _row_spec(w, size, is_nll)
     elif is_cached:
-        # Odd rows are loaded one class at a time, so each thread needs many loads in flight.
+        # An odd number of classes is loaded one at a time, which needs many loads in flight.
         width = min(2**14 // itemsize * size, 2**13)
         spec = (width, 1, 8, 128) if is_odd else (width, 1, 16, 64)
     else:
@@ -87,13 +87,13 @@ def configure(
     width //= size
     vector_size = 1 if is_spatial else math.gcd(16 // itemsize, classes, width)
     threads_per_row = 1 if is_spatial else few_threads if has_few_classes else 32 * warps
-    vectors_per_thread = max(width // vector_size // threads_per_row, 1)
+    vectors = max(width // vector_size // threads_per_row, 1)
     # Four per multiprocessor of an H200.
     max_programs = 4 * 132 if is_cached and is_odd else MAX_PROGRAMS
-    # Vector loads of over two samples would split one sample's classes between threads.
+    # A vector load of more than two samples would split the classes of one between threads.
     max_alignment = 2 if fits_thread else 16
     return Tile(
-        samples, width, warps, registers, max_programs, is_whole, vector_size, vectors_per_thread,
+        samples, width, warps, registers, max_programs, is_whole, vector_size, vectors,
         max_alignment,
     )  # fmt: skip
 
