@@ -228,7 +228,7 @@ def _pack_static_call(kind: str, options: Sequence[Any], properties: Sequence[An
         )
     except (TypeError, ValueError):
         return None  # The traced code raises it, with the user's tensors.
-    is_unchanged = arguments.input.dim() == len(given[0].shape)
-    if is_unchanged and not has_one_class and ops.serves_graph(given[0].device, call, arguments):
+    keeps_dims = arguments.input.dim() == len(given[0].shape)
+    if keeps_dims and not has_one_class and ops.serves_graph(given[0].device, call, arguments):
         return ops.pack(call)
     return None

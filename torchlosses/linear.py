@@ -24,13 +24,14 @@ from torchlosses.formulas import Arguments, Call, Classes, ClassPosition, Rows
 # writes the linear weight's gradient, 8 bytes an element in float32 for 2 operations a row. With
 # 2048 rows that is 512 operations a byte; a GPU is busy from about 300 on in half precision.
 CHUNK_BYTES_PER_CLASS = 2**12
-# Bytes of a chunk of logits on a CPU. With more classes a chunk has fewer rows, which takes a few
-# percent longer, but at least MIN_ROWS: half as many take 10 to 15% longer.
+# Bytes of a chunk of logits on a CPU. With more classes a chunk has fewer rows, but at
+# least MIN_ROWS. That takes a few percent longer; half of MIN_ROWS would take 10 to 15%.
 CPU_CHUNK_BYTES = 48 * 10**6
 MIN_ROWS = 256
 # The most chunks whose linear-weight gradients are accumulated in half precision. Each chunk rounds
 # the sum once, with an error proportional to the sum. A sum of random terms grows as a square root,
-# so the error of chunk k is √(k/6) times that of chunk 6, and all six are √(Σ k/6) = 1.9 times it.
+# so the error of chunk k is √(k/6) times that of chunk 6, and the six errors together are
+# √(Σ k/6) = 1.9 times that of chunk 6.
 MAX_HALF_CHUNKS = 6
 MAX_PLANS = 64
 # Classes per block when a product in half precision is added to a sum in float32: the product of a
@@ -321,7 +322,7 @@ def has_fast_matmul(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether matmul in this dtype is fast on this device."""
     if device.type != "cpu" or dtype.itemsize >= 4:
         return True
-    # Private; without vector instructions for the dtype torch multiplies element by element.
+    # Private. If the CPU has no instructions for the dtype, torch multiplies element by element.
     is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return dtype == torch.bfloat16 and is_supported is not None and is_supported()
 
@@ -476,7 +477,8 @@ def unreduced_losses(
         return part(slice(None)).view(samples)
     tensors = (input, linear_weight, linear_bias, target, weight)
     versions = _versions(tensors)
-    if linear_weight.dtype.itemsize < 4:  # So autograd accumulates their gradients in float32.
+    if linear_weight.dtype.itemsize < 4:
+        # So that autograd accumulates the gradients of weight and bias in float32.
         linear_weight = linear_weight.float()
         linear_bias = None if linear_bias is None else linear_bias.float()
 

@@ -54,8 +54,8 @@ class Plan(Protocol):
 
         `needs` has one bool for each tensor but the last two, the weights. After `upstream` come
         `in_place`, to write the input's gradient over the input, and `raise_on_invalid`, by default
-        True: the CPU raises an IndexError for an invalid class. Without an error, its loss and
-        gradient are NaN.
+        True: the CPU raises an IndexError for an invalid class. Where nothing is raised, the loss
+        and gradient of a sample with an invalid class are NaN.
         """
 
     def rescale(
@@ -328,8 +328,8 @@ class OnePass(Function):
     """The autograd node of a loss: saves what `run` computed, and hands gradients out once.
 
     Some gradients are computed in backward instead: those of float16, where small values would
-    underflow before a loss scaler lifts them; those of losses that are not reduced, which depend on
-    the upstream gradient of each; and those under saved-tensor hooks, whose memory is not ours to
+    underflow before a loss scaler lifts them; those of unreduced losses, each of which has its
+    own upstream gradient; and those under saved-tensor hooks, whose memory is not ours to
     write to. Everything that backward reads is saved, so version checks catch changes in place,
     hooks see every tensor, and all is freed with the graph. A second backward computes gradients
     again.
@@ -589,7 +589,7 @@ def _define(schema: str, function: Callable[..., Any], fake: Callable[..., Any])
 class Operator:
     """A loss in compiled graphs, by the same kernels as eager calls.
 
-    Graphs call `op`, the operator of this name. It decomposes into `GraphNode`, an autograd node
+    Graphs call `op`, the operator called `name`. It decomposes into `GraphNode`, an autograd node
     around two operators that run the kernels: `loss_and_gradients`, which returns CPU gradients in
     a handle, and `gradients`, which rescales those of a handle or computes them from the upstream
     gradient. On CUDA the graph itself multiplies the returned gradients.
@@ -599,8 +599,8 @@ class Operator:
 
     The tensors are first the `differentiable` ones, of which the target is the last, then weights.
     `numbers` holds δ and ε if the graph takes them as inputs: torch.compile would specialise on
-    float arguments. `wrap(*extra, kernels)` and `make_formula(*extra)` return the kernels and the
-    formula of `prepare`.
+    float arguments. `wrap(*extra, kernels)` and `make_formula(*extra)` return what `prepare` takes
+    as `wrap(kernels)` and `formula`.
     """
 
     def __init__(
@@ -683,7 +683,7 @@ class Operator:
         """The prepared call, and the loss and gradients that the kernels compute."""
         tensors, numbers = inputs[: self.num_tensors], _to_floats(inputs[self.num_tensors])
         *extra, text = inputs[self.num_tensors + 1 : self.call_start + 1]
-        if tensors[0].numel() == 0:  # The formula's empty sum, and gradients of zeros.
+        if tensors[0].numel() == 0:  # The formula's empty sum, and zero gradients.
             pairs = zip(tensors, needs, strict=False)
             zeros = [t.new_zeros(t.shape) if needed else None for t, needed in pairs]
             call = _with_numbers(unpack(text), numbers)
@@ -703,7 +703,7 @@ class Operator:
             in_place = raise_on_invalid = False  # A graph raises no IndexError.
             rest = (tuple(needs), upstream, in_place, raise_on_invalid)
             results = try_kernels(prepared.kernels, device, prepared.plan.compute, *tensors, *rest)
-        if results is None:  # Without autograd, as in an operator, the formula has no gradients.
+        if results is None:  # The formula has no gradients here: in an operator is no autograd.
             raise RuntimeError(
                 f"a kernel of torchlosses has failed on {device}, and this graph was compiled for "
                 f"it; call torch.compiler.reset() and compile it again: the graph will then use "

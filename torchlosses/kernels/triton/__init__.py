@@ -14,10 +14,11 @@ where a tensor must be copied to be contiguous or broadcast.
 
 The input is seen as (outer, classes, inner). A tile has the shape (vectors, samples, threads,
 vector size): each thread holds the first and the last dimension in its registers, but wide tiles
-with inner > 1 spread the vectors over threads. If inner = 1, samples are contiguous rows, and a
-flat tensor also has classes = 1. Otherwise samples are contiguous along inner, classes are strided,
-and a block of samples has one outer index. So offsets within a block almost always fit in 32 bits
-(otherwise INDEX is int64), and only the block's index needs a division.
+with inner > 1 spread the vectors over threads. If inner = 1, each sample is a contiguous row, or
+one element of a flat tensor, where classes = 1. If inner > 1, neighbouring samples are adjacent in
+memory, classes are strided, and a block of samples has one outer index. So offsets within a block
+almost always fit in 32 bits (otherwise INDEX is int64), and only the block's index needs a
+division.
 
 Each program takes every `num_programs`-th block of samples and adds up its losses in a fixed order.
 The last program to finish adds up the partial sums in a fixed order too, so the same input gives
@@ -54,8 +55,8 @@ LOCAL_DIVISOR_SAMPLES = 2**12
 RESCALE_BLOCK = 2**11
 # The most compiled `_rescale_kernel`s that a `Plan` keeps.
 MAX_RESCALERS = 16
-# Launches in captured graphs that get a counter zeroed in advance; beyond that, each replay zeroes
-# its counter.
+# How many launches in captured graphs get a counter zeroed in advance. The counter of any further
+# launch is zeroed at each replay.
 GRAPH_COUNTERS = 2**14
 # The default differs by version, and Triton 3.9 warns if it is not set.
 FUSION = {"enable_fp_fusion": True}
@@ -107,7 +108,7 @@ class Pass:
     def launch(
         self, args: tuple[Any, ...], partials: Tensor | None, counter: Tensor | None, keep: bool
     ) -> None:
-        """Launches the kernels through Triton, which compiles them, and may keep the binaries."""
+        """Launches the kernels through Triton, which compiles them. `keep` keeps the binaries."""
         common, run_divisor = (KernelArgs(*args), partials, counter), None
         if self.num_divisor_programs:
             run_divisor = _launch(
@@ -166,7 +167,7 @@ class Plan:
             and target.is_contiguous()
             and (weight is None or weight.is_contiguous())
         )
-        # Whether a gradient is aligned that overwrites the input or the input's contiguous copy.
+        # Whether a gradient that overwrites the input, or its contiguous copy, is aligned.
         self.is_aligned_in_place = not input.is_contiguous() or input.data_ptr() % 16 == 0
         self._passes: dict[Any, Pass] = {}
         self._rescalers: dict[Any, tuple[Any, tuple[int, ...]]] = {}
@@ -348,8 +349,8 @@ class Plan:
         # One size is divided by ALIGNMENT and multiplied back in the kernel, so that Triton can
         # prove divisibility and vectorise. q = inner / ALIGNMENT is passed as 2q + 1: it is odd, so
         # Triton never specialises on its divisibility by 16, and proves no more than ALIGNMENT.
-        # `classes` needs no such disguise: if inner = 1, ALIGNMENT is at most 16 elements, and no
-        # vector load has more.
+        # `classes` needs no such disguise: if inner = 1, a vector load has at most 16 elements, so
+        # proving more than that changes nothing.
         sizes = (outer, classes // alignment, inner)
         if is_spatial:
             sizes = (outer, classes, inner // alignment * 2 + 1)

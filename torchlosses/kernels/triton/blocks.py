@@ -183,7 +183,7 @@ def _is_ignored(label, ignore_index):
 
 @triton.jit
 def _load_labels(args, samples, in_bounds, sample_weight, classes, CONST: tl.constexpr):
-    """Labels, which of them are valid, and their weights in the loss and in the divisor.
+    """Labels, a mask of valid ones, and their weights in the loss and in the divisor.
 
     The weight in the loss is sample weight times class weight (without smoothing), 0 for ignored
     samples and NaN for invalid labels. In the divisor an invalid label counts like class 0, as in
@@ -265,7 +265,7 @@ def _make_block(args, scalars, block, CONST: tl.constexpr, SAMPLES: tl.constexpr
 
 @triton.jit
 def _make_tile(b, start, CONST: tl.constexpr):
-    """Class indices from `start` on, which of them exist, offsets, and which are the label."""
+    """Class indices from `start` on, a mask of those that exist, offsets, a mask of the label."""
     threads: tl.constexpr = CONST.TILE.threads
     vector_size: tl.constexpr = CONST.TILE.vector_size
     thread_start = tl.arange(0, threads)[:, None] * vector_size

@@ -16,7 +16,7 @@ from torchlosses.kernels.triton.blocks import (
 )
 from torchlosses.kernels.triton.losses import _elementwise, _nll, _softmax, _softmax_nll
 
-# Samples per block of a sum of weights, in float32.
+# Samples per block of `_sum_weights`, for float32; float64 takes half as many.
 DIVISOR_BLOCK = tl.constexpr(2**10)
 LEAST_DIVISOR = tl.constexpr(formulas.LEAST_DIVISOR)
 

@@ -1,8 +1,8 @@
 """Losses and gradients of a block of samples: one function for each name in `BODIES`.
 
-Each returns weighted losses per sample (`_elementwise` stores those per element), and stores the
-gradients that have a pointer, times `grad_scale`. R and W say what it reads and writes. The input
-is x if logits, else y; t is the target as `_load_targets` returns it.
+Each returns weighted losses per sample (`_elementwise` stores losses per element itself), and
+stores the gradients that have a pointer, times `grad_scale`. R and W say what it reads and writes.
+The input is x if logits, else y; t is the target as `_load_targets` returns it.
 """
 
 import collections

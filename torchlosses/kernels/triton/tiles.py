@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-# The most programs of a launch, and so partial sums: they fill every GPU several times over.
+# The most programs of a launch, and partial sums. So many programs fill any GPU several times over.
 MAX_PROGRAMS = 2**12
 # Up to this many classes are a compile-time constant.
 MAX_CONSTANT_CLASSES = 32
@@ -20,7 +20,7 @@ class Tile(NamedTuple):
     warps: int
     registers: int  # Limit per thread; with ptxas's default, kernels spill or occupancy drops.
     max_programs: int  # Per launch.
-    is_whole: bool  # For a softmax: the tile holds all classes. Else programs loop over them.
+    is_whole: bool  # Whether it holds all classes; if not, softmaxes loop over them.
     vector_size: int  # Contiguous classes per vector.
     vectors: int  # Size of the tile along vectors.
     max_alignment: int  # Limit of `Constants.ALIGNMENT`.
@@ -90,7 +90,7 @@ def configure(
     vectors = max(width // vector_size // threads_per_row, 1)
     # Four per multiprocessor of an H200.
     max_programs = 4 * 132 if is_cached and is_odd else MAX_PROGRAMS
-    # A vector load of more than two samples would split the classes of one between threads.
+    # A vector load of more than two samples would split each sample's classes between threads.
     max_alignment = 2 if fits_thread else 16
     return Tile(
         samples, width, warps, registers, max_programs, is_whole, vector_size, vectors,
