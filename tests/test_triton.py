@@ -87,8 +87,8 @@ def test_passes_in_the_interpreter() -> None:
     folder = Path(__file__).parent
     child = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider",
-         # The interpreter computes by NumPy, which warns of results that are ∞ or NaN, and in Triton
-         # 3.6 of a deprecated conversion.
+         # The interpreter computes by NumPy, which warns of results that are ∞ or NaN, and of a
+         # conversion in Triton 3.6.
          "-W", "ignore::RuntimeWarning", "-W", "ignore:Conversion of an array:DeprecationWarning",
          # A launch takes some ms, so these are left out: gradient checks by finite differences (a
          # thousand launches each), what autograd does after a kernel, float64 (tested in small

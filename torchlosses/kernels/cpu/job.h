@@ -12,17 +12,13 @@
 #include <immintrin.h>
 #endif
 
+#include "losses.h"  // LOSSES
+
 #define INLINE inline __attribute__((always_inline))
 #define INLINED __attribute__((always_inline))  // Of a lambda.
 
 namespace {
 
-// The losses: name, whether there is a loss for each element, and whether the slope of an element
-// depends on its whole row. If not, its `Term` is in losses.h.
-#define LOSSES(X)                                   \
-    X(SQUARES, "squares", true, false)              \
-    X(PROBABILITIES, "probabilities", false, false) \
-    X(LOGITS, "logits", false, true)
 #define KIND_OF(kind, name, per_element, couples_classes) kind,
 #define NAME_OF(kind, name, per_element, couples_classes) name,
 #define PER_ELEMENT_OF(kind, name, per_element, couples_classes) per_element,

@@ -1,4 +1,13 @@
-// The losses.
+// The losses. job.h includes the list, and kernels.h the rest, for each instruction set.
+
+#ifndef LOSSES
+// Name, whether there is a loss for each element, and whether the slope of an element depends on its
+// whole row. If not, the loss has a `Term`.
+#define LOSSES(X)                                   \
+    X(SQUARES, "squares", true, false)              \
+    X(PROBABILITIES, "probabilities", false, false) \
+    X(LOGITS, "logits", false, true)
+#else
 
 namespace NAMESPACE {
 namespace {
@@ -31,8 +40,8 @@ template <class F, bool SAMPLES_IN_LANES, class T, bool INDEX> struct Soft {
 };
 
 // An element's part of a loss that does not couple classes: its value times a weight, and its
-// derivatives by input and target times a factor. To add such a loss, add its term here and a line
-// to `LOSSES`.
+// derivatives by input and target times a factor. To add such a loss, add its term and a line to
+// `LOSSES`.
 template <class F, Kind> struct Term;
 
 // The parameters of losses, where no store can change them.
@@ -435,3 +444,5 @@ template <class F, class T> void probabilities_of_class(const Job &job, Group<F>
 
 }  // namespace
 }  // namespace NAMESPACE
+
+#endif

@@ -38,13 +38,14 @@ from triton.runtime import driver
 
 from torchlosses import checks
 from torchlosses.formulas import Call, Result
-from torchlosses.kernels.triton.blocks import BODIES, Constants, KernelArgs, find_body
+from torchlosses.kernels.triton.blocks import Constants, KernelArgs
 from torchlosses.kernels.triton.kernels import (
     DIVISOR_BLOCK,
     _divisor_kernel,
     _loss_kernel,
     _rescale_kernel,
 )
+from torchlosses.kernels.triton.losses import BODIES, find_body
 from torchlosses.kernels.triton.tiles import MAX_CONSTANT_CLASSES, MAX_PROGRAMS, configure
 
 MAX_DIVISOR_PROGRAMS = 2**9
@@ -332,6 +333,7 @@ class Plan:
         )  # fmt: skip
         constants = Constants(
             LOSS=call.kind,
+            BODY=self.body,
             DTYPE=DTYPES[dtype],
             TILE=tile,
             INDEX=tl.int32 if max_offset < 2**31 - 2**16 else tl.int64,

@@ -50,13 +50,6 @@ Block = collections.namedtuple(
 Scalars = collections.namedtuple(
     "Scalars", "weight_scale inv_divisor delta one_minus_eps eps_per_class"
 )
-# The function in losses.py that computes a loss: for dense targets, and for class indices.
-# "elementwise" needs no normalizer; its losses may still be summed per sample.
-BODIES = {
-    "squares": ("elementwise", "elementwise"),
-    "probabilities": ("elementwise", "nll"),
-    "logits": ("softmax", "softmax_nll"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +57,7 @@ class Constants:
     """Compile-time constants of a kernel."""
 
     LOSS: str
+    BODY: str  # The function in losses.py that computes the loss.
     DTYPE: Any
     TILE: Tile
     INDEX: Any  # Type of offsets within a block.
@@ -80,10 +74,6 @@ class Constants:
     NUM_CLASSES: int  # The number of classes if it is a constant, else 0.
 
     @property
-    def BODY(self) -> str:  # noqa: N802
-        return find_body(self.LOSS, self.IS_INDEX, self.IS_SMOOTHED)
-
-    @property
     def LOADS_IGNORED(self) -> bool:  # noqa: N802
         """Whether the input of ignored samples is loaded too, so that no load waits for labels."""
         return self.IS_INDEX and (self.IS_SPATIAL or self.TILE.samples > 1)
@@ -98,11 +88,6 @@ class Constants:
     @property
     def LOWEST(self) -> float:  # noqa: N802
         return LOWEST[self.DTYPE]
-
-
-def find_body(loss: str, is_index: bool, is_smoothed: bool) -> str:
-    """The function that computes a loss. Smoothing turns a class index into a dense target."""
-    return BODIES[loss][is_index and not is_smoothed]
 
 
 @triton.jit

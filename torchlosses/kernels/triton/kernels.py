@@ -93,7 +93,7 @@ def _loss_kernel(
     args, partials_ptr, counter_ptr, inv_divisor: tl.float64, delta: tl.float64,
     one_minus_eps: tl.float64, eps_per_class: tl.float64, CONST: tl.constexpr,
 ):  # fmt: skip
-    """Loss and gradients, by the function of losses.py that `CONST.BODY` names.
+    """Loss and gradients, by the function that `CONST.BODY` names.
 
     R label, weights and upstream gradient of each sample, besides what that function reads.
     """

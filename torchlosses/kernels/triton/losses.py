@@ -29,9 +29,22 @@ from torchlosses.kernels.triton.blocks import (
     _thread_sum,
 )
 
+# The function that computes a loss: for dense targets, and for class indices.
+# "elementwise" needs no normalizer; its losses may still be summed per sample.
+BODIES = {
+    "squares": ("elementwise", "elementwise"),
+    "probabilities": ("elementwise", "nll"),
+    "logits": ("softmax", "softmax_nll"),
+}
+
 SoftmaxTile = collections.namedtuple(
     "SoftmaxTile", "x t target_is_zero t_factor class_mask offsets"
 )
+
+
+def find_body(loss: str, is_index: bool, is_smoothed: bool) -> str:
+    """The function that computes a loss. Smoothing turns a class index into a dense target."""
+    return BODIES[loss][is_index and not is_smoothed]
 
 
 @triton.jit
