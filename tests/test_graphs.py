@@ -216,17 +216,16 @@ def test_native_operators_return_the_bits_of_the_others(
             inputs = (input, t, None, None, None, ops.pack(call))
             assert ops._find_native_inputs(inputs, [True, False]) is not None
             assert ops.unpack(ops.pack(call)) == call
-            for needed in (False, reduction != "none"):
-                needs = [needed, False]
+            needs = [not ops.is_deferred(call, dtype), False]
+            for factor in (1.0, 0.3, torch.inf):
                 loss, *handles = operator.loss_and_gradients(*inputs, needs)
                 expected, *others = operator.op_loss_and_gradients(*inputs, needs)
                 close(loss, expected)
-                for factor in (1.0, 0.3, torch.inf):
-                    rest = [True, False], torch.full_like(loss, factor)
-                    close(
-                        operator.gradients(*inputs, *rest, handles),
-                        operator.op_gradients(*inputs, *rest, others),
-                    )
+                close(operator.loss_and_gradients(*inputs, [False, False])[0], expected)
+                rest = [True, False], torch.full_like(loss, factor)
+                expected = operator.op_gradients(*inputs, *rest, others)
+                close(operator.gradients(*inputs, *rest, handles), expected)
+                close(operator.gradients(*inputs, *rest, handles), expected)  # By an empty handle.
 
 
 @native
@@ -236,8 +235,27 @@ def test_native_operators_refuse_what_no_kernel_knows(path: str) -> None:
     for wrong in (text.replace("squares", "cubes"), text.replace("sum", "median")):
         with pytest.raises(RuntimeError, match="no kernel knows"):
             ops.LOSS_OPERATOR.native_loss(y, t, wrong)
+    transposed = torch.rand(64, 64).t()
+
+    def fail() -> None:
+        with pytest.raises(RuntimeError, match="of another dtype"):
+            ops.LOSS_OPERATOR.native_gradient(transposed, transposed, text, upstream, upstream)
+
+    upstream = torch.ones((), dtype=torch.float64)
+    left, _ = allocated(fail)  # A failed call frees its copies.
+    assert left < transposed.nbytes
     with pytest.raises(RuntimeError, match="64 dimensions"):
         ops.LOSS_OPERATOR.native_loss(torch.rand([1] * 65), torch.rand([1] * 65), text)
+
+
+@native
+def test_any_number_of_handles_lives_at_a_time(path: str) -> None:
+    y, t = (x.detach() for x in batch(is_index=False))
+    text, upstream = packed("squares", False, "sum"), torch.tensor(2.0)
+    handles = [ops.LOSS_OPERATOR.native_loss_and_gradient(y, t, text)[1] for _ in range(5000)]
+    for handle in handles:
+        gradient = ops.LOSS_OPERATOR.native_gradient(y, t, text, upstream, handle)
+        assert torch.equal(gradient, (y - t) * 2)
 
 
 @native

@@ -43,9 +43,9 @@ Array = NDArray[Any]
 
 # Symbols of Python's stable ABI, in 3.11 and later.
 STABLE = {
-    "PyCapsule_GetPointer", "PyCapsule_New", "PyErr_Format", "PyErr_NoMemory", "PyErr_Occurred",
-    "PyEval_RestoreThread", "PyEval_SaveThread", "PyExc_TypeError", "PyLong_AsLong",
-    "PyLong_AsLongLong", "PyLong_AsSize_t", "PyLong_AsVoidPtr", "PyLong_FromLong",
+    "PyBool_FromLong", "PyCapsule_GetPointer", "PyCapsule_New", "PyErr_Format", "PyErr_NoMemory",
+    "PyErr_Occurred", "PyEval_RestoreThread", "PyEval_SaveThread", "PyExc_TypeError",
+    "PyLong_AsLong", "PyLong_AsLongLong", "PyLong_AsSize_t", "PyLong_AsVoidPtr", "PyLong_FromLong",
     "PyLong_FromLongLong", "PyModule_AddIntConstant", "PyModule_AddObjectRef", "PyModule_Create2",
     "PyTuple_New", "PyTuple_SetItem", "PyUnicode_FromString", "_PyArg_ParseTuple_SizeT",
     "_Py_Dealloc", "_Py_NoneStruct",

@@ -438,7 +438,7 @@ def _masked(input: Tensor, classes: Classes, dim: int) -> Tensor:
         one_or_nan = torch.where(valid, 1.0, torch.nan).to(input.dtype)
         input = input * one_or_nan.unsqueeze(dim)
     if not_ignored is not None:  # Not a factor of 0: 0 · NaN and 0 · ∞ are NaN.
-        input = input.where(not_ignored.unsqueeze(dim), 1)
+        input = input.where(not_ignored.unsqueeze(dim), 0.5)  # Every loss is finite there.
     return input
 
 

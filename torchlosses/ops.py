@@ -705,9 +705,9 @@ class Operator:
             results = try_kernels(prepared.kernels, device, prepared.plan.compute, *tensors, *rest)
         if results is None:  # The formula has no gradients here: in an operator is no autograd.
             raise RuntimeError(
-                f"a kernel of torchlosses has failed on {device}, and this graph was compiled for "
-                f"it; call torch.compiler.reset() and compile it again: the graph will then use "
-                f"slower PyTorch code"
+                f"torchlosses has no kernels on {device}, or one has failed, and this graph was "
+                "compiled for them; call torch.compiler.reset() and compile it again: the graph "
+                "will then use slower PyTorch code"
             )
         return prepared, *results
 

@@ -7,6 +7,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,10 +141,10 @@ def _connect() -> bool:
     """
     for path in (Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"):
         library = ctypes.CDLL(str(path))
-        functions = [getattr(library, name, None) for name in _cpu.TORCH_NAMES]
+        functions: list[Any] = [getattr(library, name, None) for name in _cpu.TORCH_NAMES]
         if None not in functions:
-            _cpu.connect(*[ctypes.cast(f, ctypes.c_void_p).value for f in functions])  # type: ignore[arg-type]
-            return True
+            addresses: Any = [ctypes.cast(f, ctypes.c_void_p).value for f in functions]
+            return _cpu.connect(*addresses)
     return False
 
 

@@ -81,20 +81,19 @@ PyObject *py_advise(PyObject *, PyObject *const *args, Py_ssize_t count) {
 }
 
 // connect(addresses of TORCH_FUNCTIONS and of aoti_torch_check): registers the operators, and runs
-// the kernels in torch's threads.
+// the kernels in torch's threads. Returns whether torch takes the operators.
 PyObject *py_connect(PyObject *, PyObject *const *args, Py_ssize_t count) {
     if (!has_arity(std::size(TORCH_NAMES), count)) return nullptr;
     static bool is_connected = false;
-    if (is_connected) Py_RETURN_NONE;
+    if (is_connected) return PyBool_FromLong(true);
 #define SET(name, ...) name = (decltype(name))address(*args++);
     TORCH_FUNCTIONS(SET)
 #undef SET
     aoti_torch_check = (decltype(aoti_torch_check))address(*args);
     if (PyErr_Occurred()) return nullptr;
     parallel_for = torch_parallel_for;
-    register_operators();
-    is_connected = true;
-    Py_RETURN_NONE;
+    is_connected = register_operators();
+    return PyBool_FromLong(is_connected);
 }
 
 // set_target(number): 0 is the baseline, and more is not taken than the processor has. Answers what

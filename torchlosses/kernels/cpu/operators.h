@@ -4,15 +4,12 @@
 #pragma once
 
 #include <locale.h>
-#include <sched.h>
 #ifdef __APPLE__
 #include <xlocale.h>
 #endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-
-#include <utility>
 
 #include "run.h"
 
@@ -77,49 +74,67 @@ constexpr uint64_t VERSION = uint64_t(2) << 56 | uint64_t(11) << 48;  // Of the 
 constexpr int32_t CPU = 0, STRIDED = 0, CONTIGUOUS = 0;
 constexpr int32_t DTYPES[] = {6, 7, 15, 5, 0, 1, 2, 3, 4, 27, 28, 29, 11};  // By Storage.
 
-void check(bool is_right, const char *message) {
-    if (!is_right) aoti_torch_check(false, "torchlosses", __FILE__, __LINE__, message);
-}
-#define TORCH(function, ...) check(function(__VA_ARGS__) == 0, #function " failed")
+// Null, or what went wrong. Nothing throws while an Owned is alive, as no destructor would run.
+using Error = const char *;
+#define TRY(error) \
+    if (const Error caught = error) return caught
+#define TORCH(function, ...) \
+    if (function(__VA_ARGS__)) return #function " failed"
+constexpr Error NO_MORE_MEMORY = "DefaultCPUAllocator: can't allocate memory";  // torch's words.
 
-void *data_of(Tensor tensor) {
-    void *data;
-    TORCH(aoti_torch_get_data_ptr, tensor, &data);
-    return data;
-}
+// A reference to a tensor, or null.
+struct Owned {
+    Tensor tensor;
 
-void release(Tensor tensor) {
-    if (tensor) aoti_torch_delete_tensor_object(tensor);
-}
-
-Tensor copy_reference(Tensor tensor) {
-    Tensor copy;
-    TORCH(aoti_torch_new_tensor_handle, tensor, &copy);
-    return copy;
-}
-
-// Releases the tensor, unless it is contiguous.
-Tensor contiguous(Tensor tensor) {
-    bool is_contiguous;
-    TORCH(aoti_torch_is_contiguous, tensor, &is_contiguous);
-    if (is_contiguous) return tensor;
-    Value stack[] = {Value(tensor), CONTIGUOUS};
-    TORCH(torch_call_dispatcher, "aten::contiguous", "", stack, VERSION);
-    return Tensor(stack[0]);
-}
+    explicit Owned(Tensor tensor = nullptr) : tensor(tensor) {}
+    explicit Owned(Value value) : tensor(Tensor(value)) {}
+    Owned(const Owned &) = delete;
+    ~Owned() {
+        if (tensor) aoti_torch_delete_tensor_object(tensor);
+    }
+    Tensor give() {
+        const Tensor given = tensor;
+        tensor = nullptr;
+        return given;
+    }
+    void *data() const {
+        void *data = nullptr;
+        aoti_torch_get_data_ptr(tensor, &data);
+        return data;
+    }
+    Error make_contiguous() {
+        bool is_contiguous;
+        TORCH(aoti_torch_is_contiguous, tensor, &is_contiguous);
+        if (is_contiguous) return nullptr;
+        Value stack[] = {Value(give()), CONTIGUOUS};
+        if (torch_call_dispatcher("aten::contiguous", "", stack, VERSION)) return NO_MORE_MEMORY;
+        tensor = Tensor(stack[0]);
+        return nullptr;
+    }
+    Error find_storage(Storage *storage) const {
+        int32_t dtype;
+        TORCH(aoti_torch_get_dtype, tensor, &dtype);
+        for (int s = 0; s <= BOOL; s++)
+            if (DTYPES[s] == dtype) {
+                *storage = Storage(s);
+                return nullptr;
+            }
+        return "got a dtype that no kernel reads";
+    }
+};
 
 constexpr int64_t MAX_DIMS = 64;  // As in torch's own kernels.
 
 struct Shape {
-    int64_t dims, sizes[MAX_DIMS];
+    int64_t dims = 0, sizes[MAX_DIMS];
 
-    Shape() : dims(0) {}
-    explicit Shape(Tensor tensor) {
+    Error read(Tensor tensor) {
         int64_t *from;
         TORCH(aoti_torch_get_dim, tensor, &dims);
-        check(dims <= MAX_DIMS, "a tensor of more than 64 dimensions");
+        if (dims > MAX_DIMS) return "got a tensor of more than 64 dimensions";
         TORCH(aoti_torch_get_sizes, tensor, &from);
         std::memcpy(sizes, from, size_t(dims) * sizeof(int64_t));
+        return nullptr;
     }
     int64_t count(int64_t begin, int64_t end) const {
         int64_t product = 1;
@@ -135,39 +150,31 @@ struct Shape {
     }
 };
 
-Tensor empty(const Shape &shape, Storage storage) {
+Error allocate(const Shape &shape, Storage storage, Owned &to) {
     int64_t strides[MAX_DIMS], stride = 1;
     for (int64_t d = shape.dims - 1; d >= 0; d--) {
         strides[d] = stride;
         stride *= shape.sizes[d] > 1 ? shape.sizes[d] : 1;
     }
-    Tensor tensor;
-    TORCH(aoti_torch_empty_strided, shape.dims, shape.sizes, strides, DTYPES[storage], CPU, 0,
-          &tensor);
+    if (aoti_torch_empty_strided(shape.dims, shape.sizes, strides, DTYPES[storage], CPU, 0,
+                                 &to.tensor)) {
+        to.tensor = nullptr;
+        return NO_MORE_MEMORY;
+    }
     const size_t bytes = size_t(shape.count() * SIZES[storage]);
-    if (bytes >= FRESH) advise(data_of(tensor), bytes);
-    return tensor;
+    if (bytes >= FRESH) advise(to.data(), bytes);
+    return nullptr;
 }
 
-Storage storage_of(Tensor tensor) {
-    int32_t dtype;
-    TORCH(aoti_torch_get_dtype, tensor, &dtype);
-    int storage = 0;
-    while (storage <= BOOL && DTYPES[storage] != dtype) storage++;
-    check(storage <= BOOL, "a dtype that no kernel reads");
-    return Storage(storage);
-}
-
-// Reads a word from a text of words, and moves on to the next one.
-template <size_t COUNT> int read(const char *&text, const char *const (&words)[COUNT]) {
+// Reads a word from a text of words, and moves on to the next one; -1 for an unknown word.
+template <size_t COUNT> int read_word(const char *&text, const char *const (&words)[COUNT]) {
     for (size_t k = 0; k < COUNT; k++) {
         const size_t length = std::strlen(words[k]);
         if (std::strncmp(text, words[k], length) || text[length] != ' ') continue;
         text += length + 1;
         return int(k);
     }
-    check(false, "a call that no kernel knows");
-    return 0;
+    return -1;
 }
 
 int64_t read_integer(const char *&text) {
@@ -188,57 +195,50 @@ double read_float(const char *&text) {
 
 // ---- Handles; see `hold` in ops.py
 
-// A handle is a tensor of one byte in a Holder. Those alive are in a list, in which a handle is found
-// by the byte's address, so a copy of a handle holds nothing.
+// A handle is a tensor of one byte, that of a Holder. No other tensor gets its address, so a copy of
+// a handle holds nothing. Without a free Holder, a handle holds nothing either. There is no lock that
+// another thread might hold at a fork.
 struct Holder {
-    Tensor gradient;
-    Holder *next, *previous;
+    std::atomic<bool> is_used;
+    std::atomic<Tensor> gradient;
     uint8_t byte;
 };
-Holder holders = {nullptr, &holders, &holders, 0};
-
-struct Lock {
-    static inline std::atomic_flag flag = ATOMIC_FLAG_INIT;
-    Lock() {
-        while (flag.test_and_set(std::memory_order_acquire)) sched_yield();
-    }
-    ~Lock() { flag.clear(std::memory_order_release); }
-};
+constexpr size_t MAX_HOLDERS = 4096;
+Holder holders[MAX_HOLDERS];
+std::atomic<size_t> next_holder;
 
 void free_holder(void *, void *context) {
     const auto holder = (Holder *)context;
-    {
-        const Lock lock;
-        holder->next->previous = holder->previous;
-        holder->previous->next = holder->next;
-    }
-    release(holder->gradient);
-    std::free(holder);
+    const Owned freed(holder->gradient.exchange(nullptr));
+    holder->is_used = false;
 }
 
-Tensor hold(Tensor gradient) {
-    const auto holder = (Holder *)std::malloc(sizeof(Holder));
-    check(holder, "out of memory");
-    {
-        const Lock lock;
-        *holder = {gradient, holders.next, &holders, 0};
-        holders.next = holder->next->previous = holder;
+void free_nothing(void *, void *) {}
+
+Error hold(Owned &gradient, Owned &handle) {
+    static uint8_t nothing;
+    uint8_t *byte = &nothing;
+    Holder *holder = nullptr;
+    for (size_t k = 0; k < MAX_HOLDERS && !holder; k++) {
+        Holder &each = holders[next_holder++ % MAX_HOLDERS];
+        if (!each.is_used.exchange(true)) holder = &each;
+    }
+    if (holder) {
+        byte = &holder->byte;
+        holder->gradient = gradient.give();
     }
     const int64_t one = 1;
-    Tensor handle;
-    TORCH(torch_from_blob, &holder->byte, 1, &one, &one, 0, DTYPES[UINT8], CPU, -1, &handle,
-          STRIDED, nullptr, 0, free_holder, holder);
-    return handle;
+    TORCH(torch_from_blob, byte, 1, &one, &one, 0, DTYPES[UINT8], CPU, -1, &handle.tensor, STRIDED,
+          nullptr, 0, holder ? free_holder : free_nothing, holder);
+    return nullptr;
 }
 
 // What the handle holds, or null.
-Tensor take(Tensor handle) {
-    const void *byte = data_of(handle);
-    Tensor gradient = nullptr;
-    const Lock lock;
-    for (Holder *holder = holders.next; holder != &holders; holder = holder->next)
-        if (&holder->byte == byte) std::swap(gradient, holder->gradient);
-    return gradient;
+Tensor take(const Owned &handle) {
+    const size_t offset = size_t(handle.data()) - size_t(&holders[0].byte);
+    const size_t position = offset / sizeof(Holder);
+    const bool is_held = position < MAX_HOLDERS && offset % sizeof(Holder) == 0;
+    return is_held ? holders[position].gradient.exchange(nullptr) : nullptr;
 }
 
 // ---- The operators
@@ -246,110 +246,141 @@ Tensor take(Tensor handle) {
 // The arguments of all operators.
 struct Arguments {
     enum { INPUT, TARGET, CALL, UPSTREAM, HANDLE };
-    Tensor input, target;
+    Owned input, target;
     Shape shape;  // Of the input.
     int64_t dim;
     Call call;
 
-    explicit Arguments(const Value *stack)
-        : input(contiguous(Tensor(stack[INPUT]))), target(contiguous(Tensor(stack[TARGET]))),
-          shape(input) {
-        const char *text;  // See `pack` in ops.py.
-        TORCH(torch_string_c_str, String(stack[CALL]), &text);
-        call.kind = Kind(read(text, KINDS));
-        call.is_index = read(text, {"dense", "index"});
-        dim = read_integer(text);
-        call.reduction = Reduction(read(text, REDUCTIONS));
-        call.ignore_index = read_integer(text);
-        call.is_double = read(text, {"float32", "float64"});
-        call.delta = read_float(text);
-        call.smoothing = read_float(text);
+    explicit Arguments(const Value *stack) : input(stack[INPUT]), target(stack[TARGET]) {}
+
+    Error read(const Value *stack) {
+        const Error error = read_call(String(stack[CALL]));
         torch_delete_string(String(stack[CALL]));
-        call.weighs_elements = false;
-        call.input_storage = storage_of(input);
-        call.target_storage = storage_of(target);
+        TRY(error);
+        TRY(input.make_contiguous());
+        TRY(target.make_contiguous());
+        TRY(shape.read(input.tensor));
+        TRY(input.find_storage(&call.input_storage));
+        TRY(target.find_storage(&call.target_storage));
         call.outer = shape.count(0, dim);
         call.classes = shape.dims ? shape.sizes[dim] : 1;
         call.inner = shape.count(dim + 1, shape.dims);
         call.batch = shape.dims > 1 ? shape.sizes[0] : 1;
-    }
-    ~Arguments() {
-        release(input);
-        release(target);
+        call.weighs_elements = false;
+        return nullptr;
     }
 
-    Tensor empty_gradient() const { return empty(shape, call.input_storage); }
+    Error read_call(String string) {  // See `pack` in ops.py.
+        const char *text;
+        TORCH(torch_string_c_str, string, &text);
+        const int kind = read_word(text, KINDS), is_index = read_word(text, {"dense", "index"});
+        dim = read_integer(text);
+        const int reduction = read_word(text, REDUCTIONS);
+        call.ignore_index = read_integer(text);
+        const int is_double = read_word(text, {"float32", "float64"});
+        if (kind < 0 || is_index < 0 || reduction < 0 || is_double < 0)
+            return "got a call that no kernel knows";
+        call.kind = Kind(kind);
+        call.is_index = is_index;
+        call.reduction = Reduction(reduction);
+        call.is_double = is_double;
+        call.delta = read_float(text);
+        call.smoothing = read_float(text);
+        return nullptr;
+    }
 
-    // The loss, and the input's gradient unless it is null.
-    Tensor run(Tensor gradient, const void *upstream) const {
+    Storage loss_storage() const { return call.is_double ? FLOAT64 : FLOAT32; }
+
+    // Computes the loss, and the input's gradient if there is a tensor for it.
+    Error run(Owned &loss, const Owned &gradient, const void *upstream) const {
         Shape losses;
         if (call.reduction == NONE) losses = PER_ELEMENT[call.kind] ? shape : shape.without(dim);
-        const Storage storage = call.is_double ? FLOAT64 : FLOAT32;
-        const Tensor loss = empty(losses, storage);
+        TRY(allocate(losses, loss_storage(), loss));
         Job job(call);
-        job.input = data_of(input);
-        job.target = data_of(target);
+        job.input = input.data();
+        job.target = target.data();
         job.weight = job.sample_weight = nullptr;
         job.upstream = upstream;
-        job.losses = data_of(loss);
-        job.grad_input = gradient ? data_of(gradient) : nullptr;
+        job.losses = loss.data();
+        job.grad_input = gradient.tensor ? gradient.data() : nullptr;
         job.grad_target = nullptr;
         if (shape.count()) compute(job);
-        else std::memset(job.losses, 0, size_t(losses.count() * SIZES[storage]));
-        check(job.bad != NO_MEMORY, "out of memory");
-        return loss;
+        else std::memset(job.losses, 0, size_t(losses.count() * SIZES[loss_storage()]));
+        return job.bad == NO_MEMORY ? NO_MORE_MEMORY : nullptr;
     }
 };
 
-void loss(Value *stack, uint64_t, uint64_t) {
-    const Arguments arguments(stack);
-    stack[0] = Value(arguments.run(nullptr, nullptr));
+Error loss(Value *stack) {
+    Arguments arguments(stack);
+    TRY(arguments.read(stack));
+    Owned loss;
+    TRY(arguments.run(loss, Owned(), nullptr));
+    stack[0] = Value(loss.give());
+    return nullptr;
 }
 
-void loss_and_gradient(Value *stack, uint64_t, uint64_t) {
-    const Arguments arguments(stack);
-    const Tensor gradient = arguments.empty_gradient();
-    stack[0] = Value(arguments.run(gradient, nullptr));
-    stack[1] = Value(hold(gradient));
+Error loss_and_gradient(Value *stack) {
+    Arguments arguments(stack);
+    TRY(arguments.read(stack));
+    Owned loss, gradient, handle;
+    TRY(allocate(arguments.shape, arguments.call.input_storage, gradient));
+    TRY(arguments.run(loss, gradient, nullptr));
+    TRY(hold(gradient, handle));
+    stack[0] = Value(loss.give());
+    stack[1] = Value(handle.give());
+    return nullptr;
 }
 
-void scale(Tensor gradient, Tensor factor) {
-    Value stack[] = {Value(copy_reference(gradient)), Value(copy_reference(factor))};
+Error scale(const Owned &gradient, const Owned &factor) {
+    Value stack[2];
+    TORCH(aoti_torch_new_tensor_handle, gradient.tensor, (Tensor *)&stack[0]);
+    TORCH(aoti_torch_new_tensor_handle, factor.tensor, (Tensor *)&stack[1]);
     TORCH(torch_call_dispatcher, "aten::mul_", "Tensor", stack, VERSION);
-    release(Tensor(stack[0]));
+    const Owned scaled(stack[0]);
+    return nullptr;
 }
 
-void loss_gradient(Value *stack, uint64_t, uint64_t) {
-    const Arguments arguments(stack);
-    const Tensor upstream = contiguous(Tensor(stack[Arguments::UPSTREAM]));
-    const auto handle = Tensor(stack[Arguments::HANDLE]);
-    Tensor gradient = take(handle);
-    release(handle);
-    const void *data = data_of(upstream);
-    if (gradient) {
-        const double factor = arguments.call.is_double ? *(double *)data : *(float *)data;
-        if (!std::isfinite(factor)) {  // Its product with the 0 of an ignored sample is NaN.
-            release(gradient);
-            gradient = nullptr;
-        } else if (factor != 1) {
-            scale(gradient, upstream);
-        }
+Error loss_gradient(Value *stack) {
+    Arguments arguments(stack);
+    Owned upstream(stack[Arguments::UPSTREAM]), handle(stack[Arguments::HANDLE]);
+    TRY(arguments.read(stack));
+    TRY(upstream.make_contiguous());
+    Storage storage;
+    TRY(upstream.find_storage(&storage));
+    if (storage != arguments.loss_storage()) return "got an upstream gradient of another dtype";
+    const Call &call = arguments.call;
+    const void *data = upstream.data();
+    // Like `is_deferred` in ops.py.
+    bool is_scaled = call.reduction != NONE && call.input_storage != FLOAT16 &&
+                     call.target_storage != FLOAT16;
+    double factor = 1;
+    if (is_scaled) factor = call.is_double ? *(double *)data : *(float *)data;
+    is_scaled &= std::isfinite(factor);  // The product of ∞ and the 0 of an ignored sample is NaN.
+    Owned loss, gradient(is_scaled ? take(handle) : nullptr);
+    if (!gradient.tensor) {
+        TRY(allocate(arguments.shape, call.input_storage, gradient));
+        TRY(arguments.run(loss, gradient, is_scaled ? nullptr : data));
     }
-    if (!gradient) {
-        gradient = arguments.empty_gradient();
-        release(arguments.run(gradient, data));
-    }
-    release(upstream);
-    stack[0] = Value(gradient);
+    if (is_scaled && factor != 1) TRY(scale(gradient, upstream));
+    stack[0] = Value(gradient.give());
+    return nullptr;
 }
 
-void register_operators() {
+// Throws a RuntimeError.
+template <Error (*OPERATOR)(Value *)> void call(Value *stack, uint64_t, uint64_t) {
+    if (const Error error = OPERATOR(stack))
+        aoti_torch_check(false, "torchlosses", __FILE__, __LINE__, error);
+}
+
+// False if torch refuses them.
+bool register_operators() {
     c_locale = newlocale(LC_ALL_MASK, "C", nullptr);
     void *library;
-    TORCH(aoti_torch_library_init_impl, "torchlosses", "CPU", __FILE__, __LINE__, &library);
-    TORCH(torch_library_impl, library, "native_loss", loss, VERSION);
-    TORCH(torch_library_impl, library, "native_loss_and_gradient", loss_and_gradient, VERSION);
-    TORCH(torch_library_impl, library, "native_loss_gradient", loss_gradient, VERSION);
+    return !(aoti_torch_library_init_impl("torchlosses", "CPU", __FILE__, __LINE__, &library) ||
+             torch_library_impl(library, "native_loss", call<loss>, VERSION) ||
+             torch_library_impl(library, "native_loss_and_gradient", call<loss_and_gradient>,
+                                VERSION) ||
+             torch_library_impl(library, "native_loss_gradient", call<loss_gradient>, VERSION));
 }
 
 }  // namespace
