@@ -320,9 +320,8 @@ class Plan:
             divisor_source = "each_program" if any(needs) else "last_program"
             if any(needs) and outer * inner > LOCAL_DIVISOR_SAMPLES:
                 divisor_source = "divisor_kernel"
-                num_divisor_programs = min(
-                    triton.cdiv(outer * inner, DIVISOR_BLOCK.value), MAX_DIVISOR_PROGRAMS
-                )
+                num_divisor_blocks = triton.cdiv(outer * inner, DIVISOR_BLOCK.value)
+                num_divisor_programs = min(num_divisor_blocks, MAX_DIVISOR_PROGRAMS)
         alignment = math.gcd(tile.max_alignment, inner if is_spatial else classes)
         upstream_strides, copies_upstream = _strides(upstream, *self.upstream_shapes)
         sample_weight_outer_stride, _, sample_weight_inner_stride = self.sample_weight_strides
