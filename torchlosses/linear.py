@@ -21,11 +21,13 @@ from torchlosses.formulas import Arguments, Call, Classes, ClassPosition, Rows
 
 # Bytes per class in a chunk of logits: 1024 rows in float32, 2048 in half precision. On a GPU, 1024
 # rows by 32000 classes are 2000 tiles of 128 by 128 for some 130 processors. Each chunk reads and
-# writes the linear weight's gradient, 8 bytes an element in float32 for 2 operations a row. With
-# 2048 rows that is 512 operations a byte; a GPU is busy from about 300 on in half precision.
+# writes the linear weight's gradient: 8 bytes per element in float32, for 2 operations per element
+# and row. With 2048 rows that is 512 operations per byte; in half precision about 300 keep a GPU
+# busy.
 CHUNK_BYTES_PER_CLASS = 2**12
 # Bytes of a chunk of logits on a CPU. With more classes a chunk has fewer rows, but at
-# least MIN_ROWS. That takes a few percent longer; half of MIN_ROWS would take 10 to 15%.
+# least MIN_ROWS. Chunks of MIN_ROWS take a few percent longer than full ones, and chunks of half of
+# that 10 to 15%.
 CPU_CHUNK_BYTES = 48 * 10**6
 MIN_ROWS = 256
 # The most chunks whose linear-weight gradients are accumulated in half precision. Each chunk rounds
@@ -196,7 +198,7 @@ class LayerPlan:
         layout = ops.layout_of((z, t, weight, s))
         plan = self.plans.get(layout)
         if plan is None:
-            if len(self.plans) >= MAX_PLANS:  # Counts of ignored rows differ by batch.
+            if len(self.plans) >= MAX_PLANS:  # Ignored rows are left out, so layouts vary.
                 self.plans.clear()
             plan = self.plans[layout] = self.kernels.prepare(self.chunk_call, z, t, weight, s)
         return plan

@@ -53,9 +53,9 @@ class Plan(Protocol):
         """The loss and its gradients, from tensors, needs and an optional upstream gradient.
 
         `needs` has one bool for each tensor but the last two, the weights. After `upstream` come
-        `in_place`, to write the input's gradient over the input, and `raise_on_invalid`, by default
-        True: the CPU raises an IndexError for an invalid class. Where nothing is raised, the loss
-        and gradient of a sample with an invalid class are NaN.
+        `in_place`, to write the input's gradient over the input, and `raise_on_invalid`, whether
+        the CPU raises an IndexError for an invalid class (the default). Where nothing is raised,
+        the loss and gradient of a sample with an invalid class are NaN.
         """
 
     def rescale(
@@ -128,7 +128,8 @@ KERNEL_LOADERS: dict[str, Callable[[torch.device], Any]] = {
     "cuda": _load_triton,
 }
 _failed: set[torch.device] = set()
-# Errors to raise, not to fall back on: a user's signal handler may raise a TimeoutError.
+# Errors to raise again, instead of using the formula. A user's signal handler may raise a
+# TimeoutError.
 PASS_THROUGH = (IndexError, MemoryError, torch.OutOfMemoryError, TimeoutError)
 
 
@@ -291,7 +292,8 @@ def run(prepared: Prepared, tensors: Sequence[Tensor | None]) -> Tensor | None:
     """The loss by kernels, or None if they fail."""
     _, kernels, plan, device, needs, deferred, _ = prepared
     needs_grad = True in needs
-    has_hooks = needs_grad and bool(checks.find_saving_hooks(True))  # True: even under a tracer.
+    even_under_tracers = True
+    has_hooks = needs_grad and bool(checks.find_saving_hooks(even_under_tracers))
     if deferred or has_hooks:
         needs = (False,) * len(needs)
     results = try_kernels(kernels, device, plan.compute, *tensors, needs)
@@ -328,9 +330,9 @@ class OnePass(Function):
     """The autograd node of a loss: saves what `run` computed, and hands gradients out once.
 
     Some gradients are computed in backward instead: those of float16, where small values would
-    underflow before a loss scaler lifts them; those of unreduced losses, each of which has its
-    own upstream gradient; and those under saved-tensor hooks, whose memory is not ours to
-    write to. Everything that backward reads is saved, so version checks catch changes in place,
+    underflow before a loss scaler lifts them; those of unreduced losses, each of which has its own
+    upstream gradient; and those under saved-tensor hooks, because what a hook returns must not be
+    written to. Everything that backward reads is saved, so version checks catch changes in place,
     hooks see every tensor, and all is freed with the graph. A second backward computes gradients
     again.
     """
@@ -378,7 +380,7 @@ def _gradients(
 ) -> Any:
     """The gradients, computed by the kernels.
 
-    Recomputed ones are scaled like saved ones, for the same bits.
+    Recomputed gradients are scaled like saved ones, so both have the same bits.
     """
     call, kernels, plan, _, _, deferred, _ = ctx.prepared
     if ctx.has_hooks:  # Hooks may return other strides.
@@ -425,7 +427,7 @@ def formula_gradients(
     """The needed gradients, differentiable under create_graph.
 
     Differentiates with respect to fresh views of the arguments. If the target was computed from the
-    input, that path is not followed twice.
+    input, only the outer graph follows that path.
     """
     is_differentiable = torch.is_grad_enabled()
     fresh = list(arguments)
@@ -513,7 +515,7 @@ def find_constants(
 
 
 def _as_constant(number: Any) -> Any:
-    """The number as a constant: the compiler may represent a specialised one by a symbol."""
+    """The number in Python's own type: Dynamo may hold a symbol for one that it has specialised."""
     return number.__float__() if isinstance(number, float) else index(number)
 
 
@@ -563,9 +565,9 @@ def hold(*held: Any) -> Tensor:
     """A handle: a small tensor that holds gradients between forward and backward of a graph.
 
     Backward scales gradients in place, as a product in new memory would cost one more pass. An
-    operator must not return an argument, so backward gets them from the handle. They live as long
-    as the handle, which autograd saves. A copy of the handle is empty, and backward computes the
-    gradients again.
+    operator must not return one of its arguments, so backward gets gradients inside a handle. They
+    live as long as the handle, which autograd saves. A copy of the handle is empty, and backward
+    computes the gradients again.
     """
     handle = torch.empty(HANDLE_NUMEL, dtype=torch.uint8, device="cpu")
     handle.held = held  # type: ignore[attr-defined]
@@ -599,8 +601,8 @@ class Operator:
 
     The tensors are first the `differentiable` ones, of which the target is the last, then weights.
     `numbers` holds δ and ε if the graph takes them as inputs: torch.compile would specialise on
-    float arguments. `wrap(*extra, kernels)` and `make_formula(*extra)` return what `prepare` takes
-    as `wrap(kernels)` and `formula`.
+    float arguments. `prepare` gets `partial(wrap, *extra)` as its `wrap`, and what
+    `make_formula(*extra)` returns as its `formula`.
     """
 
     def __init__(
@@ -703,7 +705,7 @@ class Operator:
             in_place = raise_on_invalid = False  # A graph raises no IndexError.
             rest = (tuple(needs), upstream, in_place, raise_on_invalid)
             results = try_kernels(prepared.kernels, device, prepared.plan.compute, *tensors, *rest)
-        if results is None:  # The formula has no gradients here: in an operator is no autograd.
+        if results is None:  # No formula: inside an operator autograd computes no gradients.
             raise RuntimeError(
                 f"torchlosses has no kernels on {device}, or one has failed, and this graph was "
                 "compiled for them; call torch.compiler.reset() and compile it again: the graph "
@@ -828,7 +830,7 @@ class LossOperator(Operator):
         native_inputs = _find_native_inputs(loss_inputs, needs)
         if native_inputs is None:
             return super().gradients(*inputs)
-        (handle,) = handles or (upstream,)  # Any tensor but a handle holds nothing.
+        (handle,) = handles or (upstream,)  # Without a handle, any tensor that is none.
         return [self.native_gradient(*native_inputs, upstream, handle)]
 
 

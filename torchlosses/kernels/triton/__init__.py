@@ -13,8 +13,8 @@ directly. It then allocates nothing but the loss and its gradients, except in ca
 where a tensor must be copied to be contiguous or broadcast.
 
 The input is seen as (outer, classes, inner). A tile has the shape (vectors, samples, threads,
-vector size): each thread holds the first and the last dimension in its registers, but wide tiles
-with inner > 1 spread the vectors over threads. If inner = 1, each sample is a contiguous row, or
+vector size): each thread holds the whole last dimension in its registers, and the whole first
+one too, except in wide tiles with inner > 1. If inner = 1, each sample is a contiguous row, or
 one element of a flat tensor, where classes = 1. If inner > 1, neighbouring samples are adjacent in
 memory, classes are strided, and a block of samples has one outer index. So offsets within a block
 almost always fit in 32 bits (otherwise INDEX is int64), and only the block's index needs a
@@ -168,7 +168,7 @@ class Plan:
             and target.is_contiguous()
             and (weight is None or weight.is_contiguous())
         )
-        # Whether a gradient that overwrites the input, or its contiguous copy, is aligned.
+        # Whether the memory that `in_place` overwrites, the input or a copy of it, is aligned.
         self.is_aligned_in_place = not input.is_contiguous() or input.data_ptr() % 16 == 0
         self._passes: dict[Any, Pass] = {}
         self._rescalers: dict[Any, tuple[Any, tuple[int, ...]]] = {}
@@ -210,7 +210,7 @@ class Plan:
         """The loss, and the gradients that `needs` asks for, times `upstream` if given.
 
         The host never reads labels, so an invalid one raises nothing: its sample is NaN. With
-        `in_place` the gradient overwrites a contiguous input, tile by tile after the last read.
+        `in_place` the gradient overwrites a contiguous input, each tile after its last read.
         """
         index, stream = self.device_index, None
         if index is not None:
@@ -347,11 +347,11 @@ class Plan:
             IS_EVEN=classes % tile.classes == 0,
             NUM_CLASSES=classes if classes <= MAX_CONSTANT_CLASSES else 0,
         )
-        # One size is divided by ALIGNMENT and multiplied back in the kernel, so that Triton can
-        # prove divisibility and vectorise. q = inner / ALIGNMENT is passed as 2q + 1: it is odd, so
-        # Triton never specialises on its divisibility by 16, and proves no more than ALIGNMENT.
-        # `classes` needs no such disguise: if inner = 1, a vector load has at most 16 elements, so
-        # proving more than that changes nothing.
+        # `classes`, or `inner` if spatial, is divided by ALIGNMENT here and multiplied back in the
+        # kernel, so that Triton can prove divisibility and vectorise. q = inner / ALIGNMENT is
+        # passed as 2q + 1: it is odd, so Triton never specialises on its divisibility by 16, and
+        # proves no more than ALIGNMENT. `classes` needs no such disguise: if inner = 1, a vector
+        # load has at most 16 elements, so proving more than that changes nothing.
         sizes = (outer, classes // alignment, inner)
         if is_spatial:
             sizes = (outer, classes, inner // alignment * 2 + 1)

@@ -170,9 +170,9 @@ def _is_ignored(label, ignore_index):
 def _load_labels(args, samples, in_bounds, sample_weight, classes, CONST: tl.constexpr):
     """Labels, a mask of valid ones, and their weights in the loss and in the divisor.
 
-    The weight in the loss is sample weight times class weight (without smoothing), 0 for ignored
-    samples and NaN for invalid labels. In the divisor an invalid label counts like class 0, as in
-    the formula.
+    The weight in the loss is the sample weight, times the class weight unless smoothed, 0 for
+    ignored samples and NaN for invalid labels. In the divisor an invalid label counts like class 0,
+    as in the formula.
     """
     label = tl.load(args.target_ptr + samples, mask=in_bounds, other=0)
     not_ignored = in_bounds & ~_is_ignored(label, args.ignore_index)
@@ -342,7 +342,7 @@ def _approx(x, NAME: tl.constexpr):
 
 @triton.jit
 def _log2(x, CONST: tl.constexpr):
-    """log₂ x. Approximate: a relative error of 2⁻²², near x = 1 an absolute one."""
+    """log₂ x. If approximate, with an error of 2⁻²²: absolute near x = 1, relative elsewhere."""
     return _approx(x, "lg2") if CONST.APPROXIMATE else tl.log2(x)
 
 

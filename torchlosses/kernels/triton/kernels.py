@@ -102,8 +102,7 @@ def _loss_kernel(
     if CONST.DIVISOR_SOURCE == "divisor_kernel":
         weight_scale, inverse = _scaled_inverse(tl.load(args.loss_ptr))
     elif CONST.DIVISOR_SOURCE == "each_program":
-        # `weights` and `magnitudes` are vectors in the loop, and Triton 3.6 lets no name change its
-        # shape.
+        # Other names than in the loop below: Triton 3.6 lets no name change its shape.
         all_weights, all_magnitudes = _sum_weights(args, 0, 1, CONST)
         divisor = _divisor(all_weights, all_magnitudes, args, CONST)
         weight_scale, inverse = _scaled_inverse(divisor)

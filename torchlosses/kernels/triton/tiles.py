@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-# The most programs of a launch, and partial sums. So many programs fill any GPU several times over.
+# The most programs of a launch, and so its most partial sums. That many fill any GPU several times.
 MAX_PROGRAMS = 2**12
 # Up to this many classes are a compile-time constant.
 MAX_CONSTANT_CLASSES = 32
