@@ -38,6 +38,7 @@ pytestmark = pytest.mark.parametrize("path", ["kernels"], indirect=True)
 
 @pytest.fixture(autouse=True)
 def _anew() -> Iterator[None]:
+    ops.kernels_of(torch.device("cpu"), "squares")  # Registers the native operators.
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -244,6 +245,9 @@ def test_native_operators_refuse_what_no_kernel_knows(path: str) -> None:
     upstream = torch.ones((), dtype=torch.float64)
     left, _ = allocated(fail)  # A failed call frees its copies.
     assert left < transposed.nbytes
+    huge = torch.rand(1, 1).expand(2**22, 2**22)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator: can't allocate memory"):
+        ops.LOSS_OPERATOR.native_loss(huge, huge, text)
     with pytest.raises(RuntimeError, match="64 dimensions"):
         ops.LOSS_OPERATOR.native_loss(torch.rand([1] * 65), torch.rand([1] * 65), text)
 
