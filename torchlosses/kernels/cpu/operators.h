@@ -227,7 +227,7 @@ Error hold(Owned &gradient, Owned &handle) {
         byte = &holder->byte;
         holder->gradient = gradient.give();
     }
-    const int64_t one = 1;
+    const int64_t one = 1;  // The device index is -1: torch refuses 0 here.
     TORCH(torch_from_blob, byte, 1, &one, &one, 0, DTYPES[UINT8], CPU, -1, &handle.tensor, STRIDED,
           nullptr, 0, holder ? free_holder : free_nothing, holder);
     return nullptr;
