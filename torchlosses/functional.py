@@ -83,8 +83,8 @@ def linear_cross_entropy_error(
     """Cross-entropy of a linear layer without holding all logits in memory.
 
     The function behind :class:`torchlosses.LinearCrossEntropyError`, where every argument, dtype,
-    error and source is described. Use it when `linear_weight` is tied to another module's,
-    such as an embedding's.
+    error and source is described. Use it when `linear_weight` is tied to another module's, such
+    as an embedding's.
 
     >>> import torch
     >>> from torchlosses.functional import linear_cross_entropy_error

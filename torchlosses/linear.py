@@ -25,9 +25,8 @@ from torchlosses.formulas import Arguments, Call, Classes, ClassPosition, Rows
 # and row. With 2048 rows that is 512 operations per byte; in half precision about 300 keep a GPU
 # busy.
 CHUNK_BYTES_PER_CLASS = 2**12
-# Bytes of a chunk of logits on a CPU. With more classes a chunk has fewer rows, but at
-# least MIN_ROWS. Chunks of MIN_ROWS take a few percent longer than full ones, and chunks of half of
-# that 10 to 15%.
+# Bytes of a chunk of logits on a CPU. With more classes a chunk has fewer rows, but at least
+# MIN_ROWS. Such chunks take a few percent longer than full ones, and half as many rows 10 to 15%.
 CPU_CHUNK_BYTES = 48 * 10**6
 MIN_ROWS = 256
 # The most chunks whose linear-weight gradients are accumulated in half precision. Each chunk rounds
@@ -425,9 +424,8 @@ def _logits(
     classes: Classes | None,
 ) -> Tensor:
     not_ignored = None if classes is None else classes.not_ignored
-    if (
-        not_ignored is not None
-    ):  # 0 · ∞ of an ignored row would make the linear weight's gradient NaN.
+    # 0 · ∞ of an ignored row would make the linear weight's gradient NaN.
+    if not_ignored is not None:
         input = input.where(not_ignored.unsqueeze(-1), 0)
     bias = None if linear_bias is None else linear_bias.to(dtype)
     return F.linear(input.to(dtype), linear_weight.to(dtype), bias)
@@ -480,7 +478,7 @@ def unreduced_losses(
     tensors = (input, linear_weight, linear_bias, target, weight)
     versions = _versions(tensors)
     if linear_weight.dtype.itemsize < 4:
-        # So that autograd accumulates the gradients of weight and bias in float32.
+        # So that autograd accumulates the gradients of linear weight and bias in float32.
         linear_weight = linear_weight.float()
         linear_bias = None if linear_bias is None else linear_bias.float()
 

@@ -89,7 +89,8 @@ class Kernels(Protocol):
 def _load_cpu() -> Any | None:
     """Imports the kernels at first use, not with the package.
 
-    The package may be imported under a fake-tensor mode, and the kernels' constants would be fake.
+    The package may be imported under a fake-tensor mode, where the kernels' constants would be
+    fake.
     """
     try:
         from torchlosses.kernels import cpu

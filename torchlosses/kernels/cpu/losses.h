@@ -1,8 +1,8 @@
 // The losses. job.h includes the list, and kernels.h the rest, for each instruction set.
 
 #ifndef LOSSES
-// Name, whether there is a loss for each element, and whether the slope of an element depends on its
-// whole row. If not, the loss has a `Term`.
+// Name, whether there is a loss for each element, and whether the slope of an element depends on
+// its whole row. If not, the loss has a `Term`.
 #define LOSSES(X)                                   \
     X(SQUARES, "squares", true, false)              \
     X(PROBABILITIES, "probabilities", false, false) \

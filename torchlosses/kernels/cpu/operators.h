@@ -1,5 +1,5 @@
-// The native operators of ops.py, by torch's stable C interface: an operator takes its arguments from
-// a stack of 64-bit values, owns them, and leaves its results there.
+// The native operators of ops.py, by torch's stable C interface: an operator takes its arguments
+// from a stack of 64-bit values, owns them, and leaves its results there.
 
 #pragma once
 
@@ -157,10 +157,8 @@ Error allocate(const Shape &shape, Storage storage, Owned &to) {
         stride *= shape.sizes[d] > 1 ? shape.sizes[d] : 1;
     }
     if (aoti_torch_empty_strided(shape.dims, shape.sizes, strides, DTYPES[storage], CPU, 0,
-                                 &to.tensor)) {
-        to.tensor = nullptr;
+                                 &to.tensor))
         return NO_MORE_MEMORY;
-    }
     const size_t bytes = size_t(shape.count() * SIZES[storage]);
     if (bytes >= FRESH) advise(to.data(), bytes);
     return nullptr;
@@ -195,9 +193,9 @@ double read_float(const char *&text) {
 
 // ---- Handles; see `hold` in ops.py
 
-// A handle is a tensor of one byte, that of a Holder. No other tensor gets its address, so a copy of
-// a handle holds nothing. Without a free Holder, a handle holds nothing either. There is no lock that
-// another thread might hold at a fork.
+// A handle is a tensor of one byte, that of a Holder. No other tensor gets its address, so a copy
+// of a handle holds nothing. Without a free Holder, a handle holds nothing either. There is no lock
+// that another thread might hold at a fork.
 struct Holder {
     std::atomic<bool> is_used;
     std::atomic<Tensor> gradient;
@@ -228,9 +226,11 @@ Error hold(Owned &gradient, Owned &handle) {
         holder->gradient = gradient.give();
     }
     const int64_t one = 1;  // The device index is -1: torch refuses 0 here.
-    TORCH(torch_from_blob, byte, 1, &one, &one, 0, DTYPES[UINT8], CPU, -1, &handle.tensor, STRIDED,
-          nullptr, 0, holder ? free_holder : free_nothing, holder);
-    return nullptr;
+    if (!torch_from_blob(byte, 1, &one, &one, 0, DTYPES[UINT8], CPU, -1, &handle.tensor, STRIDED,
+                         nullptr, 0, holder ? free_holder : free_nothing, holder))
+        return nullptr;
+    if (holder) free_holder(nullptr, holder);
+    return NO_MORE_MEMORY;
 }
 
 // What the handle holds, or null.

@@ -13,9 +13,9 @@ directly. It then allocates nothing but the loss and its gradients, except in ca
 where a tensor must be copied to be contiguous or broadcast.
 
 The input is seen as (outer, classes, inner). A tile has the shape (vectors, samples, threads,
-vector size): each thread holds the whole last dimension in its registers, and the whole first
-one too, except in wide tiles with inner > 1. If inner = 1, each sample is a contiguous row, or
-one element of a flat tensor, where classes = 1. If inner > 1, neighbouring samples are adjacent in
+vector size): each thread holds the whole last dimension in its registers, and the whole first one
+too, except in wide tiles with inner > 1. If inner = 1, each sample is a contiguous row, or one
+element of a flat tensor, where classes = 1. If inner > 1, neighbouring samples are adjacent in
 memory, classes are strided, and a block of samples has one outer index. So offsets within a block
 almost always fit in 32 bits (otherwise INDEX is int64), and only the block's index needs a
 division.
