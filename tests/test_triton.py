@@ -109,9 +109,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows longer than a tile, more blocks than programs, 64-bit offsets, a divisor kernel."""
     configure, constants = kernels.tiles.configure, kernels.blocks.Constants
 
-    def small(body: str, classes: int, *rest: Any) -> Any:
+    def small(body: str, classes: int, *rest: Any, **options: Any) -> Any:
         width = min(triton.next_power_of_2(classes), 4)
-        return configure(body, classes, *rest)._replace(
+        return configure(body, classes, *rest, **options)._replace(
             samples=2,
             classes=width,
             max_programs=2,

@@ -76,7 +76,7 @@ class Classes(NamedTuple):
         """False where a sample is ignored; None if no sample is."""
         if self.ignore_index is None:
             return None
-        return to_int64(self.target, self.ignore_index) != self.ignore_index
+        return is_not_ignored(self.target, self.ignore_index)
 
     @property
     def valid_or_ignored(self) -> Tensor | None:
@@ -100,14 +100,14 @@ class Classes(NamedTuple):
         return (label >= 0) & (label < self.num_classes)
 
 
-class Rows:
-    """How processes share the rows of an input: its shape, class dimension, and collectives.
+class Sharding:
+    """How processes share an input: its whole shape, its class dimension, and their collectives.
 
-    Here there is one process; `sharded.Shards` has several. `own_shape` is that of the part of the
-    input in this process.
+    Here one process holds all of it; `sharded.Shards` is for several. `own_shape` is that of the
+    part in this process.
     """
 
-    are_shared = False
+    is_shared = False
 
     def __init__(self, shape: Sequence[int], dim: int) -> None:
         self.shape = self.own_shape = torch.Size(shape)
@@ -169,24 +169,24 @@ class ClassPosition(NamedTuple):
 def compute(call: Call, arguments: Arguments, classes: Classes | None = None) -> Tensor:
     """The loss. Pass `classes` if its values are known, such as that all are valid."""
     input, target, *_ = arguments
-    rows = Rows(input.shape, call.dim)
+    sharding = Sharding(input.shape, call.dim)
     if call.is_index and classes is None:
-        classes = Classes(target, rows.num_classes, call.ignore_index)
-    position = None if classes is None else rows.find_position(classes)
-    losses = unreduced_losses(call, arguments, rows, classes, position)
-    return reduce(call, losses, rows, arguments, classes, position)
+        classes = Classes(target, sharding.num_classes, call.ignore_index)
+    position = None if classes is None else sharding.find_position(classes)
+    losses = unreduced_losses(call, arguments, sharding, classes, position)
+    return reduce(call, losses, sharding, arguments, classes, position)
 
 
 def reduce(
     call: Call,
     losses: Tensor,
-    rows: Rows,
+    sharding: Sharding,
     arguments: Arguments,
     classes: Classes | None,
     position: "ClassPosition | None",
 ) -> Tensor:
     """Weights the losses by sample and reduces them."""
-    divisor = find_divisor(call, losses, rows, arguments, classes, position)
+    divisor = find_divisor(call, losses, sharding, arguments, classes, position)
     if arguments.sample_weight is not None:
         weights = arguments.sample_weight.to(losses.dtype)
         if classes is not None:  # One weight per sample.
@@ -200,7 +200,7 @@ def reduce(
         losses = losses * weights
     if call.reduction == "none":
         return losses.to(call.dtype)
-    return divide(rows.total(losses.sum()), divisor).to(call.dtype)
+    return divide(sharding.total(losses.sum()), divisor).to(call.dtype)
 
 
 def divide(total: Tensor, divisor: Any) -> Tensor:
@@ -210,14 +210,14 @@ def divide(total: Tensor, divisor: Any) -> Tensor:
 def find_divisor(
     call: Call,
     like: Tensor,
-    rows: Rows,
+    sharding: Sharding,
     arguments: Arguments,
     classes: Classes | None,
     position: "ClassPosition | None",
 ) -> Any:
     """The divisor of the summed losses, in the dtype and on the device of `like`; None for none."""
-    if call.reduction == "batchmean" and len(rows.shape) > 1:
-        return at_least_one(rows.shape[0], like, call.dtype)
+    if call.reduction == "batchmean" and len(sharding.shape) > 1:
+        return at_least_one(sharding.shape[0], like, call.dtype)
     if call.reduction != "mean":
         return None
     weights = arguments.sample_weight
@@ -226,13 +226,13 @@ def find_divisor(
     if arguments.weight is not None and position is not None:
         of_class = position.weight(arguments.weight.to(like.dtype))
         weights = of_class if weights is None else of_class * weights
-    return _count(call, like, rows, weights, classes, position)
+    return _count(call, like, sharding, weights, classes, position)
 
 
 def unreduced_losses(
     call: Call,
     arguments: Arguments,
-    rows: Rows,
+    sharding: Sharding,
     classes: Classes | None,
     position: "ClassPosition | None",
 ) -> Tensor:
@@ -242,16 +242,20 @@ def unreduced_losses(
     if weight is not None:
         weight = weight.to(dtype)
     if classes is None or position is None:
-        return call.loss.formula(call, input, arguments.target.to(dtype), weight, rows)
+        return call.loss.formula(call, input, arguments.target.to(dtype), weight, sharding)
     not_ignored = classes.not_ignored
-    losses = call.loss.formula(call, _masked(input, classes, call.dim), position, weight, rows)
+    losses = call.loss.formula(call, _masked(input, classes, call.dim), position, weight, sharding)
     if not_ignored is None:
         return losses
     return losses.where(not_ignored.unsqueeze(call.dim) if call.is_per_element else not_ignored, 0)
 
 
 def squared_error(
-    call: Call, input: Tensor, target: Tensor | ClassPosition, weight: Tensor | None, rows: Rows
+    call: Call,
+    input: Tensor,
+    target: Tensor | ClassPosition,
+    weight: Tensor | None,
+    sharding: Sharding,
 ) -> Tensor:
     """½ (y − t)² per element. A class index stands for its one-hot row."""
     if isinstance(target, Tensor):
@@ -269,11 +273,15 @@ def squared_error(
 
 
 def cross_entropy_of_logits(
-    call: Call, logits: Tensor, target: Tensor | ClassPosition, weight: Tensor | None, rows: Rows
+    call: Call,
+    logits: Tensor,
+    target: Tensor | ClassPosition,
+    weight: Tensor | None,
+    sharding: Sharding,
 ) -> Tensor:
     """`cross_entropy` with y = softmax(x)."""
-    shift, log_normalizer = shifted(logits, rows)
-    return cross_entropy(call, shift, target, weight, rows, log_normalizer)
+    shift, log_normalizer = shifted(logits, sharding)
+    return cross_entropy(call, shift, target, weight, sharding, log_normalizer)
 
 
 def cross_entropy(
@@ -281,15 +289,15 @@ def cross_entropy(
     input: Tensor,
     target: Tensor | ClassPosition,
     weight: Tensor | None,
-    rows: Rows,
+    sharding: Sharding,
     log_normalizer: Tensor | None = None,
 ) -> Tensor:
     """− Σₖ wₖ · tₖ · log(yₖ + δ) per sample, with y as in `guarded_log`."""
     dim, smoothing = call.dim, call.label_smoothing
-    if rows.num_classes == 0 and isinstance(target, ClassPosition):
+    if sharding.num_classes == 0 and isinstance(target, ClassPosition):
         return input.sum(dim)
     share = number(smoothing, input) if smoothing else 0.0
-    remaining, uniform = 1 - share, share / max(rows.num_classes, 1)
+    remaining, uniform = 1 - share, share / max(sharding.num_classes, 1)
     if isinstance(target, Tensor):
         if smoothing:
             target = remaining * target + uniform
@@ -317,15 +325,15 @@ def cross_entropy(
     return losses.squeeze(dim)
 
 
-def shifted(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+def shifted(logits: Tensor, sharding: Sharding) -> tuple[Tensor, Tensor]:
     """z = x − max x and log Σ exp z, so that log softmax(x) = z − log Σ exp z."""
     # softmax does not depend on the shift, so the maximum needs no gradient.
-    if logits.shape[rows.dim]:
-        maximum = logits.detach().amax(rows.dim, keepdim=True)
+    if logits.shape[sharding.dim]:
+        maximum = logits.detach().amax(sharding.dim, keepdim=True)
     else:  # amax of no classes is an error, but other processes may hold some.
-        maximum = logits.detach().sum(rows.dim, keepdim=True) - torch.inf
-    logits = logits - rows.over_classes(maximum, "max")
-    return logits, rows.over_classes(logits.exp().sum(rows.dim, keepdim=True)).log()
+        maximum = logits.detach().sum(sharding.dim, keepdim=True) - torch.inf
+    logits = logits - sharding.over_classes(maximum, "max")
+    return logits, sharding.over_classes(logits.exp().sum(sharding.dim, keepdim=True)).log()
 
 
 def guarded_log(input: Tensor, log_normalizer: Tensor | None, delta: float) -> Tensor:
@@ -348,13 +356,13 @@ def guarded_log(input: Tensor, log_normalizer: Tensor | None, delta: float) -> T
 class Loss(NamedTuple):
     """The properties of a loss. Code asks for them, and never compares names.
 
-    Ignored rows have an input of 1, where the formula and its derivatives must be finite.
+    Ignored sharding have an input of 1, where the formula and its derivatives must be finite.
     """
 
     name: str  # Kernels know it by this name.
     is_per_element: bool  # One value per element, not per sample.
     domain: str  # "real", "probability" or "logit": what the input must be.
-    formula: Callable[[Call, Tensor, Tensor | ClassPosition, Tensor | None, Rows], Tensor]
+    formula: Callable[[Call, Tensor, Tensor | ClassPosition, Tensor | None, Sharding], Tensor]
 
 
 LOSSES = {
@@ -420,6 +428,10 @@ def broadcast_along(weight: Tensor, like: Tensor, dim: int) -> Tensor:
     return weight.view([-1 if d == dim else 1 for d in range(like.dim())])
 
 
+def is_not_ignored(target: Tensor, ignore_index: int) -> Tensor:
+    return to_int64(target, ignore_index) != ignore_index
+
+
 def to_int64(target: Tensor, ignore_index: int | None = None) -> Tensor:
     """Class indices of any integer dtype as int64."""
     if target.dtype == torch.int64:
@@ -445,17 +457,17 @@ def _masked(input: Tensor, classes: Classes, dim: int) -> Tensor:
 def _count(
     call: Call,
     like: Tensor,
-    rows: Rows,
+    sharding: Sharding,
     weights: Tensor | None,
     classes: Classes | None,
     position: ClassPosition | None,
 ) -> Any:
     """The divisor of `'mean'`: the sum of the weights, or 1 if all are 0."""
     not_ignored = None if classes is None else classes.not_ignored
-    if not_ignored is None and classes is not None and rows.are_shared:
+    if not_ignored is None and classes is not None and sharding.is_shared:
         # Every process takes part in the sum, and another may have samples to ignore.
         not_ignored = torch.ones_like(classes.target, dtype=torch.bool)
-    sizes = list(rows.shape if weights is None and not_ignored is None else rows.own_shape)
+    sizes = list(sharding.shape if weights is None and not_ignored is None else sharding.own_shape)
     num_classes: Any = 1
     if not call.is_per_element or call.is_index:
         along_classes = sizes[call.dim : call.dim + 1]
@@ -465,16 +477,16 @@ def _count(
     if weights is None:
         if not_ignored is None:
             return at_least_one(math.prod(sizes) * num_classes, like, call.dtype)
-        counted = rows.own_weights(call, not_ignored, position).sum(dtype=call.dtype)
-        return rows.total(counted * num_classes).clamp(min=1)
+        counted = sharding.own_weights(call, not_ignored, position).sum(dtype=call.dtype)
+        return sharding.total(counted * num_classes).clamp(min=1)
     if not_ignored is not None:
         weights = weights.where(not_ignored, 0)
-    weights = rows.own_weights(call, weights, position)
+    weights = sharding.own_weights(call, weights, position)
     # Not expanded: torch would add repeated values one by one, with an error of 1% at 10⁸.
     repeats = num_classes
     for d, size in enumerate(reversed(sizes)):
         if d >= weights.dim() or weights.shape[-1 - d] != size:
             repeats = repeats * size
     sums = torch.stack((weights.sum(), (weights != 0).sum(dtype=weights.dtype)))
-    total, count = rows.total(sums * repeats)
+    total, count = sharding.total(sums * repeats)
     return total.where(count > 0, 1)

@@ -141,8 +141,8 @@ def _compute(
         constants = ops.find_constants(options, tensors)
         static = None if constants is None else _pack_static_call(kind, *constants)
         if static is not None:
-            numbers = None  # δ and ε are constants.
-            loss: Tensor = ops.LOSS_OPERATOR.op(*tensors, numbers, static)
+            symbolic_numbers = None  # `static` contains δ and ε.
+            loss: Tensor = ops.LOSS_OPERATOR.op(*tensors, symbolic_numbers, static)
             return loss
     checked = checks.cached_options(*options)
     prepared = ops.find(ops.key_of(kind, checked, tensors))
@@ -163,8 +163,9 @@ def _compute(
             num_classes = arguments.input.shape[call.dim]
             classes = checks.check_classes(arguments.target, num_classes, call.ignore_index)
         checks.check_values(call, arguments, classes)
-    # A call that warns is never cached, so it warns at every call site.
-    return ops.compute(call, arguments, ops.key_of(kind, checked, arguments), not has_one_class)
+    key = ops.key_of(kind, checked, arguments)  # Again, as the tensors may be others now.
+    is_cached = not has_one_class  # A call that is not cached warns at every call site.
+    return ops.compute(call, arguments, key, is_cached)
 
 
 def _check(
@@ -228,7 +229,6 @@ def _pack_static_call(kind: str, options: Sequence[Any], properties: Sequence[An
         )
     except (TypeError, ValueError):
         return None  # The traced code raises it, with the user's tensors.
-    keeps_dims = arguments.input.dim() == len(given[0].shape)
-    if keeps_dims and not has_one_class and ops.serves_graph(given[0].device, call, arguments):
-        return ops.pack(call)
-    return None
+    if has_one_class or arguments.input.dim() != len(given[0].shape):
+        return None  # To warn; or to trace that `_check` adds a dimension to a 0-D input.
+    return ops.pack(call) if ops.serves_graph(given[0].device, call, arguments) else None

@@ -5,7 +5,6 @@ and accumulate the gradients of input, linear weight and bias. Without kernels, 
 the formula in chunks, whose logits are recomputed in backward.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from torch.nn.modules import module
 from torch.utils.checkpoint import checkpoint
 
 from torchlosses import checks, formulas, ops
-from torchlosses.formulas import Arguments, Call, Classes, ClassPosition, Rows
+from torchlosses.formulas import Arguments, Call, Classes, ClassPosition, Sharding
 
 # Bytes per class in a chunk of logits: 1024 rows in float32, 2048 in half precision. On a GPU, 1024
 # rows by 32000 classes are 2000 tiles of 128 by 128 for some 130 processors. Each chunk reads and
@@ -25,14 +24,16 @@ from torchlosses.formulas import Arguments, Call, Classes, ClassPosition, Rows
 # and row. With 2048 rows that is 512 operations per byte; in half precision about 300 keep a GPU
 # busy.
 CHUNK_BYTES_PER_CLASS = 2**12
-# Bytes of a chunk of logits on a CPU. With more classes a chunk has fewer rows, but at least
-# MIN_ROWS. Such chunks take a few percent longer than full ones, and half as many rows 10 to 15%.
+# Bytes of a chunk of logits on a CPU. With more classes it has fewer rows, but at least MIN_ROWS.
+# Chunks of MIN_ROWS rows take a few percent longer than full ones; half as many rows would take
+# 10 to 15% longer.
 CPU_CHUNK_BYTES = 48 * 10**6
 MIN_ROWS = 256
-# The most chunks whose linear-weight gradients are accumulated in half precision. Each chunk rounds
-# the sum once, with an error proportional to the sum. A sum of random terms grows as a square root,
-# so the error of chunk k is √(k/6) times that of chunk 6, and the six errors together are
-# √(Σ k/6) = 1.9 times that of chunk 6.
+# The most chunks whose linear-weight gradients are accumulated in half precision: the error is less
+# than twice that of rounding the finished sum once. Each chunk rounds the sum, with an error
+# proportional to it. A sum of random terms grows as a square root, so of n chunks the error of
+# chunk k is √(k/n) times that of the last one, and all together are √(Σ k/n) = √((n + 1)/2) times
+# that of the last one: 1.9 times for six.
 MAX_HALF_CHUNKS = 6
 MAX_PLANS = 64
 # Classes per block when a product in half precision is added to a sum in float32: the product of a
@@ -87,21 +88,20 @@ def compute(
         classes = checks.check_classes(target, linear_weight.shape[0], call.ignore_index)
     key = ops.key_of("linear", (call, dtype), tensors)
     prepared = ops.find(key) or ops.prepare(
-        key, call, tensors, functools.partial(LayerKernels, dtype),
-        functools.partial(formula, dtype), (dtype,),
+        key, call, tensors, LayerKernels, formula, (dtype,)
     )  # fmt: skip
     loss = None if prepared is None else ops.run(prepared, tensors)
     if loss is not None:
         return loss
     if not checks.is_eager():
         return formula(dtype, call, *tensors)
-    rows = Rows(input.shape[:-1] + linear_weight.shape[:1], call.dim)
-    position = None if classes is None else rows.find_position(classes)
+    sharding = Sharding(input.shape[:-1] + linear_weight.shape[:1], call.dim)
+    position = None if classes is None else sharding.find_position(classes)
     losses = unreduced_losses(
-        call, input, linear_weight, linear_bias, target, weight, rows, classes, position
+        call, input, linear_weight, linear_bias, target, weight, sharding, classes, position
     )
     arguments = Arguments(input, target, weight, sample_weight)
-    return formulas.reduce(call, losses, rows, arguments, classes, position)
+    return formulas.reduce(call, losses, sharding, arguments, classes, position)
 
 
 class LayerKernels(NamedTuple):
@@ -140,7 +140,7 @@ class LayerPlan:
     ) -> Sequence[Tensor | None] | None:
         if not self.plans:  # No chunk was computed: every row is ignored.
             return None
-        plan = next(iter(self.plans.values()))
+        plan = next(iter(self.plans.values()))  # Any will do: `rescale` depends on no layout.
         grad_input, *rest = gradients
         if grad_input is None:
             return plan.rescale(gradients, upstream, target)
@@ -257,16 +257,16 @@ def _make_batch(
     x = input.reshape(samples.numel(), input.shape[-1])
     t = target.reshape(len(x), *target.shape[len(samples) :])
     s = None if sample_weight is None else sample_weight.expand(samples).reshape(-1)
-    rows = Rows((*samples, num_classes), call.dim)
+    sharding = Sharding((*samples, num_classes), call.dim)
     classes = position = not_ignored = kept_rows = None
     if call.is_index:
         classes = Classes(target, num_classes, call.ignore_index)
-        position = rows.find_position(classes)
-        not_ignored = (formulas.to_int64(t, call.ignore_index) != call.ignore_index).unsqueeze(1)
+        position = sharding.find_position(classes)
+        not_ignored = formulas.is_not_ignored(t, call.ignore_index).unsqueeze(1)
         if checks.can_read_values(t):
             kept_rows = None if not_ignored.all() else not_ignored.nonzero()[:, 0]
             not_ignored = None
-    divisor = formulas.find_divisor(call, like, rows, arguments, classes, position)
+    divisor = formulas.find_divisor(call, like, sharding, arguments, classes, position)
     if s is not None and call.reduction == "mean":
         s, divisor = formulas.lift(s.to(like.dtype), divisor)
     if divisor is not None:
@@ -357,11 +357,11 @@ def plan_chunks(
     if not needs_linear_weight_grad or linear_weight.dtype != dtype or dtype.itemsize >= 4:
         return step, torch.promote_types(linear_weight.dtype, torch.float32)
     # A sum in half precision has half the traffic, so half the rows suffice to hide it.
-    half_step = max(_ceil_div(num_rows, MAX_HALF_CHUNKS), step // 2, 1)
+    half_precision_step = max(_ceil_div(num_rows, MAX_HALF_CHUNKS), step // 2, 1)
     # In bytes per class.
     usual_chunk_and_sum = step * dtype.itemsize + width * torch.float32.itemsize
-    if half_step * dtype.itemsize <= usual_chunk_and_sum:
-        return half_step, dtype
+    if half_precision_step * dtype.itemsize <= usual_chunk_and_sum:
+        return half_precision_step, dtype
     return step, torch.float32
 
 
@@ -431,15 +431,19 @@ def _logits(
     return F.linear(input.to(dtype), linear_weight.to(dtype), bias)
 
 
-class FlatRows(Rows):
-    """The same rows, with all dimensions of samples flattened into one."""
+class FlatSharding(Sharding):
+    """The same sharding, for the input with all dimensions of samples flattened into one.
 
-    def __init__(self, rows: Rows) -> None:
-        super().__init__((math.prod(rows.shape[: rows.dim]), rows.num_classes), 1)
-        self.rows = rows
+    Used for unreduced losses, whose only collective is `over_classes`.
+    """
+
+    def __init__(self, sharding: Sharding) -> None:
+        samples = math.prod(sharding.shape[: sharding.dim])
+        super().__init__((samples, sharding.num_classes), 1)
+        self.sharding = sharding
 
     def over_classes(self, values: Tensor, operation: str = "sum") -> Tensor:
-        return self.rows.over_classes(values, operation)
+        return self.sharding.over_classes(values, operation)
 
 
 def unreduced_losses(
@@ -449,14 +453,14 @@ def unreduced_losses(
     linear_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
-    rows: Rows,
+    sharding: Sharding,
     classes: Classes | None,
     position: ClassPosition | None,
 ) -> Tensor:
     """`formulas.unreduced_losses` in chunks of rows, whose logits backward computes again."""
     samples = input.shape[:-1]
     dtype = product_dtype(input)
-    flat = FlatRows(rows)
+    flat = FlatSharding(sharding)
     call = call._replace(dim=1)
     count = samples.numel()
     x = input.reshape(count, input.shape[-1])
@@ -478,7 +482,7 @@ def unreduced_losses(
     tensors = (input, linear_weight, linear_bias, target, weight)
     versions = _versions(tensors)
     if linear_weight.dtype.itemsize < 4:
-        # So that autograd accumulates the gradients of linear weight and bias in float32.
+        # `part` reads these, so autograd accumulates their gradients over chunks in float32.
         linear_weight = linear_weight.float()
         linear_bias = None if linear_bias is None else linear_bias.float()
 
@@ -504,7 +508,7 @@ def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
 LOSS_OPERATOR = ops.Operator(
     "linear_loss",
     ["Tensor input", "Tensor linear_weight", "Tensor? linear_bias", "Tensor target"],
-    ["ScalarType product_dtype"],
+    ["product_dtype"],
     LayerKernels,
-    lambda dtype: functools.partial(formula, dtype),
+    formula,
 )

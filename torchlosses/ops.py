@@ -39,7 +39,7 @@ from torchlosses.checks import (
     is_before_dispatch,
     is_tracing,
 )
-from torchlosses.formulas import Arguments, Call, Classes
+from torchlosses.formulas import Arguments, Call
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -61,7 +61,7 @@ class Plan(Protocol):
     def rescale(
         self, gradients: Sequence[Tensor | None], upstream: Tensor, target: Tensor, /
     ) -> Sequence[Tensor | None] | None:
-        """Scales gradients in place by the upstream gradient.
+        """Scales gradients in place by the upstream gradient. They may have any layout.
 
         Writes through `.data`, which has a version counter of its own, so autograd does not see the
         saved tensors change; returns the `.data` tensors. Ignored rows of the input's gradient stay
@@ -200,7 +200,7 @@ def layout_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
         strides = None
         if not tensor.is_contiguous():
             strides = tensor.stride()
-            is_weight = len(layout) >= len(tensors) - 2
+            is_weight = len(layout) >= len(tensors) - 2  # One of the last two tensors.
             if 0 in strides and not is_weight:
                 return None  # Expanded: a contiguous copy would be larger.
         layout.append(
@@ -232,7 +232,7 @@ def prepare(
     key: tuple[Any, ...] | None,
     call: Call,
     tensors: Sequence[Any],
-    wrap: Callable[[Kernels], Kernels] | None = None,
+    wrap: Callable[..., Kernels] | None = None,
     formula: Callable[..., Tensor] | None = None,
     dtypes: Sequence[torch.dtype] = (),
     is_cached: bool = True,
@@ -240,8 +240,8 @@ def prepare(
     """Prepares a checked call, or returns None if no kernels serve it.
 
     Kernels compute gradients of all tensors but the last two, `weight` and `sample_weight`, whose
-    gradients the formula computes. For the linear loss, `wrap` wraps the kernels of a device,
-    `formula` is its formula, and `dtypes` are those of intermediate results.
+    gradients the formula computes. The linear loss has its own `wrap`, `formula` and `dtypes`; see
+    `Operator`.
     """
     differentiable = tensors[:-2]
     needs = tuple(is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
@@ -251,14 +251,14 @@ def prepare(
     kernels = kernels_of(device, call.kind)
     if kernels is None:
         return None
-    kernels = kernels if wrap is None else wrap(kernels)
+    kernels = kernels if wrap is None else wrap(*dtypes, kernels)
     plan = try_kernels(kernels, device, kernels.prepare, call, *tensors)
     if plan is None:
         return None
     prepared = Prepared(
         call, kernels, plan, device, needs[:-2],
         is_deferred(call, *dtypes, *[t.dtype for t in differentiable if t is not None]),
-        formula or formula_of_tensors,
+        formula_of_tensors if formula is None else functools.partial(formula, *dtypes),
     )  # fmt: skip
     if is_cached:
         if len(_prepared) >= MAX_PREPARED:
@@ -294,7 +294,7 @@ def run(prepared: Prepared, tensors: Sequence[Tensor | None]) -> Tensor | None:
     _, kernels, plan, device, needs, deferred, _ = prepared
     needs_grad = True in needs
     even_under_tracers = True
-    has_hooks = needs_grad and bool(checks.find_saving_hooks(even_under_tracers))
+    has_hooks = needs_grad and bool(find_saving_hooks(even_under_tracers))
     if deferred or has_hooks:
         needs = (False,) * len(needs)
     results = try_kernels(kernels, device, plan.compute, *tensors, needs)
@@ -363,9 +363,8 @@ class OnePass(Function):
             or (count_modes() and checks.is_traced())
             or not _has_memory(upstream)
         ):
-            results = saved[len(tensors) :]
             gradients = try_kernels(
-                kernels, device, _gradients, ctx, tensors, needs, results, upstream
+                kernels, device, _gradients, ctx, tensors, needs, saved[len(tensors) :], upstream
             )
         if gradients is None:
             gradients = formula_gradients(formula, call, tensors, needs, upstream)
@@ -376,26 +375,26 @@ def _gradients(
     ctx: Any,
     tensors: Sequence[Tensor | None],
     needs: Sequence[bool],
-    results: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
     upstream: Tensor,
 ) -> Any:
-    """The gradients, computed by the kernels.
+    """The gradients times `upstream`, by the kernels: those saved by forward, or computed anew.
 
-    Recomputed gradients are scaled like saved ones, so both have the same bits.
+    New ones are scaled like saved ones, so both have the same bits.
     """
     call, kernels, plan, _, _, deferred, _ = ctx.prepared
     if ctx.has_hooks:  # Hooks may return other strides.
         plan = kernels.prepare(call, *tensors)
     if not deferred:
         if not ctx.has_gradients:
-            _, *results = plan.compute(*tensors, needs)
+            _, *gradients = plan.compute(*tensors, needs)
         ctx.has_gradients = False  # Handed out once: the caller may write to them.
         target: Any = tensors[-3]
-        rescaled = plan.rescale(results, upstream, target)
+        rescaled = plan.rescale(gradients, upstream, target)
         if rescaled is not None:
             return rescaled
-    _, *results = plan.compute(*tensors, needs, upstream.resolve_neg())
-    return results
+    _, *gradients = plan.compute(*tensors, needs, upstream.resolve_neg())
+    return gradients
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -405,17 +404,20 @@ def _has_memory(tensor: Tensor) -> bool:
         return False
 
 
-def _show_saved(node: Any) -> Any:
-    """The saved tensors of a node. A caller may set hooks on them, so backward computes anew."""
+# A caller may also set hooks on the saved tensors that `loss.grad_fn._raw_saved_tensors` returns.
+# Private: the class of `loss.grad_fn`. If torch lacks it, assume that every call has hooks.
+_ONE_PASS_NODE: Any = getattr(OnePass, "_backward_cls", None)
+find_saving_hooks: Callable[[bool], Any] = checks.find_saving_hooks if _ONE_PASS_NODE else bool
+
+
+def _raw_saved_tensors(node: Any) -> Any:
+    """Overrides the attribute of the node, to compute gradients anew in backward."""
     node.has_gradients, node.has_hooks = False, True
     return super(_ONE_PASS_NODE, node)._raw_saved_tensors
 
 
-_ONE_PASS_NODE: Any = getattr(OnePass, "_backward_cls", None)  # Private: the class of its nodes.
-if _ONE_PASS_NODE is None:
-    checks.find_saving_hooks = lambda _: True  # Unknown, so assume that there are hooks.
-else:
-    _ONE_PASS_NODE._raw_saved_tensors = property(_show_saved)
+if _ONE_PASS_NODE is not None:
+    _ONE_PASS_NODE._raw_saved_tensors = property(_raw_saved_tensors)
 
 
 def formula_gradients(
@@ -427,8 +429,9 @@ def formula_gradients(
 ) -> list[Tensor | None]:
     """The needed gradients, differentiable under create_graph.
 
-    Differentiates with respect to fresh views of the arguments. If the target was computed from the
-    input, only the outer graph follows that path.
+    Differentiates with respect to fresh views of the arguments, which do not depend on each other.
+    If the target was computed from the input, the caller's graph follows that path, and following
+    it here too would count it twice.
     """
     is_differentiable = torch.is_grad_enabled()
     fresh = list(arguments)
@@ -581,6 +584,7 @@ def take(handle: Tensor) -> Any:
 
 
 def _define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Defines an operator for all devices, without derivatives: `GraphNode` computes those."""
     LIBRARY.define(schema)
     name = schema.partition("(")[0]
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
@@ -597,28 +601,37 @@ class Operator:
     a handle, and `gradients`, which rescales those of a handle or computes them from the upstream
     gradient. On CUDA the graph itself multiplies the returned gradients.
 
-    All take *tensors, numbers, *extra, pack(call); `loss_and_gradients` also takes `needs`, and
-    `gradients` takes `needs`, `upstream` and `handles`, of which there is one or none.
+    All take these inputs:
 
-    The tensors are first the `differentiable` ones, of which the target is the last, then weights.
-    `numbers` holds δ and ε if the graph takes them as inputs: torch.compile would specialise on
-    float arguments. `prepare` gets `partial(wrap, *extra)` as its `wrap`, and what
-    `make_formula(*extra)` returns as its `formula`.
+    - the tensors: first those that `differentiable` declares, of which the target is the last, then
+      the weights;
+    - `numbers`, a tensor of δ and ε if the graph takes them as inputs, else None: torch.compile
+      would specialise on float arguments;
+    - the dtypes of intermediate results, one argument for each name in `dtypes`;
+    - the call, as `pack` returns it.
+
+    `loss_and_gradients` also takes `needs`, and `gradients` takes `needs`, `upstream` and
+    `handles`, a list of one handle or of none.
+
+    `wrap(*dtypes, kernels)` returns the kernels of this loss on top of those of a device.
+    `formula(*dtypes, call, *tensors)` returns the loss.
     """
 
     def __init__(
         self,
         name: str,
         differentiable: Sequence[str],
-        extra: Sequence[str],
+        dtypes: Sequence[str],
         wrap: Callable[..., Kernels],
-        make_formula: Callable[..., Callable[..., Tensor]],
+        formula: Callable[..., Tensor],
     ) -> None:
-        self.name, self.wrap, self.make_formula = name, wrap, make_formula
+        self.name, self.wrap, self.formula = name, wrap, formula
         self.num_differentiable, self.num_tensors = len(differentiable), len(differentiable) + 2
-        self.call_start = self.num_tensors + 1 + len(extra)
-        options = ("Tensor? weight", "Tensor? sample_weight", "Tensor? numbers", *extra)
-        inputs = ", ".join([*differentiable, *options, "str call"])
+        self.call_position = self.num_tensors + 1 + len(dtypes)
+        inputs = ", ".join([
+            *differentiable, "Tensor? weight", "Tensor? sample_weight", "Tensor? numbers",
+            *[f"ScalarType {dtype}" for dtype in dtypes], "str call",
+        ])  # fmt: skip
         LIBRARY.define(f"{name}({inputs}) -> Tensor")
         LIBRARY.impl(name, self._decompose, "CompositeImplicitAutograd")
         self.op = getattr(torch.ops.torchlosses, name).default
@@ -632,7 +645,7 @@ class Operator:
             self._compute_gradients, _fake_gradients,
         )  # fmt: skip
 
-    def __call__(self, call: Call, extra: Sequence[Any], *tensors: Any) -> Tensor:
+    def __call__(self, call: Call, dtypes: Sequence[torch.dtype], *tensors: Any) -> Tensor:
         """The loss, in a graph."""
         numbers = None
         if formulas.is_symbolic(call.delta) or formulas.is_symbolic(call.label_smoothing):
@@ -640,11 +653,11 @@ class Operator:
                 [formulas.scalar(call.delta), formulas.scalar(call.label_smoothing)]
             )
             call = call._replace(delta=0.0, label_smoothing=0.0)
-        return cast("Tensor", self.op(*tensors, numbers, *extra, pack(call)))
+        return cast("Tensor", self.op(*tensors, numbers, *dtypes, pack(call)))
 
-    def extra_and_call(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Call]:
-        """Extra arguments and call of the inputs of an operator."""
-        return inputs[self.num_tensors + 1 : self.call_start], unpack(inputs[self.call_start])
+    def dtypes_and_call(self, inputs: Sequence[Any]) -> tuple[Sequence[torch.dtype], Call]:
+        end = self.call_position
+        return inputs[self.num_tensors + 1 : end], unpack(inputs[end])
 
     def loss_and_gradients(self, *inputs: Any) -> list[Tensor]:
         return cast("list[Tensor]", self.op_loss_and_gradients(*inputs))
@@ -685,22 +698,22 @@ class Operator:
     ) -> Any:
         """The prepared call, and the loss and gradients that the kernels compute."""
         tensors, numbers = inputs[: self.num_tensors], _to_floats(inputs[self.num_tensors])
-        *extra, text = inputs[self.num_tensors + 1 : self.call_start + 1]
+        *dtypes, text = inputs[self.num_tensors + 1 : self.call_position + 1]
         if tensors[0].numel() == 0:  # The formula's empty sum, and zero gradients.
             pairs = zip(tensors, needs, strict=False)
             zeros = [t.new_zeros(t.shape) if needed else None for t, needed in pairs]
             call = _with_numbers(unpack(text), numbers)
-            return None, self.make_formula(*extra)(call, *tensors), *zeros
+            return None, self.formula(*dtypes, call, *tensors), *zeros
         device = tensors[0].device
         layout = layout_of(tensors)
         if layout is None:
             tensors = tuple(None if t is None else t.contiguous() for t in tensors)
             layout = layout_of(tensors)
-        key = None if layout is None else (self.name, text, numbers, *extra, layout)
+        key = None if layout is None else (self.name, text, numbers, *dtypes, layout)
         prepared = find(key)
         if prepared is None:
             call = _with_numbers(unpack(text), numbers)
-            prepared = prepare(key, call, tensors, functools.partial(self.wrap, *extra))
+            prepared = prepare(key, call, tensors, self.wrap, self.formula, dtypes)
         results = None
         if prepared is not None:
             in_place = raise_on_invalid = False  # A graph raises no IndexError.
@@ -742,11 +755,11 @@ class GraphNode(Function):
 
     @staticmethod
     def forward(ctx: Any, operator: Operator, needs: list[bool], *inputs: Any) -> Tensor:
-        extra, call = operator.extra_and_call(inputs)
-        dtypes = [t.dtype for t in inputs[: operator.num_differentiable] if t is not None]
+        dtypes, call = operator.dtypes_and_call(inputs)
+        tensor_dtypes = [t.dtype for t in inputs[: operator.num_differentiable] if t is not None]
         ctx.operator, ctx.needs = operator, needs
-        ctx.extra_and_text = inputs[operator.num_tensors + 1 :]
-        if is_deferred(call, *extra, *dtypes):  # Extra are the dtypes of intermediate results.
+        ctx.dtypes_and_text = inputs[operator.num_tensors + 1 :]
+        if is_deferred(call, *dtypes, *tensor_dtypes):
             needs = [False] * len(needs)
         loss: Tensor
         loss, *gradients = operator.loss_and_gradients(*inputs, needs)
@@ -757,12 +770,12 @@ class GraphNode(Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         operator, needs = ctx.operator, ctx.needs
         count = operator.num_tensors + 1
-        inputs = (*ctx.saved_tensors[:count], *ctx.extra_and_text)
+        inputs = (*ctx.saved_tensors[:count], *ctx.dtypes_and_text)
         gradients = list(ctx.saved_tensors[count:])  # On the CPU, their handle.
-        tensors, (extra, call) = inputs[: operator.num_tensors], operator.extra_and_call(inputs)
+        tensors, (dtypes, call) = inputs[: operator.num_tensors], operator.dtypes_and_call(inputs)
         if torch.is_grad_enabled():  # To be differentiated again.
             call = _with_numbers(call, _to_floats(inputs[count - 1]))
-            formula = operator.make_formula(*extra)
+            formula = functools.partial(operator.formula, *dtypes)
             padded = formula_gradients(formula, call, tensors, needs, upstream)
             gradients = [gradient for gradient in padded if gradient is not None]
         elif not gradients or upstream.device.type == "cpu":
@@ -773,7 +786,7 @@ class GraphNode(Function):
             gradients = [gradient * upstream for gradient in gradients]
             if needs[0] and call.is_index:  # 0 times what is not finite is NaN.
                 target = tensors[operator.num_differentiable - 1]
-                not_ignored: Any = Classes(target, 1, call.ignore_index).not_ignored
+                not_ignored = formulas.is_not_ignored(target, call.ignore_index)
                 gradients[0] = gradients[0].where(not_ignored.unsqueeze(call.dim), 0)
         remaining = iter(gradients)
         padded = [next(remaining) if needed else None for needed in needs]
@@ -804,19 +817,21 @@ class LossOperator(Operator):
             ["Tensor input", "Tensor target"],
             [],
             lambda kernels: kernels,
-            lambda: formula_of_tensors,
+            formula_of_tensors,
         )
         inputs = "Tensor input, Tensor target, str call"
-        self.native_loss, self.native_loss_and_gradient, self.native_gradient = map(
-            _define,
-            (
-                f"native_loss({inputs}) -> Tensor",
-                f"native_loss_and_gradient({inputs}) -> (Tensor, Tensor)",
-                f"native_loss_gradient({inputs}, Tensor upstream, Tensor handle) -> Tensor",
-            ),
-            _python_fallbacks(self._compute_loss, self._compute_gradients),
-            _python_fallbacks(_fake_loss, _fake_gradients),
-        )
+        # In Python for graphs that run before those in C++ are registered.
+        python = NativeSignatures(self._compute_loss, self._compute_gradients)
+        fake = NativeSignatures(_fake_loss, _fake_gradients)
+        self.native_loss = _define(f"native_loss({inputs}) -> Tensor", python.loss, fake.loss)
+        self.native_loss_and_gradient = _define(
+            f"native_loss_and_gradient({inputs}) -> (Tensor, Tensor)",
+            python.loss_and_gradient, fake.loss_and_gradient,
+        )  # fmt: skip
+        self.native_gradient = _define(
+            f"native_loss_gradient({inputs}, Tensor upstream, Tensor handle) -> Tensor",
+            python.gradient, fake.gradient,
+        )  # fmt: skip
 
     def loss_and_gradients(self, *inputs: Any) -> list[Tensor]:
         native_inputs = _find_native_inputs(inputs[:-1], inputs[-1])
@@ -831,22 +846,31 @@ class LossOperator(Operator):
         native_inputs = _find_native_inputs(loss_inputs, needs)
         if native_inputs is None:
             return super().gradients(*inputs)
-        (handle,) = handles or (upstream,)  # Without a handle, any tensor that is none.
+        # The schema requires a tensor. One that is no handle counts as an empty handle.
+        handle = handles[0] if handles else upstream
         return [self.native_gradient(*native_inputs, upstream, handle)]
 
 
-def _python_fallbacks(
-    compute_loss: Callable[..., Any], compute_gradients: Callable[..., Any]
-) -> Sequence[Callable[..., Any]]:
-    """The native operators in Python, for graphs that run before those in C++ are registered."""
-    nothing = (None, None, None)
-    return (
-        lambda x, t, text: compute_loss(x, t, *nothing, text, [False, False])[0],
-        lambda x, t, text: tuple(compute_loss(x, t, *nothing, text, [True, False])),
-        lambda x, t, text, upstream, handle: compute_gradients(
-            x, t, *nothing, text, [True, False], upstream, [handle]
-        )[0],
-    )
+class NativeSignatures(NamedTuple):
+    """Functions of the operators in Python, with the signatures of the native operators.
+
+    Those have no weights and no numbers, and only the input gets a gradient.
+    """
+
+    compute_loss: Callable[..., Sequence[Tensor]]
+    compute_gradients: Callable[..., Sequence[Tensor]]
+
+    def loss(self, input: Tensor, target: Tensor, text: str) -> Tensor:
+        return self.compute_loss(input, target, None, None, None, text, [False, False])[0]
+
+    def loss_and_gradient(self, input: Tensor, target: Tensor, text: str) -> tuple[Tensor, ...]:
+        return tuple(self.compute_loss(input, target, None, None, None, text, [True, False]))
+
+    def gradient(
+        self, input: Tensor, target: Tensor, text: str, upstream: Tensor, handle: Tensor
+    ) -> Tensor:
+        inputs = (input, target, None, None, None, text)
+        return self.compute_gradients(*inputs, [True, False], upstream, [handle])[0]
 
 
 def _find_native_inputs(inputs: Sequence[Any], needs: Sequence[bool]) -> Sequence[Any] | None:

@@ -285,10 +285,10 @@ class Layer(NamedTuple):
     linear_bias: Tensor | None
 
 
-class Shards(formulas.Rows):
-    """The rows of a DTensor: its placements, and its shard in this process."""
+class Shards(formulas.Sharding):
+    """The sharding of a DTensor: its placements, and its shard in this process."""
 
-    are_shared = True
+    is_shared = True
 
     def __init__(self, input: Tensor, dim: int) -> None:
         from torch.distributed.tensor import DTensor, Replicate, Shard, placement_types

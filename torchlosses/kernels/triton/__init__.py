@@ -12,13 +12,16 @@ small loss, so from the second call on, a `Plan` bypasses Triton and calls the c
 directly. It then allocates nothing but the loss and its gradients, except in captured graphs and
 where a tensor must be copied to be contiguous or broadcast.
 
-The input is seen as (outer, classes, inner). A tile has the shape (vectors, samples, threads,
-vector size): each thread holds the whole last dimension in its registers, and the whole first one
-too, except in wide tiles with inner > 1. If inner = 1, each sample is a contiguous row, or one
+The input is seen as (outer, classes, inner). If inner = 1, each sample is a contiguous row, or one
 element of a flat tensor, where classes = 1. If inner > 1, neighbouring samples are adjacent in
 memory, classes are strided, and a block of samples has one outer index. So offsets within a block
 almost always fit in 32 bits (otherwise INDEX is int64), and only the block's index needs a
 division.
+
+A program computes a block of samples in tiles of classes. A tile has the shape (vectors, samples,
+threads, vector size), whose first, third and last dimension together are the classes: `threads`
+threads share those of a sample, and each holds `vectors` vectors of `vector_size` neighbours in
+registers. If inner > 1, `threads` is 1, and the vectors of a wide tile are spread over threads.
 
 Each program takes every `num_programs`-th block of samples and adds up its losses in a fixed order.
 The last program to finish adds up the partial sums in a fixed order too, so the same input gives
@@ -52,6 +55,9 @@ MAX_DIVISOR_PROGRAMS = 2**9
 # For up to this many samples each program of `_loss_kernel` computes the divisor of `'mean'`
 # itself, which takes less time than another launch.
 LOCAL_DIVISOR_SAMPLES = 2**12
+# Offsets within a block are int32 if `max_offset` in `Plan._make_pass` is less. Offsets may exceed
+# it by the number of elements of a block, which is less than 2¹⁶.
+MAX_INT32_OFFSET = 2**31 - 2**16
 # Elements per block of `_rescale_kernel`.
 RESCALE_BLOCK = 2**11
 # The most compiled `_rescale_kernel`s that a `Plan` keeps.
@@ -168,7 +174,8 @@ class Plan:
             and target.is_contiguous()
             and (weight is None or weight.is_contiguous())
         )
-        # Whether the memory that `in_place` overwrites, the input or a copy of it, is aligned.
+        # Kernels are compiled for an aligned gradient. New memory is aligned; `in_place` the
+        # gradient overwrites the input, or the contiguous copy of it.
         self.is_aligned_in_place = not input.is_contiguous() or input.data_ptr() % 16 == 0
         self._passes: dict[Any, Pass] = {}
         self._rescalers: dict[Any, tuple[Any, tuple[int, ...]]] = {}
@@ -292,12 +299,11 @@ class Plan:
             run(gradient, upstream, labels, *sizes, stream=stream)
             return
         numel = gradient.numel()
-        sizes = (numel, 1, 1, 1, RESCALE_BLOCK)
+        ignore_index = outer_stride = inner = 1  # Unused without labels.
         if labels is not None:
-            shape = gradient.shape[self.call.dim :]
-            sizes = (
-                numel, self.call.ignore_index, shape.numel(), shape[1:].numel(), RESCALE_BLOCK
-            )  # fmt: skip
+            ignore_index, dim = self.call.ignore_index, self.call.dim
+            outer_stride, inner = gradient.shape[dim:].numel(), gradient.shape[dim + 1 :].numel()
+        sizes = numel, ignore_index, outer_stride, inner, RESCALE_BLOCK
         num_programs = min(triton.cdiv(numel, RESCALE_BLOCK), MAX_PROGRAMS)
         run = _launch(_rescale_kernel, num_programs, (gradient, upstream, labels, *sizes))
         if is_aligned and len(self._rescalers) < MAX_RESCALERS:
@@ -308,8 +314,9 @@ class Plan:
         outer, classes, inner = self.shape_3d
         is_smoothed, has_delta = call.label_smoothing != 0, call.delta != 0
         tile = configure(
-            self.body, classes, inner, dtype, self.itemsize, call.is_index, has_delta,
-            not (needs[1] or is_smoothed or self.has_class_weight),
+            self.body, classes, inner, dtype, self.itemsize,
+            is_index=call.is_index, has_delta=has_delta,
+            is_plain=not (needs[1] or is_smoothed or self.has_class_weight),
         )  # fmt: skip
         is_spatial = inner > 1
         num_blocks = triton.cdiv(outer, tile.samples)
@@ -335,7 +342,7 @@ class Plan:
             BODY=self.body,
             DTYPE=DTYPES[dtype],
             TILE=tile,
-            INDEX=tl.int32 if max_offset < 2**31 - 2**16 else tl.int64,
+            INDEX=tl.int32 if max_offset < MAX_INT32_OFFSET else tl.int64,
             ALIGNMENT=alignment,
             DIVISOR_SOURCE=divisor_source,
             PER_ELEMENT=call.is_per_element,
@@ -348,10 +355,9 @@ class Plan:
             NUM_CLASSES=classes if classes <= MAX_CONSTANT_CLASSES else 0,
         )
         # `classes`, or `inner` if spatial, is divided by ALIGNMENT here and multiplied back in the
-        # kernel, so that Triton can prove divisibility and vectorise. q = inner / ALIGNMENT is
-        # passed as 2q + 1: it is odd, so Triton never specialises on its divisibility by 16, and
-        # proves no more than ALIGNMENT. `classes` needs no such disguise: if inner = 1, a vector
-        # load has at most 16 elements, so proving more than that changes nothing.
+        # kernel, so that Triton can prove that ALIGNMENT divides it, and vectorise. If spatial, it
+        # must not prove more, as longer vectors may be slower (see `Tile.max_alignment`). It would
+        # if 16 divided the argument, so q = inner / ALIGNMENT is passed as 2q + 1, which is odd.
         sizes = (outer, classes // alignment, inner)
         if is_spatial:
             sizes = (outer, classes, inner // alignment * 2 + 1)
@@ -430,6 +436,7 @@ class Workspaces:
     def _new(self, counter: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if counter is None:
             counter = torch.zeros(1, dtype=torch.int32, device=self.device)
+        # From each program the sum of its losses, of its weights and of their magnitudes.
         return self.scalar.new_empty(3 * MAX_PROGRAMS), counter
 
 

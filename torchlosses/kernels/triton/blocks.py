@@ -253,17 +253,19 @@ def _make_tile(b, start, CONST: tl.constexpr):
     """Class indices from `start` on, a mask of those that exist, offsets, a mask of the label."""
     threads: tl.constexpr = CONST.TILE.threads
     vector_size: tl.constexpr = CONST.TILE.vector_size
-    thread_start = tl.arange(0, threads)[:, None] * vector_size
+    # A class of the tile is the sum of these two. The second is a constant in each register.
+    class_of_thread = tl.arange(0, threads)[:, None] * vector_size
     vector = tl.arange(0, CONST.TILE.vectors)[:, None, None, None]
-    step = vector * (threads * vector_size) + tl.arange(0, vector_size)[None, :]
-    k = thread_start + step
-    class_mask = k < b.classes - start
+    class_of_register = vector * (threads * vector_size) + tl.arange(0, vector_size)[None, :]
+    class_in_tile = class_of_thread + class_of_register
+    class_mask = class_in_tile < b.classes - start
     if CONST.IS_EVEN:
-        class_mask = tl.full(k.shape, True, tl.int1)
-    offsets = _broadcast(b.sample_offset + start * b.class_stride) + k * b.class_stride
-    # `k == label - start`, in fewer registers: `step` is a compile-time constant per register.
-    is_label = _broadcast(b.label - start) - thread_start == step
-    return start + k, class_mask, offsets, is_label
+        class_mask = tl.full(class_in_tile.shape, True, tl.int1)
+    first_offset = _broadcast(b.sample_offset + start * b.class_stride)
+    offsets = first_offset + class_in_tile * b.class_stride
+    # `class_in_tile == label - start`, in fewer registers.
+    is_label = _broadcast(b.label - start) - class_of_thread == class_of_register
+    return start + class_in_tile, class_mask, offsets, is_label
 
 
 @triton.jit

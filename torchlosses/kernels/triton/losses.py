@@ -258,10 +258,10 @@ def _softmax(args, b, CONST: tl.constexpr):
         log2_normalizer = _log2(tl.where(b.is_valid, _class_sum(_exp(shifted)), 1), CONST)
         if CONST.HAS_DELTA:
             p, log2, reciprocal = _guarded_softmax(b, tile.x, maximum, log2_normalizer, CONST)
-            s, loss = _class_sum(tile.t * p * reciprocal), _class_sum(tile.t * log2)
+            s, sum_t_log2 = _class_sum(tile.t * p * reciprocal), _class_sum(tile.t * log2)
         else:
             s = _class_sum(tile.t)
-            loss = _class_sum(tl.where(tile.target_is_zero, 0, tile.t * shifted))
+            sum_products = _class_sum(tl.where(tile.target_is_zero, 0, tile.t * shifted))
         _store_softmax_gradients(args, b, tile, maximum, log2_normalizer, s, CONST)
     else:
         maximum, normalizer, sum_t, sum_products = _normalize(args, b, not CONST.HAS_DELTA, CONST)
@@ -269,20 +269,20 @@ def _softmax(args, b, CONST: tl.constexpr):
         num_tiles = tl.cdiv(b.classes, CONST.TILE.classes)
         if CONST.HAS_DELTA:
             thread_s = _thread_zeros(CONST)
-            thread_loss = _thread_zeros(CONST)
+            thread_t_log2 = _thread_zeros(CONST)
             for done in range(num_tiles):
                 tile = _load_tile(args, b, (num_tiles - 1 - done) * CONST.TILE.classes, CONST)
                 p, log2, reciprocal = _guarded_softmax(b, tile.x, maximum, log2_normalizer, CONST)
                 thread_s += _thread_sum(tile.t * p * reciprocal)
-                thread_loss += _thread_sum(tile.t * log2)
-            s, loss = _class_sum(thread_s), _class_sum(thread_loss)
+                thread_t_log2 += _thread_sum(tile.t * log2)
+            s, sum_t_log2 = _class_sum(thread_s), _class_sum(thread_t_log2)
         else:
-            s, loss = sum_t, sum_products
+            s = sum_t
         if args.grad_input_ptr is not None or args.grad_target_ptr is not None:
             for done in range(num_tiles):
                 start = (done if CONST.HAS_DELTA else num_tiles - 1 - done) * CONST.TILE.classes
                 tile = _load_tile(args, b, start, CONST)
                 _store_softmax_gradients(args, b, tile, maximum, log2_normalizer, s, CONST)
-    if not CONST.HAS_DELTA:  # So far Σ t·(x − m).
-        loss = loss * LOG2_E - s * log2_normalizer
-    return loss * -LN_2 * b.weight
+    if not CONST.HAS_DELTA:  # log p = x − m − log Σ exp(x − m).
+        sum_t_log2 = sum_products * LOG2_E - s * log2_normalizer
+    return sum_t_log2 * -LN_2 * b.weight

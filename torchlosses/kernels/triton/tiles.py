@@ -13,7 +13,10 @@ MAX_CONSTANT_CLASSES = 32
 
 
 class Tile(NamedTuple):
-    """The part of the input that a program holds at a time."""
+    """The part of the input that a program holds at a time.
+
+    Class `(v · threads + t) · vector_size + e` of the tile is element e of vector v of thread t.
+    """
 
     samples: int
     classes: int
@@ -21,13 +24,13 @@ class Tile(NamedTuple):
     registers: int  # Limit per thread; with ptxas's default, kernels spill or occupancy drops.
     max_programs: int  # Per launch.
     is_whole: bool  # Whether it holds all classes; if not, softmaxes loop over them.
-    vector_size: int  # Contiguous classes per vector.
-    vectors: int  # Size of the tile along vectors.
+    vector_size: int  # Neighbouring classes that a thread holds.
+    vectors: int  # Vectors of a sample that a thread holds.
     max_alignment: int  # Limit of `Constants.ALIGNMENT`.
 
     @property
     def threads(self) -> int:
-        """Size of the tile along threads."""
+        """Threads that share the classes of a sample."""
         return self.classes // self.vector_size // self.vectors
 
     @property
@@ -46,49 +49,53 @@ def configure(
     inner: int,
     dtype: torch.dtype,
     itemsize: int,
+    *,
     is_index: bool,
     has_delta: bool,
     is_plain: bool,
 ) -> Tile:
     """The tile of a call, by fixed rules: tuning at run time would slow the first call.
 
-    `itemsize` is that of the input. `is_plain`: no class weights, smoothing or target gradient.
+    `dtype` is that of the computation, `itemsize` that of the input. `is_plain`: no class weights,
+    smoothing or target gradient.
     """
-    size = dtype.itemsize // 4  # 4-byte words per class.
+    class_words = dtype.itemsize // 4  # 4-byte words per class.
     padded = triton.next_power_of_2(classes)
-    w = padded * size  # Words per sample.
-    is_spatial, is_odd, is_nll = inner > 1, classes % 2 == 1, body == "softmax_nll"
-    is_whole = w <= (64 if is_spatial else 2**13 if is_nll else 2**12)
-    fits_thread = is_nll and is_spatial and w <= 32
-    has_few_classes = is_nll and not is_spatial and classes <= MAX_CONSTANT_CLASSES
-    few_threads = max(padded // 16, 1)
+    row_words = padded * class_words
+    is_spatial, is_odd = inner > 1, classes % 2 == 1
+    is_softmax_nll = body == "softmax_nll"
+    is_whole = row_words <= (64 if is_spatial else 2**13 if is_softmax_nll else 2**12)
+    fits_thread = is_softmax_nll and is_spatial and row_words <= 32
+    is_short = is_softmax_nll and not is_spatial and classes <= MAX_CONSTANT_CLASSES
+    threads_per_short_row = max(padded // 16, 1)  # 16 classes in each.
     # The second pass over a row finds it in the cache.
-    is_cached = is_nll and not (is_spatial or is_whole) and classes * itemsize <= 2**17
-    # Scalar 16-bit loads need more registers.
-    needs_few_registers = is_plain and size == 1 and not (is_odd and itemsize == 2)
+    is_cached = is_softmax_nll and not (is_spatial or is_whole) and classes * itemsize <= 2**17
     if not body.startswith("softmax"):
-        width = min(w, 16 if is_spatial else 2**10)
+        width = min(row_words, 16 if is_spatial else 2**10)
         spec = width, 2**10 // width, 4, 255
     elif is_spatial:
-        spec = _spatial_spec(w, size, is_nll, has_delta)
-    elif has_few_classes:
-        spec = w, 64 // few_threads, 2, 64 * size
+        spec = _spatial_spec(row_words, class_words, is_softmax_nll, has_delta)
+    elif is_short:  # Two warps have 64 threads.
+        spec = row_words, 64 // threads_per_short_row, 2, 64 * class_words
     elif is_whole:
-        spec = _row_spec(w, size, is_nll)
+        spec = _row_spec(row_words, class_words, is_softmax_nll)
     elif is_cached:
         # An odd number of classes is loaded one at a time, which needs many loads in flight.
-        width = min(2**14 // itemsize * size, 2**13)
+        width = min(2**14 // itemsize * class_words, 2**13)
         spec = (width, 1, 8, 128) if is_odd else (width, 1, 16, 64)
     else:
-        is_light = needs_few_registers and (is_index or itemsize == 2)
-        is_lightest = is_nll or (is_light and not has_delta)
-        spec = _part_spec(is_lightest, is_light, needs_few_registers)
+        # float64, class weights, smoothing, target gradients and scalar 16-bit loads need more.
+        needs_few_registers = is_plain and class_words == 1 and not (is_odd and itemsize == 2)
+        spec = _part_spec(
+            is_softmax_nll, has_delta, needs_few_registers,
+            reads_little=is_index or itemsize == 2,
+        )  # fmt: skip
     width, samples, warps, registers = spec
-    width //= size
+    width //= class_words
     vector_size = 1 if is_spatial else math.gcd(16 // itemsize, classes, width)
-    threads_per_row = 1 if is_spatial else few_threads if has_few_classes else 32 * warps
+    threads_per_row = 1 if is_spatial else threads_per_short_row if is_short else 32 * warps
     vectors = max(width // vector_size // threads_per_row, 1)
-    # Four per multiprocessor of an H200.
+    # Rows loaded one class at a time were fastest on an H200 with four programs per multiprocessor.
     max_programs = 4 * 132 if is_cached and is_odd else MAX_PROGRAMS
     # A vector load of more than two samples would split each sample's classes between threads.
     max_alignment = 2 if fits_thread else 16
@@ -98,35 +105,44 @@ def configure(
     )  # fmt: skip
 
 
-def _spatial_spec(w: int, size: int, is_nll: bool, has_delta: bool) -> TileSpec:
+def _spatial_spec(
+    row_words: int, class_words: int, is_softmax_nll: bool, has_delta: bool
+) -> TileSpec:
     """For contiguous samples, with strided classes."""
-    if is_nll and w <= 32:  # A thread holds all classes of two samples, and exchanges nothing.
-        return w, 256, 4, 255 if size == 2 else 168 if has_delta else 208
-    if is_nll and w <= 64:
-        return w, 128, 4, 208 if size == 1 else 255
-    if is_nll:
+    if is_softmax_nll and row_words <= 32:
+        # A thread holds all classes of two samples, and exchanges nothing.
+        return row_words, 256, 4, 255 if class_words == 2 else 168 if has_delta else 208
+    if is_softmax_nll and row_words <= 64:
+        return row_words, 128, 4, 208 if class_words == 1 else 255
+    if is_softmax_nll:
         return 64, 64, 16, 128
-    if w <= 64:
-        return w, 64, max(w // 4, 4), 128
+    if row_words <= 64:
+        return row_words, 64, max(row_words // 4, 4), 128
     return 32, 64, 16, 128
 
 
-def _row_spec(w: int, size: int, is_nll: bool) -> TileSpec:
+def _row_spec(row_words: int, class_words: int, is_softmax_nll: bool) -> TileSpec:
     """For whole rows of contiguous classes: several in a tile, or one."""
-    if is_nll and w < 2**10:
-        return w, max(2**9 // w, 1), 2, 64 * size
-    if w < 2**10:
-        return w, 2**10 // w, 4, 128
-    if is_nll and w == 2**10:
-        return w, 1, 2, 64
-    if is_nll:
-        return w, 1, w // 2**10, 96
-    return w, 1, w // 2**8, 128
+    if is_softmax_nll and row_words < 2**10:
+        return row_words, max(2**9 // row_words, 1), 2, 64 * class_words
+    if row_words < 2**10:
+        return row_words, 2**10 // row_words, 4, 128
+    if is_softmax_nll and row_words == 2**10:
+        return row_words, 1, 2, 64
+    if is_softmax_nll:
+        return row_words, 1, row_words // 2**10, 96
+    return row_words, 1, row_words // 2**8, 128
 
 
-def _part_spec(is_lightest: bool, is_light: bool, needs_few_registers: bool) -> TileSpec:
-    """For parts of rows: the fewer registers an element needs, the larger the tile."""
-    if is_lightest:
+def _part_spec(
+    is_softmax_nll: bool, has_delta: bool, needs_few_registers: bool, reads_little: bool
+) -> TileSpec:
+    """For parts of rows: the fewer registers an element needs, the larger the tile.
+
+    `reads_little`: no dense target in float32.
+    """
+    is_light = needs_few_registers and reads_little
+    if is_softmax_nll or (is_light and not has_delta):
         return 2**14, 1, 32, 64
     if is_light:
         return 2**13, 1, 16, 64
