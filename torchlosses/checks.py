@@ -25,7 +25,7 @@ Reduction = Literal["sum", "mean", "batchmean", "none"]
 REDUCTIONS = get_args(Reduction)
 
 
-def unknown() -> int:
+def unknown(*_: Any) -> int:
     """Replaces a detector that this torch lacks. It answers yes, so calls take the safe way."""
     return 1
 
@@ -51,9 +51,10 @@ except AttributeError:
     is_before_dispatch = unknown
 
 
-# Private: the innermost saved-tensor hooks, if any.
+# Private: the innermost saved-tensor hooks, if any. Its argument: whether to find them even under
+# a tracer, which ignores them.
 find_saving_hooks: Callable[[bool], Any] = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", bool
+    torch._C._autograd, "_top_saved_tensors_default_hooks", unknown
 )
 
 
@@ -85,6 +86,7 @@ class Options(NamedTuple):
     ignore_index: int
     delta: float
     label_smoothing: float
+    from_logits: bool
 
 
 def check_options(
@@ -114,7 +116,7 @@ def check_options(
         raise ValueError(f"label_smoothing: got {label_smoothing!r}; expected a number in [0, 1]")
     if from_logits is not False and from_logits is not True:
         raise TypeError(f"from_logits: got {from_logits!r}; expected a bool")
-    return Options(reduction, dim, ignore_index, delta, label_smoothing)
+    return Options(reduction, dim, ignore_index, delta, label_smoothing, from_logits)
 
 
 # Typed: 1, 1.0 and True are equal.

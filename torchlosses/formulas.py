@@ -356,7 +356,7 @@ def guarded_log(input: Tensor, log_normalizer: Tensor | None, delta: float) -> T
 class Loss(NamedTuple):
     """The properties of a loss. Code asks for them, and never compares names.
 
-    Ignored sharding have an input of 1, where the formula and its derivatives must be finite.
+    Ignored samples get an input of 0.5, where the formula and its derivatives must be finite.
     """
 
     name: str  # Kernels know it by this name.

@@ -122,10 +122,11 @@ def _is_one(size: int) -> bool:
 def _make_call(
     kind: str, options: Options, is_index: bool, dim: int, input: Tensor, target: Tensor
 ) -> Call:
-    reduction, _, ignore_index, delta, label_smoothing = options
     is_double = input.dtype == torch.float64 or target.dtype == torch.float64
-    dtype = torch.float64 if is_double else torch.float32
-    return Call(kind, is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing)
+    return Call(
+        kind, is_index, dim, options.reduction, options.ignore_index,
+        torch.float64 if is_double else torch.float32, options.delta, options.label_smoothing,
+    )  # fmt: skip
 
 
 def _compute(
@@ -136,12 +137,13 @@ def _compute(
     weight: Tensor | None,
     sample_weight: Tensor | None,
 ) -> Tensor:
+    """Checks a call and computes its loss. `options` are the arguments of `check_options`."""
     tensors = (input, target, weight, sample_weight)
     if is_compiling():
         constants = ops.find_constants(options, tensors)
         static = None if constants is None else _pack_static_call(kind, *constants)
         if static is not None:
-            symbolic_numbers = None  # `static` contains δ and ε.
+            symbolic_numbers = None  # `static` contains delta and label_smoothing.
             loss: Tensor = ops.LOSS_OPERATOR.op(*tensors, symbolic_numbers, static)
             return loss
     checked = checks.cached_options(*options)
@@ -164,8 +166,8 @@ def _compute(
             classes = checks.check_classes(arguments.target, num_classes, call.ignore_index)
         checks.check_values(call, arguments, classes)
     key = ops.key_of(kind, checked, arguments)  # Again, as the tensors may be others now.
-    is_cached = not has_one_class  # A call that is not cached warns at every call site.
-    return ops.compute(call, arguments, key, is_cached)
+    # A cached call skips the warning above, and another call site would get none.
+    return ops.compute(call, arguments, key, is_cached=not has_one_class)
 
 
 def _check(
@@ -229,6 +231,7 @@ def _pack_static_call(kind: str, options: Sequence[Any], properties: Sequence[An
         )
     except (TypeError, ValueError):
         return None  # The traced code raises it, with the user's tensors.
+    # The traced checks warn of one class, and add a dimension to a 0-D input.
     if has_one_class or arguments.input.dim() != len(given[0].shape):
-        return None  # To warn; or to trace that `_check` adds a dimension to a 0-D input.
+        return None
     return ops.pack(call) if ops.serves_graph(given[0].device, call, arguments) else None

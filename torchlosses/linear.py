@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from torchlosses import checks, formulas, ops
 from torchlosses.formulas import Arguments, Call, Classes, ClassPosition, Sharding
 
-# Bytes per class in a chunk of logits: 1024 rows in float32, 2048 in half precision. On a GPU, 1024
-# rows by 32000 classes are 2000 tiles of 128 by 128 for some 130 processors. Each chunk reads and
-# writes the linear weight's gradient: 8 bytes per element in float32, for 2 operations per element
-# and row. With 2048 rows that is 512 operations per byte; in half precision about 300 keep a GPU
-# busy.
+# Bytes per class in a chunk of logits: 1024 rows in float32, 2048 in half precision. That many keep
+# all processors of a GPU busy: 1024 rows by 32000 classes are 2000 tiles of 128 by 128 for some 130
+# processors. That many also hide the traffic of the linear weight's gradient, a sum that each chunk
+# reads and writes: in float32 8 bytes per element, for 2 operations per element and row. With 2048
+# rows those are 512 operations per byte; about 300 hide it in half precision.
 CHUNK_BYTES_PER_CLASS = 2**12
 # Bytes of a chunk of logits on a CPU. With more classes it has fewer rows, but at least MIN_ROWS.
 # Chunks of MIN_ROWS rows take a few percent longer than full ones; half as many rows would take
@@ -84,7 +84,7 @@ def compute(
     if not all(tensor is None or type(tensor) in checks.PLAIN for tensor in tensors):
         return formula(dtype, call, *tensors)
     classes = None
-    if call.is_index:
+    if call.is_index:  # Before the kernels, which get chunks and so would raise a wrong position.
         classes = checks.check_classes(target, linear_weight.shape[0], call.ignore_index)
     key = ops.key_of("linear", (call, dtype), tensors)
     prepared = ops.find(key) or ops.prepare(
@@ -358,7 +358,7 @@ def plan_chunks(
         return step, torch.promote_types(linear_weight.dtype, torch.float32)
     # A sum in half precision has half the traffic, so half the rows suffice to hide it.
     half_precision_step = max(_ceil_div(num_rows, MAX_HALF_CHUNKS), step // 2, 1)
-    # In bytes per class.
+    # In bytes per class. A sum in half precision is the gradient itself, so it is not counted.
     usual_chunk_and_sum = step * dtype.itemsize + width * torch.float32.itemsize
     if half_precision_step * dtype.itemsize <= usual_chunk_and_sum:
         return half_precision_step, dtype

@@ -192,14 +192,13 @@ class CrossEntropyError(nn.Module):
         options = checks.check_options(
             reduction, dim, ignore_index, delta, label_smoothing, from_logits
         )
-        _, self.dim, self.ignore_index, self.delta, self.label_smoothing = options
+        _, self.dim, self.ignore_index, self.delta, self.label_smoothing, self.from_logits = options
         checks.check_weight(weight)
         if isinstance(weight, nn.Parameter):
             self.weight = weight
         else:
             self.register_buffer("weight", weight)
         self.reduction: Reduction = reduction
-        self.from_logits = from_logits
 
     @torch.jit.unused  # So that a model that holds a loss can be scripted.
     def forward(
@@ -331,7 +330,7 @@ class LinearCrossEntropyError(nn.Module):
     ) -> None:
         super().__init__()
         options = checks.check_options(reduction, None, ignore_index, delta, label_smoothing)
-        _, _, self.ignore_index, self.delta, self.label_smoothing = options
+        _, _, self.ignore_index, self.delta, self.label_smoothing, _ = options
         checks.check_weight(weight, num_classes)
         if isinstance(weight, nn.Parameter):
             self.weight = weight

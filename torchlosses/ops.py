@@ -378,9 +378,10 @@ def _gradients(
     gradients: Sequence[Tensor | None],
     upstream: Tensor,
 ) -> Any:
-    """The gradients times `upstream`, by the kernels: those saved by forward, or computed anew.
+    """The gradients times `upstream`, by the kernels.
 
-    New ones are scaled like saved ones, so both have the same bits.
+    If not deferred, those that forward saved are scaled. If they are gone, they are computed again
+    and scaled too, which gives the same bits. Otherwise they are computed with `upstream`.
     """
     call, kernels, plan, _, _, deferred, _ = ctx.prepared
     if ctx.has_hooks:  # Hooks may return other strides.
@@ -404,14 +405,17 @@ def _has_memory(tensor: Tensor) -> bool:
         return False
 
 
-# A caller may also set hooks on the saved tensors that `loss.grad_fn._raw_saved_tensors` returns.
-# Private: the class of `loss.grad_fn`. If torch lacks it, assume that every call has hooks.
+# Private: torch's class of `loss.grad_fn`, whose attribute is overridden below. Without it, every
+# call counts as one with hooks.
 _ONE_PASS_NODE: Any = getattr(OnePass, "_backward_cls", None)
-find_saving_hooks: Callable[[bool], Any] = checks.find_saving_hooks if _ONE_PASS_NODE else bool
+find_saving_hooks = checks.unknown if _ONE_PASS_NODE is None else checks.find_saving_hooks
 
 
 def _raw_saved_tensors(node: Any) -> Any:
-    """Overrides the attribute of the node, to compute gradients anew in backward."""
+    """Overrides `loss.grad_fn._raw_saved_tensors`, through which a caller may set hooks too.
+
+    From then on backward computes the gradients again.
+    """
     node.has_gradients, node.has_hooks = False, True
     return super(_ONE_PASS_NODE, node)._raw_saved_tensors
 
@@ -529,7 +533,7 @@ LIBRARY = torch.library.Library("torchlosses", "DEF")
 
 
 def pack(call: Call) -> str:
-    """The call as one argument of an operator: eight would take torch longer than a small loss."""
+    """The call as one argument of an operator: eight would take torch several microseconds."""
     kind, is_index, dim, reduction, ignore_index, dtype, delta, label_smoothing = call
     return _format(
         kind, is_index, _as_constant(dim), reduction, _as_constant(ignore_index), dtype,
@@ -605,8 +609,8 @@ class Operator:
 
     - the tensors: first those that `differentiable` declares, of which the target is the last, then
       the weights;
-    - `numbers`, a tensor of δ and ε if the graph takes them as inputs, else None: torch.compile
-      would specialise on float arguments;
+    - `numbers`, a tensor of delta and label_smoothing if the graph takes them as inputs, else None:
+      torch.compile would specialise on float arguments;
     - the dtypes of intermediate results, one argument for each name in `dtypes`;
     - the call, as `pack` returns it.
 
@@ -637,7 +641,7 @@ class Operator:
         self.op = getattr(torch.ops.torchlosses, name).default
         self.op_loss_and_gradients = _define(
             f"{name}_and_gradients({inputs}, bool[] needs) -> Tensor[]",
-            self._compute_loss, _fake_loss,
+            self._compute_loss_and_gradients, _fake_loss_and_gradients,
         )  # fmt: skip
         self.op_gradients = _define(
             f"{name}_gradients({inputs}, bool[] needs, Tensor upstream, Tensor[] handles)"
@@ -673,7 +677,7 @@ class Operator:
             return cast("Tensor", GraphNode.apply(self, needs, *inputs))
         return self.loss_and_gradients(*inputs, needs)[0]
 
-    def _compute_loss(self, *inputs: Any) -> list[Tensor]:
+    def _compute_loss_and_gradients(self, *inputs: Any) -> list[Tensor]:
         needs = inputs[-1]
         prepared, loss, *gradients = self._run_kernels(inputs, needs)
         if True in needs and loss.is_cpu:
@@ -728,7 +732,7 @@ class Operator:
         return prepared, *results
 
 
-def _fake_loss(*inputs: Any) -> list[Tensor]:
+def _fake_loss_and_gradients(*inputs: Any) -> list[Tensor]:
     input, *_, text, needs = inputs
     call = unpack(text)
     shape: Sequence[int] = ()
@@ -771,26 +775,26 @@ class GraphNode(Function):
         operator, needs = ctx.operator, ctx.needs
         count = operator.num_tensors + 1
         inputs = (*ctx.saved_tensors[:count], *ctx.dtypes_and_text)
-        gradients = list(ctx.saved_tensors[count:])  # On the CPU, their handle.
+        # Nothing if gradients are deferred. Else on the CPU a handle of them, on CUDA themselves.
+        saved = ctx.saved_tensors[count:]
         tensors, (dtypes, call) = inputs[: operator.num_tensors], operator.dtypes_and_call(inputs)
+        others = [None] * (len(inputs) - len(needs))  # Their gradients.
         if torch.is_grad_enabled():  # To be differentiated again.
             call = _with_numbers(call, _to_floats(inputs[count - 1]))
             formula = functools.partial(operator.formula, *dtypes)
-            padded = formula_gradients(formula, call, tensors, needs, upstream)
-            gradients = [gradient for gradient in padded if gradient is not None]
-        elif not gradients or upstream.device.type == "cpu":
-            gradients = operator.gradients(*inputs, needs, upstream, gradients)
+            return None, None, *formula_gradients(formula, call, tensors, needs, upstream), *others
+        if not saved or upstream.device.type == "cpu":
+            gradients = operator.gradients(*inputs, needs, upstream, saved)
         else:
             read = [t for t, needed in zip(tensors, needs, strict=False) if needed]
             upstream = torch.ops.torchlosses.depending(upstream, read)
-            gradients = [gradient * upstream for gradient in gradients]
+            gradients = [gradient * upstream for gradient in saved]
             if needs[0] and call.is_index:  # 0 times what is not finite is NaN.
                 target = tensors[operator.num_differentiable - 1]
                 not_ignored = formulas.is_not_ignored(target, call.ignore_index)
                 gradients[0] = gradients[0].where(not_ignored.unsqueeze(call.dim), 0)
         remaining = iter(gradients)
-        padded = [next(remaining) if needed else None for needed in needs]
-        return (None, None, *padded, *[None] * (len(inputs) - len(needs)))
+        return None, None, *[next(remaining) if n else None for n in needs], *others
 
 
 def _to_floats(numbers: Tensor | None) -> tuple[float, ...] | None:
@@ -820,9 +824,9 @@ class LossOperator(Operator):
             formula_of_tensors,
         )
         inputs = "Tensor input, Tensor target, str call"
-        # In Python for graphs that run before those in C++ are registered.
-        python = NativeSignatures(self._compute_loss, self._compute_gradients)
-        fake = NativeSignatures(_fake_loss, _fake_gradients)
+        # The native operators in Python, for a graph that runs before kernels register their own.
+        python = NativeSignatures(self._compute_loss_and_gradients, self._compute_gradients)
+        fake = NativeSignatures(_fake_loss_and_gradients, _fake_gradients)
         self.native_loss = _define(f"native_loss({inputs}) -> Tensor", python.loss, fake.loss)
         self.native_loss_and_gradient = _define(
             f"native_loss_and_gradient({inputs}) -> (Tensor, Tensor)",
@@ -852,19 +856,23 @@ class LossOperator(Operator):
 
 
 class NativeSignatures(NamedTuple):
-    """Functions of the operators in Python, with the signatures of the native operators.
+    """Adapts two functions of `Operator`s to the signatures of the three native operators.
 
     Those have no weights and no numbers, and only the input gets a gradient.
     """
 
-    compute_loss: Callable[..., Sequence[Tensor]]
+    compute_loss_and_gradients: Callable[..., Sequence[Tensor]]
     compute_gradients: Callable[..., Sequence[Tensor]]
 
     def loss(self, input: Tensor, target: Tensor, text: str) -> Tensor:
-        return self.compute_loss(input, target, None, None, None, text, [False, False])[0]
+        return self.compute_loss_and_gradients(
+            input, target, None, None, None, text, [False, False]
+        )[0]
 
     def loss_and_gradient(self, input: Tensor, target: Tensor, text: str) -> tuple[Tensor, ...]:
-        return tuple(self.compute_loss(input, target, None, None, None, text, [True, False]))
+        return tuple(
+            self.compute_loss_and_gradients(input, target, None, None, None, text, [True, False])
+        )
 
     def gradient(
         self, input: Tensor, target: Tensor, text: str, upstream: Tensor, handle: Tensor

@@ -4,11 +4,11 @@ A loss is bound by memory, so the kernels read and write each byte as few times 
 says what it reads (R) and writes (W). After the first call per device, nothing here synchronises
 with it: what the host does not know, such as the number of ignored samples, the kernels compute.
 
-A small loss is bound by launches. Forward launches `_loss_kernel`. Backward launches
+The loss of a small input is bound by launches. Forward launches `_loss_kernel`. Backward launches
 `_rescale_kernel` for each gradient that forward has computed, or else `_loss_kernel` again. Only if
 the divisor of `'mean'` is a sum of weights of more than LOCAL_DIVISOR_SAMPLES samples does a pass
-with gradients launch `_divisor_kernel` first. Triton's argument processing takes longer than a
-small loss, so from the second call on, a `Plan` bypasses Triton and calls the compiled binary
+with gradients launch `_divisor_kernel` first. Triton's argument processing takes longer than
+such a kernel, so from the second call on, a `Plan` bypasses Triton and calls the compiled binary
 directly. It then allocates nothing but the loss and its gradients, except in captured graphs and
 where a tensor must be copied to be contiguous or broadcast.
 
@@ -19,9 +19,11 @@ almost always fit in 32 bits (otherwise INDEX is int64), and only the block's in
 division.
 
 A program computes a block of samples in tiles of classes. A tile has the shape (vectors, samples,
-threads, vector size), whose first, third and last dimension together are the classes: `threads`
-threads share those of a sample, and each holds `vectors` vectors of `vector_size` neighbours in
-registers. If inner > 1, `threads` is 1, and the vectors of a wide tile are spread over threads.
+threads, vector size), whose first, third and last dimension together are the classes. If inner = 1,
+`threads` threads share a sample, and each holds `vectors` vectors of `vector_size` neighbouring
+classes in registers. If inner > 1, these two sizes are 1: neighbouring threads hold neighbouring
+samples, and the classes, along the first dimension, are in the registers of one thread if they are
+few, or else spread over threads.
 
 Each program takes every `num_programs`-th block of samples and adds up its losses in a fixed order.
 The last program to finish adds up the partial sums in a fixed order too, so the same input gives
@@ -141,7 +143,7 @@ class Plan:
         sample_weight: Tensor | None,
     ) -> None:
         self.call, self.itemsize = call, input.dtype.itemsize
-        self.device_index = input.device.index
+        self.device_index = input.device.index  # None on the CPU, in Triton's interpreter.
         self.has_class_weight = weight is not None
         self.body = find_body(call.kind, call.is_index, call.label_smoothing != 0)
         self.is_reduced = call.reduction != "none"
@@ -163,7 +165,7 @@ class Plan:
 
         self.shape_3d, samples_shape = self._find_shape_3d(shape, sample_weight)
         outer, classes, inner = self.shape_3d
-        # The shapes that `_view` expands and then reshapes a tensor to.
+        # The shapes that `_reshape` expands and then reshapes a tensor to.
         self.sample_weight_shapes = samples_shape, (outer, 1, inner)
         self.upstream_shapes = losses_shape, (outer, classes if call.is_per_element else 1, inner)
         self.sample_weight_strides, self.copies_sample_weight = _strides(
@@ -174,8 +176,8 @@ class Plan:
             and target.is_contiguous()
             and (weight is None or weight.is_contiguous())
         )
-        # Kernels are compiled for an aligned gradient. New memory is aligned; `in_place` the
-        # gradient overwrites the input, or the contiguous copy of it.
+        # Kernels are compiled for an aligned gradient, which new memory is. With `in_place` the
+        # gradient overwrites the input, which may not be aligned, or its contiguous copy.
         self.is_aligned_in_place = not input.is_contiguous() or input.data_ptr() % 16 == 0
         self._passes: dict[Any, Pass] = {}
         self._rescalers: dict[Any, tuple[Any, tuple[int, ...]]] = {}
@@ -231,7 +233,7 @@ class Plan:
             input, target = input.contiguous(), target.contiguous()
             weight = None if weight is None else weight.contiguous()
             if sample_weight is not None and self.copies_sample_weight:
-                sample_weight = _view(sample_weight, *self.sample_weight_shapes)
+                sample_weight = _reshape(sample_weight, *self.sample_weight_shapes)
         key = needs if upstream is None else (needs, upstream.dtype, upstream.stride())
         pass_ = self._passes.get(key)
         if pass_ is None:
@@ -239,7 +241,7 @@ class Plan:
         is_aligned = self.is_aligned_in_place or not in_place
         if upstream is not None:
             if pass_.copies_upstream:
-                upstream = _view(upstream, *self.upstream_shapes)
+                upstream = _reshape(upstream, *self.upstream_shapes)
             is_aligned = is_aligned and upstream.data_ptr() % 16 == 0
         grad_input = grad_target = partials = counter = None
         if needs[0]:
@@ -356,8 +358,9 @@ class Plan:
         )
         # `classes`, or `inner` if spatial, is divided by ALIGNMENT here and multiplied back in the
         # kernel, so that Triton can prove that ALIGNMENT divides it, and vectorise. If spatial, it
-        # must not prove more, as longer vectors may be slower (see `Tile.max_alignment`). It would
-        # if 16 divided the argument, so q = inner / ALIGNMENT is passed as 2q + 1, which is odd.
+        # must not prove more, which would allow longer vector loads (see `Tile.max_alignment`). It
+        # would if 16 divided the argument, so q = inner / ALIGNMENT is passed as 2q + 1, which is
+        # odd.
         sizes = (outer, classes // alignment, inner)
         if is_spatial:
             sizes = (outer, classes, inner // alignment * 2 + 1)
@@ -394,13 +397,13 @@ def _strides(
     """The strides of a tensor broadcast to (outer, classes, inner), and whether that is a copy."""
     if broadcastable is None or broadcastable.numel() == 1:
         return (0, 0, 0), False
-    view = _view(broadcastable, shape, shape_3d)
+    view = _reshape(broadcastable, shape, shape_3d)
     outer_stride, class_stride, inner_stride = view.stride()
     return (outer_stride, class_stride, inner_stride), view.data_ptr() != broadcastable.data_ptr()
 
 
-def _view(broadcastable: Tensor, shape: Sequence[int], shape_3d: Shape3D) -> Tensor:
-    """Expands a tensor to `shape`, and reshapes that to (outer, classes, inner)."""
+def _reshape(broadcastable: Tensor, shape: Sequence[int], shape_3d: Shape3D) -> Tensor:
+    """Expands a tensor to `shape` and reshapes it to `shape_3d`, which copies it if it must."""
     return broadcastable.expand(shape).reshape(shape_3d)
 
 

@@ -101,13 +101,13 @@ def _broadcast(x):
 
 @triton.jit
 def _thread_sum(tile):
-    """The sum per sample and thread, in registers."""
+    """The sum per sample and thread: in registers, if inner = 1."""
     return tl.sum(tl.sum(tile, 3, keep_dims=True), 0, keep_dims=True)
 
 
 @triton.jit
 def _thread_max(tile):
-    """The maximum per sample and thread, in registers."""
+    """The maximum per sample and thread: in registers, if inner = 1."""
     return tl.max(tl.max(tile, 3, keep_dims=True), 0, keep_dims=True)
 
 
@@ -253,7 +253,8 @@ def _make_tile(b, start, CONST: tl.constexpr):
     """Class indices from `start` on, a mask of those that exist, offsets, a mask of the label."""
     threads: tl.constexpr = CONST.TILE.threads
     vector_size: tl.constexpr = CONST.TILE.vector_size
-    # A class of the tile is the sum of these two. The second is a constant in each register.
+    # A class of the tile is `class_of_thread + class_of_register`. The second is known when the
+    # kernel is compiled, for each register.
     class_of_thread = tl.arange(0, threads)[:, None] * vector_size
     vector = tl.arange(0, CONST.TILE.vectors)[:, None, None, None]
     class_of_register = vector * (threads * vector_size) + tl.arange(0, vector_size)[None, :]

@@ -24,13 +24,13 @@ class Tile(NamedTuple):
     registers: int  # Limit per thread; with ptxas's default, kernels spill or occupancy drops.
     max_programs: int  # Per launch.
     is_whole: bool  # Whether it holds all classes; if not, softmaxes loop over them.
-    vector_size: int  # Neighbouring classes that a thread holds.
-    vectors: int  # Vectors of a sample that a thread holds.
-    max_alignment: int  # Limit of `Constants.ALIGNMENT`.
+    vector_size: int  # Neighbouring classes in a vector; 1 if inner > 1.
+    vectors: int  # If inner = 1, the vectors of a sample in each thread. Else all classes.
+    max_alignment: int  # Limit of `Constants.ALIGNMENT`, and so of the length of a vector load.
 
     @property
     def threads(self) -> int:
-        """Threads that share the classes of a sample."""
+        """If inner = 1, the threads that share a sample. Else 1."""
         return self.classes // self.vector_size // self.vectors
 
     @property
@@ -80,7 +80,8 @@ def configure(
     elif is_whole:
         spec = _row_spec(row_words, class_words, is_softmax_nll)
     elif is_cached:
-        # An odd number of classes is loaded one at a time, which needs many loads in flight.
+        # 16 KiB of the input. An odd number of classes is loaded one at a time, which needs many
+        # loads in flight.
         width = min(2**14 // itemsize * class_words, 2**13)
         spec = (width, 1, 8, 128) if is_odd else (width, 1, 16, 64)
     else:
@@ -97,7 +98,8 @@ def configure(
     vectors = max(width // vector_size // threads_per_row, 1)
     # Rows loaded one class at a time were fastest on an H200 with four programs per multiprocessor.
     max_programs = 4 * 132 if is_cached and is_odd else MAX_PROGRAMS
-    # A vector load of more than two samples would split each sample's classes between threads.
+    # If inner > 1, a vector load is along samples. One of more than the two samples that a thread
+    # holds would split each sample's classes between threads.
     max_alignment = 2 if fits_thread else 16
     return Tile(
         samples, width, warps, registers, max_programs, is_whole, vector_size, vectors,
@@ -139,7 +141,7 @@ def _part_spec(
 ) -> TileSpec:
     """For parts of rows: the fewer registers an element needs, the larger the tile.
 
-    `reads_little`: no dense target in float32.
+    `reads_little`: class indices, or an input of 16 bits.
     """
     is_light = needs_few_registers and reads_little
     if is_softmax_nll or (is_light and not has_delta):
