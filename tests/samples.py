@@ -41,6 +41,11 @@ class Sample:
         return self.target.shape != self.input.shape
 
     @property
+    def is_per_element(self) -> bool:
+        """Whether each element has a loss, not each sample."""
+        return self.loss == "sum_squared_error"
+
+    @property
     def axis(self) -> int:
         """The class dimension."""
         return _axis(self.input.shape, self.options.get("dim"))

@@ -193,15 +193,14 @@ def check_sample(sample: Sample, mesh: DeviceMesh, placements: Any, is_plain: bo
         options["weight"] = shard_along(options["weight"], [dim])
     if "sample_weight" in options:
         weight = options["sample_weight"]
-        is_elementwise = sample.loss == "sum_squared_error" and not sample.is_index
-        loss_dims = all_dims if is_elementwise else sample_dims
-        dims = loss_dims[len(loss_dims) - weight.dim() :]
+        weight_dims = all_dims if sample.is_per_element and not sample.is_index else sample_dims
+        dims = weight_dims[len(weight_dims) - weight.dim() :]
         dims = [d if n == input.shape[d] else -1 for n, d in zip(weight.shape, dims, strict=True)]
         options["sample_weight"] = shard_along(weight, dims)
     loss = sample.function(sharded, target, **options)
     dims = []
     if sample.options.get("reduction") == "none":
-        dims = all_dims if sample.loss == "sum_squared_error" else sample_dims
+        dims = all_dims if sample.is_per_element else sample_dims
     close(loss, expected.detach(), mesh, placements_of(placements, dims))
     loss.sum().backward()
     close(sharded.grad, leaf.grad, mesh, placements)

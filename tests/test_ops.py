@@ -191,7 +191,7 @@ FORMS: list[tuple[Any, dict[str, Any]]] = [
     (cross_entropy_error, {"from_logits": True, "delta": 0}),
     (cross_entropy_error, {"from_logits": True, "label_smoothing": 0.1}),
 ]
-# Around the stretches that the kernels work on, and the widths of vectors.
+# Around the segments that the kernels work on, and the widths of vectors.
 SIZES: list[tuple[int, ...]] = [(1, n + d) for n in (2**10, 2**12, 2**19) for d in (-1, 0, 1)]
 SIZES += [(2**16 - 1, 8), (2**16 + 1, 8), (3, 257, 1031), (70_001, 11), (5, 3, 2**14 + 1)]
 SIZES += [(3, n) for n in (*range(1, 20), 31, 33, 63, 65, 127, 129)]
@@ -200,7 +200,7 @@ SIZES += [(3, n) for n in (*range(1, 20), 31, 33, 63, 65, 127, 129)]
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_index", [False, True])
-def test_sizes_around_a_stretch(shape: tuple[int, ...], dtype: torch.dtype, is_index: bool) -> None:
+def test_sizes_around_a_segment(shape: tuple[int, ...], dtype: torch.dtype, is_index: bool) -> None:
     y = torch.rand(shape).to(dtype)
     target = torch.rand(shape).to(dtype)
     if is_index:
