@@ -219,14 +219,16 @@ def test_native_operators_return_the_bits_of_the_others(
             assert ops.unpack(ops.pack(call)) == call
             needs = [not ops.is_deferred(call, dtype), False]
             for factor in (1.0, 0.3, torch.inf):
-                loss, *handles = operator.loss_and_gradients(*inputs, needs)
+                loss, *handles = operator.call_loss_and_gradients(*inputs, needs)
                 expected, *others = operator.op_loss_and_gradients(*inputs, needs)
                 close(loss, expected)
-                close(operator.loss_and_gradients(*inputs, [False, False])[0], expected)
+                close(operator.call_loss_and_gradients(*inputs, [False, False])[0], expected)
                 rest = [True, False], torch.full_like(loss, factor)
                 expected = operator.op_gradients(*inputs, *rest, others)
-                close(operator.gradients(*inputs, *rest, handles), expected)
-                close(operator.gradients(*inputs, *rest, handles), expected)  # By an empty handle.
+                close(operator.call_gradients(*inputs, *rest, handles), expected)
+                close(
+                    operator.call_gradients(*inputs, *rest, handles), expected
+                )  # By an empty handle.
 
 
 @native
@@ -432,11 +434,11 @@ def test_a_copy_of_a_handle_holds_nothing(is_native: bool, path: str) -> None:
     (expected,) = torch.autograd.grad(3 * LOSSES["logits"](y, t), y)
     weight = None if is_native else torch.ones(5)
     inputs = (y, t, weight, None, None, packed("logits", True, "sum"), [True, False])
-    _, handle = ops.LOSS_OPERATOR.loss_and_gradients(*inputs)
+    _, handle = ops.LOSS_OPERATOR.call_loss_and_gradients(*inputs)
     upstream, found = torch.tensor(3.0), []
     for held in (handle.clone(), handle, handle):
         fresh, (gradient,) = allocated(
-            lambda held=held: ops.LOSS_OPERATOR.gradients(*inputs, upstream, [held])
+            lambda held=held: ops.LOSS_OPERATOR.call_gradients(*inputs, upstream, [held])
         )
         torch.testing.assert_close(gradient, expected)
         found.append(fresh >= y.nbytes)

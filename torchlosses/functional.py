@@ -166,7 +166,7 @@ def _compute(
             classes = checks.check_classes(arguments.target, num_classes, call.ignore_index)
         checks.check_values(call, arguments, classes)
     key = ops.key_of(kind, checked, arguments)  # Again, as the tensors may be others now.
-    # A cached call skips the warning above, and another call site would get none.
+    # A call that warns is not cached: it would return above, before it warns, at any call site.
     return ops.compute(call, arguments, key, is_cached=not has_one_class)
 
 

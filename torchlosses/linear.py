@@ -18,11 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from torchlosses import checks, formulas, ops
 from torchlosses.formulas import Arguments, Call, Classes, ClassPosition, Sharding
 
-# Bytes per class in a chunk of logits: 1024 rows in float32, 2048 in half precision. That many keep
-# all processors of a GPU busy: 1024 rows by 32000 classes are 2000 tiles of 128 by 128 for some 130
-# processors. That many also hide the traffic of the linear weight's gradient, a sum that each chunk
-# reads and writes: in float32 8 bytes per element, for 2 operations per element and row. With 2048
-# rows those are 512 operations per byte; about 300 hide it in half precision.
+# Bytes per class in a chunk of logits: 1024 rows in float32, 2048 in half precision. That many rows
+# keep a GPU busy: 1024 rows by 32000 classes are 2000 tiles of 128 by 128 for some 130 processors.
+# They also hide the memory traffic of the linear weight's gradient, a sum that each chunk reads and
+# writes. If the sum is in float32, these are 8 bytes per element, and a chunk of 2048 rows does
+# 2 · 2048 operations per element: 512 per byte. From about 300 operations per byte on, products of
+# half precision are bound by arithmetic, not by memory.
 CHUNK_BYTES_PER_CLASS = 2**12
 # Bytes of a chunk of logits on a CPU. With more classes it has fewer rows, but at least MIN_ROWS.
 # Chunks of MIN_ROWS rows take a few percent longer than full ones; half as many rows would take
@@ -84,7 +85,7 @@ def compute(
     if not all(tensor is None or type(tensor) in checks.PLAIN for tensor in tensors):
         return formula(dtype, call, *tensors)
     classes = None
-    if call.is_index:  # Before the kernels, which get chunks and so would raise a wrong position.
+    if call.is_index:  # Here, and not in the kernels, which see positions in a chunk.
         classes = checks.check_classes(target, linear_weight.shape[0], call.ignore_index)
     key = ops.key_of("linear", (call, dtype), tensors)
     prepared = ops.find(key) or ops.prepare(
@@ -175,7 +176,8 @@ class LayerPlan:
         step, sum_dtype = plan_chunks(batch.num_rows, linear_weight, dtype, needs[1])
         gradients = LayerGradients(needs, batch, w, sum_dtype)
         logits = input.new_empty((step, num_classes), dtype=dtype)
-        losses, in_place, raise_on_invalid = [], True, False
+        losses, in_place = [], True
+        raise_on_invalid = False  # `compute` has checked the classes, and a graph raises nothing.
         x = z = grad_z = logits  # For `del`, if there is no chunk.
         for start in range(0, batch.num_rows, step):
             x, t, s, u = batch.part(start, step, dtype)
@@ -457,7 +459,10 @@ def unreduced_losses(
     classes: Classes | None,
     position: ClassPosition | None,
 ) -> Tensor:
-    """`formulas.unreduced_losses` in chunks of rows, whose logits backward computes again."""
+    """`formulas.unreduced_losses` in chunks of rows, whose logits backward computes again.
+
+    A graph, which only `sharded` compiles from this, computes all rows at once.
+    """
     samples = input.shape[:-1]
     dtype = product_dtype(input)
     flat = FlatSharding(sharding)

@@ -136,8 +136,8 @@ PASS_THROUGH = (IndexError, MemoryError, torch.OutOfMemoryError, TimeoutError)
 
 def kernels_of(device: torch.device, kind: str) -> Kernels | None:
     """The kernels of a device for a loss, if there are any and none has failed."""
-    find = KERNEL_LOADERS.get(device.type)
-    kernels = None if find is None or device in _failed else find(device)
+    load = KERNEL_LOADERS.get(device.type)
+    kernels = None if load is None or device in _failed else load(device)
     return kernels if kernels is not None and kind in kernels.LOSSES else None
 
 
@@ -276,10 +276,10 @@ def formula_of_tensors(call: Call, *tensors: Any) -> Tensor:
     return formulas.compute(call, Arguments(*tensors))
 
 
-def supports(call: Call, tensors: Sequence[Tensor | None]) -> bool:
+def supports(call: Call, tensors: Sequence[Any]) -> bool:
     """Whether kernels support the dtypes of a call, and float32 holds its δ."""
     *inputs, target, _, _ = tensors
-    if target is None or (target.is_floating_point() and target.dtype not in DTYPES):
+    if target.is_floating_point() and target.dtype not in DTYPES:
         return False
     return call.delta_fits_float32 and all(t is None or t.dtype in DTYPES for t in inputs)
 
@@ -380,8 +380,9 @@ def _gradients(
 ) -> Any:
     """The gradients times `upstream`, by the kernels.
 
-    If not deferred, those that forward saved are scaled. If they are gone, they are computed again
-    and scaled too, which gives the same bits. Otherwise they are computed with `upstream`.
+    - Not deferred: scales those that forward saved. If it saved none (there were hooks), or an
+      earlier backward has handed them out, computes them again and scales these: the same bits.
+    - Deferred, or if `rescale` returns None: computes them with `upstream`.
     """
     call, kernels, plan, _, _, deferred, _ = ctx.prepared
     if ctx.has_hooks:  # Hooks may return other strides.
@@ -663,10 +664,12 @@ class Operator:
         end = self.call_position
         return inputs[self.num_tensors + 1 : end], unpack(inputs[end])
 
-    def loss_and_gradients(self, *inputs: Any) -> list[Tensor]:
+    def call_loss_and_gradients(self, *inputs: Any) -> list[Tensor]:
+        """Records the operator in the graph."""
         return cast("list[Tensor]", self.op_loss_and_gradients(*inputs))
 
-    def gradients(self, *inputs: Any) -> list[Tensor]:
+    def call_gradients(self, *inputs: Any) -> list[Tensor]:
+        """Records the operator in the graph."""
         return cast("list[Tensor]", self.op_gradients(*inputs))
 
     def _decompose(self, *inputs: Any) -> Tensor:
@@ -675,9 +678,10 @@ class Operator:
         needs = [is_enabled and t is not None and t.requires_grad for t in tensors]
         if True in needs:
             return cast("Tensor", GraphNode.apply(self, needs, *inputs))
-        return self.loss_and_gradients(*inputs, needs)[0]
+        return self.call_loss_and_gradients(*inputs, needs)[0]
 
     def _compute_loss_and_gradients(self, *inputs: Any) -> list[Tensor]:
+        """Runs the kernels when the graph runs."""
         needs = inputs[-1]
         prepared, loss, *gradients = self._run_kernels(inputs, needs)
         if True in needs and loss.is_cpu:
@@ -685,14 +689,15 @@ class Operator:
         return [loss, *[gradient for gradient in gradients if gradient is not None]]
 
     def _compute_gradients(self, *inputs: Any) -> list[Tensor]:
+        """Runs the kernels when the graph runs."""
         needs, upstream, handles = inputs[-3:]
-        prepared, gradients = take(handles[0]) if handles else NOTHING
+        prepared, held = take(handles[0]) if handles else NOTHING
+        gradients = None
         if prepared is not None:
             target = inputs[self.num_differentiable - 1]
             gradients = try_kernels(
-                prepared.kernels, prepared.device, prepared.plan.rescale,
-                gradients, upstream, target,
-            )  # fmt: skip
+                prepared.kernels, prepared.device, prepared.plan.rescale, held, upstream, target
+            )
         if gradients is None:
             _, _, *gradients = self._run_kernels(inputs, needs, upstream)
         return [gradient for gradient in gradients if gradient is not None]
@@ -700,7 +705,7 @@ class Operator:
     def _run_kernels(
         self, inputs: Sequence[Any], needs: Sequence[bool], upstream: Tensor | None = None
     ) -> Any:
-        """The prepared call, and the loss and gradients that the kernels compute."""
+        """The prepared call (None for an empty input), the loss and the gradients."""
         tensors, numbers = inputs[: self.num_tensors], _to_floats(inputs[self.num_tensors])
         *dtypes, text = inputs[self.num_tensors + 1 : self.call_position + 1]
         if tensors[0].numel() == 0:  # The formula's empty sum, and zero gradients.
@@ -710,7 +715,7 @@ class Operator:
             return None, self.formula(*dtypes, call, *tensors), *zeros
         device = tensors[0].device
         layout = layout_of(tensors)
-        if layout is None:
+        if layout is None:  # Such as expanded tensors, for which eager calls use the formula.
             tensors = tuple(None if t is None else t.contiguous() for t in tensors)
             layout = layout_of(tensors)
         key = None if layout is None else (self.name, text, numbers, *dtypes, layout)
@@ -766,25 +771,26 @@ class GraphNode(Function):
         if is_deferred(call, *dtypes, *tensor_dtypes):
             needs = [False] * len(needs)
         loss: Tensor
-        loss, *gradients = operator.loss_and_gradients(*inputs, needs)
+        loss, *gradients = operator.call_loss_and_gradients(*inputs, needs)
         ctx.save_for_backward(*inputs[: operator.num_tensors + 1], *gradients)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         operator, needs = ctx.operator, ctx.needs
-        count = operator.num_tensors + 1
-        inputs = (*ctx.saved_tensors[:count], *ctx.dtypes_and_text)
+        num_tensors = operator.num_tensors
+        *tensors, numbers = ctx.saved_tensors[: num_tensors + 1]
         # Nothing if gradients are deferred. Else on the CPU a handle of them, on CUDA themselves.
-        saved = ctx.saved_tensors[count:]
-        tensors, (dtypes, call) = inputs[: operator.num_tensors], operator.dtypes_and_call(inputs)
-        others = [None] * (len(inputs) - len(needs))  # Their gradients.
+        saved = ctx.saved_tensors[num_tensors + 1 :]
+        inputs = (*tensors, numbers, *ctx.dtypes_and_text)
+        dtypes, call = operator.dtypes_and_call(inputs)
+        nones = [None] * (len(inputs) - len(needs))  # For weights, numbers, dtypes and the call.
         if torch.is_grad_enabled():  # To be differentiated again.
-            call = _with_numbers(call, _to_floats(inputs[count - 1]))
+            call = _with_numbers(call, _to_floats(numbers))
             formula = functools.partial(operator.formula, *dtypes)
-            return None, None, *formula_gradients(formula, call, tensors, needs, upstream), *others
+            return None, None, *formula_gradients(formula, call, tensors, needs, upstream), *nones
         if not saved or upstream.device.type == "cpu":
-            gradients = operator.gradients(*inputs, needs, upstream, saved)
+            gradients = operator.call_gradients(*inputs, needs, upstream, saved)
         else:
             read = [t for t, needed in zip(tensors, needs, strict=False) if needed]
             upstream = torch.ops.torchlosses.depending(upstream, read)
@@ -794,7 +800,7 @@ class GraphNode(Function):
                 not_ignored = formulas.is_not_ignored(target, call.ignore_index)
                 gradients[0] = gradients[0].where(not_ignored.unsqueeze(call.dim), 0)
         remaining = iter(gradients)
-        return None, None, *[next(remaining) if n else None for n in needs], *others
+        return None, None, *[next(remaining) if n else None for n in needs], *nones
 
 
 def _to_floats(numbers: Tensor | None) -> tuple[float, ...] | None:
@@ -837,19 +843,19 @@ class LossOperator(Operator):
             python.gradient, fake.gradient,
         )  # fmt: skip
 
-    def loss_and_gradients(self, *inputs: Any) -> list[Tensor]:
+    def call_loss_and_gradients(self, *inputs: Any) -> list[Tensor]:
         native_inputs = _find_native_inputs(inputs[:-1], inputs[-1])
         if native_inputs is None:
-            return super().loss_and_gradients(*inputs)
+            return super().call_loss_and_gradients(*inputs)
         if True in inputs[-1]:
             return list(self.native_loss_and_gradient(*native_inputs))
         return [self.native_loss(*native_inputs)]
 
-    def gradients(self, *inputs: Any) -> list[Tensor]:
+    def call_gradients(self, *inputs: Any) -> list[Tensor]:
         *loss_inputs, needs, upstream, handles = inputs
         native_inputs = _find_native_inputs(loss_inputs, needs)
         if native_inputs is None:
-            return super().gradients(*inputs)
+            return super().call_gradients(*inputs)
         # The schema requires a tensor. One that is no handle counts as an empty handle.
         handle = handles[0] if handles else upstream
         return [self.native_gradient(*native_inputs, upstream, handle)]

@@ -20,10 +20,10 @@ division.
 
 A program computes a block of samples in tiles of classes. A tile has the shape (vectors, samples,
 threads, vector size), whose first, third and last dimension together are the classes. If inner = 1,
-`threads` threads share a sample, and each holds `vectors` vectors of `vector_size` neighbouring
-classes in registers. If inner > 1, these two sizes are 1: neighbouring threads hold neighbouring
-samples, and the classes, along the first dimension, are in the registers of one thread if they are
-few, or else spread over threads.
+`threads` GPU threads share a sample, and each holds `vectors` vectors of `vector_size` neighbouring
+classes in registers. If inner > 1, `threads` and `vector_size` are 1, and all classes of the tile
+are along its first dimension, `vectors`: neighbouring GPU threads hold neighbouring samples, and
+one GPU thread holds all classes of a sample if they are few; if not, several share it.
 
 Each program takes every `num_programs`-th block of samples and adds up its losses in a fixed order.
 The last program to finish adds up the partial sums in a fixed order too, so the same input gives
@@ -57,8 +57,8 @@ MAX_DIVISOR_PROGRAMS = 2**9
 # For up to this many samples each program of `_loss_kernel` computes the divisor of `'mean'`
 # itself, which takes less time than another launch.
 LOCAL_DIVISOR_SAMPLES = 2**12
-# Offsets within a block are int32 if `max_offset` in `Plan._make_pass` is less. Offsets may exceed
-# it by the number of elements of a block, which is less than 2¹⁶.
+# Offsets within a block are int32 if `max_offset` in `Plan._make_pass` is less than this. They may
+# exceed `max_offset` by the number of elements of a tile, which is less than 2¹⁶.
 MAX_INT32_OFFSET = 2**31 - 2**16
 # Elements per block of `_rescale_kernel`.
 RESCALE_BLOCK = 2**11
@@ -176,8 +176,8 @@ class Plan:
             and target.is_contiguous()
             and (weight is None or weight.is_contiguous())
         )
-        # Kernels are compiled for an aligned gradient, which new memory is. With `in_place` the
-        # gradient overwrites the input, which may not be aligned, or its contiguous copy.
+        # Kernels are compiled for an aligned gradient. With `in_place` its memory is that of the
+        # input, which may not be aligned, or of the input's contiguous copy, which is aligned.
         self.is_aligned_in_place = not input.is_contiguous() or input.data_ptr() % 16 == 0
         self._passes: dict[Any, Pass] = {}
         self._rescalers: dict[Any, tuple[Any, tuple[int, ...]]] = {}
@@ -387,8 +387,8 @@ def _is_per_sample(sample_weight: Tensor | None, shape: torch.Size, dim: int) ->
     """Whether weights that broadcast to elements differ by sample, but not by class."""
     if sample_weight is None or sample_weight.numel() == 1:
         return False
-    dim -= len(shape)
-    return -dim > sample_weight.dim() or sample_weight.shape[dim] == 1
+    from_end = len(shape) - dim  # Broadcasting aligns the last dimensions.
+    return from_end > sample_weight.dim() or sample_weight.shape[-from_end] == 1
 
 
 def _strides(

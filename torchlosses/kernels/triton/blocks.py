@@ -23,8 +23,8 @@ IS_INTERPRETED = triton.knobs.runtime.interpret
 # versions the last, which the shape of a tile assumes.
 NEEDS_ORDER = tl.constexpr(TorchVersion(triton.__version__) < "3.7")
 
-# Runtime arguments: pointers (or None), sizes and strides. Strides are separate fields: Triton 3.6
-# drops an int argument equal to 1 from a nested tuple.
+# Runtime arguments: pointers (or None), sizes and strides. Each stride is a field: from a tuple in
+# this one, Triton 3.6 would drop an int equal to 1.
 KernelArgs = collections.namedtuple(
     "KernelArgs",
     "input_ptr target_ptr class_weight_ptr sample_weight_ptr upstream_ptr loss_ptr "

@@ -144,7 +144,7 @@ def _normalize(args, b, HAS_TARGETS: tl.constexpr, CONST: tl.constexpr):
         normalizer *= _exp(maximum - new_maximum)
         normalizer += _thread_sum(_exp(shifted))
         if HAS_TARGETS:
-            # Without targets so far, the maxima may differ by ∞, and 0·∞ is NaN.
+            # While Σ t is 0, `maximum` may be LOWEST; minus a large logit it is −∞, and 0·∞ is NaN.
             sum_products += tl.where(sum_t == 0, 0, sum_t * (maximum - new_maximum))
             t, is_zero, _t_factor = _load_targets(args, b, k, class_mask, offsets, is_label, CONST)
             sum_products += _thread_sum(tl.where(is_zero, 0, t * shifted))

@@ -23,14 +23,14 @@ class Tile(NamedTuple):
     warps: int
     registers: int  # Limit per thread; with ptxas's default, kernels spill or occupancy drops.
     max_programs: int  # Per launch.
-    is_whole: bool  # Whether it holds all classes; if not, softmaxes loop over them.
+    is_whole: bool  # For softmaxes: whether it holds all classes. If not, they loop over tiles.
     vector_size: int  # Neighbouring classes in a vector; 1 if inner > 1.
     vectors: int  # If inner = 1, the vectors of a sample in each thread. Else all classes.
     max_alignment: int  # Limit of `Constants.ALIGNMENT`, and so of the length of a vector load.
 
     @property
     def threads(self) -> int:
-        """If inner = 1, the threads that share a sample. Else 1."""
+        """If inner = 1, the GPU threads that share a sample. Else 1."""
         return self.classes // self.vector_size // self.vectors
 
     @property
@@ -65,6 +65,7 @@ def configure(
     is_spatial, is_odd = inner > 1, classes % 2 == 1
     is_softmax_nll = body == "softmax_nll"
     is_whole = row_words <= (64 if is_spatial else 2**13 if is_softmax_nll else 2**12)
+    # A thread holds all classes of two samples.
     fits_thread = is_softmax_nll and is_spatial and row_words <= 32
     is_short = is_softmax_nll and not is_spatial and classes <= MAX_CONSTANT_CLASSES
     threads_per_short_row = max(padded // 16, 1)  # 16 classes in each.
@@ -94,12 +95,13 @@ def configure(
     width, samples, warps, registers = spec
     width //= class_words
     vector_size = 1 if is_spatial else math.gcd(16 // itemsize, classes, width)
-    threads_per_row = 1 if is_spatial else threads_per_short_row if is_short else 32 * warps
-    vectors = max(width // vector_size // threads_per_row, 1)
+    # Shorter rows have fewer threads, with one vector each.
+    max_threads_per_row = 1 if is_spatial else threads_per_short_row if is_short else 32 * warps
+    vectors = max(width // vector_size // max_threads_per_row, 1)
     # Rows loaded one class at a time were fastest on an H200 with four programs per multiprocessor.
     max_programs = 4 * 132 if is_cached and is_odd else MAX_PROGRAMS
-    # If inner > 1, a vector load is along samples. One of more than the two samples that a thread
-    # holds would split each sample's classes between threads.
+    # If inner > 1, vector loads run along samples. Where a thread holds all classes of two samples,
+    # longer loads would give it more samples, and make threads share the classes of each.
     max_alignment = 2 if fits_thread else 16
     return Tile(
         samples, width, warps, registers, max_programs, is_whole, vector_size, vectors,
