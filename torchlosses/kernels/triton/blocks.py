@@ -203,8 +203,7 @@ def _make_block(args, scalars, block, CONST: tl.constexpr, SAMPLES: tl.constexpr
         inner_index = start + i
         first = outer_index * inner + start
         in_bounds = inner_index < inner
-        # That is outer_index * classes * inner + start.
-        base = first + outer_index * (classes - 1) * inner
+        base = outer_index * classes * inner + start
         sample_offset, class_stride = i, inner
     else:
         first = tl.cast(block, tl.int64) * SAMPLES
