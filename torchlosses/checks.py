@@ -51,11 +51,12 @@ except AttributeError:
     is_before_dispatch = unknown
 
 
-# Private: the innermost saved-tensor hooks, if any. Its argument: whether to find them even under
-# a tracer, which ignores them.
-find_saving_hooks: Callable[[bool], Any] = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", unknown
-)
+try:  # Private: the innermost saved-tensor hooks, if any. True: without a look for a tracer.
+    find_saving_hooks: Callable[[], Any] = functools.partial(
+        torch._C._autograd._top_saved_tensors_default_hooks, True
+    )
+except AttributeError:
+    find_saving_hooks = unknown
 
 
 def is_traced() -> bool:

@@ -166,7 +166,8 @@ def _compute(
             classes = checks.check_classes(arguments.target, num_classes, call.ignore_index)
         checks.check_values(call, arguments, classes)
     key = ops.key_of(kind, checked, arguments)  # Again, as the tensors may be others now.
-    # A call that warns is not cached: it would return above, before it warns, at any call site.
+    # A call that warns is not cached. If it were, later calls, also from other lines of the user's
+    # code, would return above and never warn.
     return ops.compute(call, arguments, key, is_cached=not has_one_class)
 
 
@@ -187,9 +188,12 @@ def _check(
     has_softmax = LOSSES[kind].domain == "logit" and not is_per_element
     has_one_class = has_softmax and _is_one(input.shape[dim])
     if weight is not None or sample_weight is not None:
-        is_like_target = is_index or is_per_element
-        samples_shape = target.shape if is_like_target else checks.samples_shape(input, dim)
-        checks.check_weights(input, input.shape, weight, dim, sample_weight, samples_shape)
+        # One per sample of class indices, or per element of a loss per element: as the target.
+        if is_index or is_per_element:
+            sample_weight_shape = target.shape
+        else:
+            sample_weight_shape = checks.samples_shape(input, dim)
+        checks.check_weights(input, input.shape, weight, dim, sample_weight, sample_weight_shape)
     call = _make_call(kind, options, is_index, dim, input, target)
     return call, Arguments(input, target, weight, sample_weight), has_one_class
 

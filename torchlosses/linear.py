@@ -21,9 +21,9 @@ from torchlosses.formulas import Arguments, Call, Classes, ClassPosition, Shardi
 # Bytes per class in a chunk of logits: 1024 rows in float32, 2048 in half precision. That many rows
 # keep a GPU busy: 1024 rows by 32000 classes are 2000 tiles of 128 by 128 for some 130 processors.
 # They also hide the memory traffic of the linear weight's gradient, a sum that each chunk reads and
-# writes. If the sum is in float32, these are 8 bytes per element, and a chunk of 2048 rows does
-# 2 · 2048 operations per element: 512 per byte. From about 300 operations per byte on, products of
-# half precision are bound by arithmetic, not by memory.
+# writes. In float32, one read and one write are 8 bytes per element of the linear weight, for which
+# a chunk of 2048 rows does 2 · 2048 operations: 512 per byte. From about 300 per byte on, products
+# of half precision are bound by arithmetic, not by memory.
 CHUNK_BYTES_PER_CLASS = 2**12
 # Bytes of a chunk of logits on a CPU. With more classes it has fewer rows, but at least MIN_ROWS.
 # Chunks of MIN_ROWS rows take a few percent longer than full ones; half as many rows would take
@@ -85,7 +85,8 @@ def compute(
     if not all(tensor is None or type(tensor) in checks.PLAIN for tensor in tensors):
         return formula(dtype, call, *tensors)
     classes = None
-    if call.is_index:  # Here, and not in the kernels, which see positions in a chunk.
+    # Not left to the kernels: their error would name a sample by its index in a chunk.
+    if call.is_index:
         classes = checks.check_classes(target, linear_weight.shape[0], call.ignore_index)
     key = ops.key_of("linear", (call, dtype), tensors)
     prepared = ops.find(key) or ops.prepare(
@@ -96,6 +97,7 @@ def compute(
         return loss
     if not checks.is_eager():
         return formula(dtype, call, *tensors)
+    # Of one process.
     sharding = Sharding(input.shape[:-1] + linear_weight.shape[:1], call.dim)
     position = None if classes is None else sharding.find_position(classes)
     losses = unreduced_losses(
@@ -177,7 +179,7 @@ class LayerPlan:
         gradients = LayerGradients(needs, batch, w, sum_dtype)
         logits = input.new_empty((step, num_classes), dtype=dtype)
         losses, in_place = [], True
-        raise_on_invalid = False  # `compute` has checked the classes, and a graph raises nothing.
+        raise_on_invalid = False  # Eager calls have been checked; graphs raise nothing.
         x = z = grad_z = logits  # For `del`, if there is no chunk.
         for start in range(0, batch.num_rows, step):
             x, t, s, u = batch.part(start, step, dtype)
@@ -205,11 +207,11 @@ class LayerPlan:
         return plan
 
     def _loss(self, batch: "Batch", losses: list[Tensor], divisor: Any) -> Tensor:
-        like = batch.x.new_zeros((), dtype=self.call.dtype)
+        zero = batch.x.new_zeros((), dtype=self.call.dtype)
         if self.call.reduction != "none":
-            total = torch.stack(losses).sum() if losses else like
+            total = torch.stack(losses).sum() if losses else zero
             return formulas.divide(total, divisor)
-        whole = like.new_zeros(len(batch.x))
+        whole = zero.new_zeros(len(batch.x))
         if losses:
             whole[slice(None) if batch.kept_rows is None else batch.kept_rows] = torch.cat(losses)
         return whole.view(batch.samples)
@@ -461,7 +463,7 @@ def unreduced_losses(
 ) -> Tensor:
     """`formulas.unreduced_losses` in chunks of rows, whose logits backward computes again.
 
-    A graph, which only `sharded` compiles from this, computes all rows at once.
+    Under torch.compile, where only `sharded` calls this, it computes all rows at once.
     """
     samples = input.shape[:-1]
     dtype = product_dtype(input)

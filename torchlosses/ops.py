@@ -114,10 +114,11 @@ def _load_triton(device: torch.device) -> Any | None:
     except ImportError:
         return None
     # Triton needs a C compiler for its launcher.
-    return triton if try_kernels(triton, device, _try_out, triton, device) else None
+    is_working = try_kernels(triton, device, _compute_smallest_loss, triton, device)
+    return triton if is_working else None
 
 
-def _try_out(kernels: Kernels, device: torch.device) -> Any:
+def _compute_smallest_loss(kernels: Kernels, device: torch.device) -> Any:
     one = torch.ones((), device=device)
     call = Call("squares", False, 0, "sum", -100, torch.float32)
     return kernels.prepare(call, one, one, None, None).compute(one, one, None, None, (False, False))
@@ -202,7 +203,7 @@ def layout_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
             strides = tensor.stride()
             is_weight = len(layout) >= len(tensors) - 2  # One of the last two tensors.
             if 0 in strides and not is_weight:
-                return None  # Expanded: a contiguous copy would be larger.
+                return None  # Expanded: kernels would copy it, to memory larger than its own.
         layout.append(
             (tensor.dtype, shape, strides, tensor.device, address & 15, tensor.requires_grad)
         )
@@ -210,9 +211,9 @@ def layout_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
 
 
 def key_of(name: str, options: Any, tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
-    """The key of a prepared call; None if only the formula can serve.
+    """The key of an eager call with plain tensors; None for all others.
 
-    Kernels serve plain tensors in eager mode.
+    Kernels serve an eager call by its key. A compiled graph has an operator, which makes its own.
     """
     # `checks.is_eager`, inlined: calling a Python function costs as much as a check.
     if (
@@ -293,8 +294,7 @@ def run(prepared: Prepared, tensors: Sequence[Tensor | None]) -> Tensor | None:
     """The loss by kernels, or None if they fail."""
     _, kernels, plan, device, needs, deferred, _ = prepared
     needs_grad = True in needs
-    even_under_tracers = True
-    has_hooks = needs_grad and bool(find_saving_hooks(even_under_tracers))
+    has_hooks = needs_grad and bool(find_saving_hooks())
     if deferred or has_hooks:
         needs = (False,) * len(needs)
     results = try_kernels(kernels, device, plan.compute, *tensors, needs)
@@ -381,7 +381,8 @@ def _gradients(
     """The gradients times `upstream`, by the kernels.
 
     - Not deferred: scales those that forward saved. If it saved none (there were hooks), or an
-      earlier backward has handed them out, computes them again and scales these: the same bits.
+      earlier backward has handed them out, computes them again and scales them, so that every
+      backward returns the same bits.
     - Deferred, or if `rescale` returns None: computes them with `upstream`.
     """
     call, kernels, plan, _, _, deferred, _ = ctx.prepared
@@ -406,23 +407,23 @@ def _has_memory(tensor: Tensor) -> bool:
         return False
 
 
-# Private: torch's class of `loss.grad_fn`, whose attribute is overridden below. Without it, every
-# call counts as one with hooks.
-_ONE_PASS_NODE: Any = getattr(OnePass, "_backward_cls", None)
-find_saving_hooks = checks.unknown if _ONE_PASS_NODE is None else checks.find_saving_hooks
+_ONE_PASS_NODE: Any = getattr(OnePass, "_backward_cls", None)  # Private: the class of its nodes.
 
 
 def _raw_saved_tensors(node: Any) -> Any:
-    """Overrides `loss.grad_fn._raw_saved_tensors`, through which a caller may set hooks too.
+    """Overrides `loss.grad_fn._raw_saved_tensors`, through which a caller may set hooks.
 
-    From then on backward computes the gradients again.
+    Backward then computes the gradients again.
     """
     node.has_gradients, node.has_hooks = False, True
     return super(_ONE_PASS_NODE, node)._raw_saved_tensors
 
 
 if _ONE_PASS_NODE is not None:
+    find_saving_hooks = checks.find_saving_hooks
     _ONE_PASS_NODE._raw_saved_tensors = property(_raw_saved_tensors)
+else:  # Nothing notices such hooks, so assume that every call has some.
+    find_saving_hooks = checks.unknown
 
 
 def formula_gradients(
@@ -567,10 +568,9 @@ LIBRARY.impl("depending", lambda upstream, tensors: upstream.clone(), "Composite
 
 
 HANDLE_NUMEL = 1
-NOTHING = None, None
 
 
-def hold(*held: Any) -> Tensor:
+def hold(prepared: Prepared | None, gradients: Sequence[Tensor | None]) -> Tensor:
     """A handle: a small tensor that holds gradients between forward and backward of a graph.
 
     Backward scales gradients in place, as a product in new memory would cost one more pass. An
@@ -579,13 +579,13 @@ def hold(*held: Any) -> Tensor:
     computes the gradients again.
     """
     handle = torch.empty(HANDLE_NUMEL, dtype=torch.uint8, device="cpu")
-    handle.held = held  # type: ignore[attr-defined]
+    handle.held = prepared, gradients  # type: ignore[attr-defined]
     return handle
 
 
 def take(handle: Tensor) -> Any:
-    """Takes what the handle holds, and leaves it empty."""
-    return vars(handle).pop("held", NOTHING)
+    """Takes (prepared call, gradients) from a handle: (None, None) if it is empty."""
+    return vars(handle).pop("held", (None, None))
 
 
 def _define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -691,7 +691,7 @@ class Operator:
     def _compute_gradients(self, *inputs: Any) -> list[Tensor]:
         """Runs the kernels when the graph runs."""
         needs, upstream, handles = inputs[-3:]
-        prepared, held = take(handles[0]) if handles else NOTHING
+        prepared, held = take(handles[0]) if handles else (None, None)
         gradients = None
         if prepared is not None:
             target = inputs[self.num_differentiable - 1]
@@ -728,7 +728,8 @@ class Operator:
             in_place = raise_on_invalid = False  # A graph raises no IndexError.
             rest = (tuple(needs), upstream, in_place, raise_on_invalid)
             results = try_kernels(prepared.kernels, device, prepared.plan.compute, *tensors, *rest)
-        if results is None:  # No formula: inside an operator autograd computes no gradients.
+        # The formula cannot take over: autograd, which differentiates it, is off in an operator.
+        if results is None:
             raise RuntimeError(
                 f"torchlosses has no kernels on {device}, or one has failed, and this graph was "
                 "compiled for them; call torch.compiler.reset() and compile it again: the graph "

@@ -19,11 +19,13 @@ almost always fit in 32 bits (otherwise INDEX is int64), and only the block's in
 division.
 
 A program computes a block of samples in tiles of classes. A tile has the shape (vectors, samples,
-threads, vector size), whose first, third and last dimension together are the classes. If inner = 1,
-`threads` GPU threads share a sample, and each holds `vectors` vectors of `vector_size` neighbouring
-classes in registers. If inner > 1, `threads` and `vector_size` are 1, and all classes of the tile
-are along its first dimension, `vectors`: neighbouring GPU threads hold neighbouring samples, and
-one GPU thread holds all classes of a sample if they are few; if not, several share it.
+row threads, vector size), whose first, third and last dimension together are the classes:
+
+- If inner = 1, as many threads as the third dimension is long share a sample. In registers each
+  holds the whole first and last dimension: some vectors of neighbouring classes.
+- If inner > 1, the third and the last dimension have size 1, and all classes of the tile are along
+  the first. Neighbouring threads hold neighbouring samples. Triton keeps the first dimension in one
+  thread if the classes are few, and distributes it over several if not.
 
 Each program takes every `num_programs`-th block of samples and adds up its losses in a fixed order.
 The last program to finish adds up the partial sums in a fixed order too, so the same input gives
@@ -118,7 +120,8 @@ class Pass:
         self, args: tuple[Any, ...], partials: Tensor | None, counter: Tensor | None, keep: bool
     ) -> None:
         """Launches the kernels through Triton, which compiles them. `keep` keeps the binaries."""
-        common, run_divisor = (KernelArgs(*args), partials, counter), None
+        common = (KernelArgs(*args), partials, counter)
+        run_divisor = None
         if self.num_divisor_programs:
             run_divisor = _launch(
                 _divisor_kernel, self.num_divisor_programs, (*common, self.constants)
@@ -257,7 +260,7 @@ class Plan:
         )  # fmt: skip
         if pass_.run_loss is None or not is_aligned:
             pass_.launch(args, partials, counter, keep=is_aligned)
-        else:
+        else:  # A binary takes the fields of `KernelArgs` by position, not by name.
             if pass_.run_divisor is not None:
                 pass_.run_divisor(args, partials, counter, pass_.constants, stream=stream)
             pass_.run_loss(args, partials, counter, *pass_.scalars, pass_.constants, stream=stream)
@@ -314,11 +317,11 @@ class Plan:
     def _make_pass(self, needs: tuple[bool, bool], upstream: Tensor | None) -> Pass:
         call, dtype = self.call, self.call.dtype
         outer, classes, inner = self.shape_3d
-        is_smoothed, has_delta = call.label_smoothing != 0, call.delta != 0
+        epsilon, has_delta = call.label_smoothing, call.delta != 0
         tile = configure(
             self.body, classes, inner, dtype, self.itemsize,
             is_index=call.is_index, has_delta=has_delta,
-            is_plain=not (needs[1] or is_smoothed or self.has_class_weight),
+            is_plain=not (needs[1] or epsilon or self.has_class_weight),
         )  # fmt: skip
         is_spatial = inner > 1
         num_blocks = triton.cdiv(outer, tile.samples)
@@ -329,9 +332,17 @@ class Plan:
             divisor_source = "each_program" if any(needs) else "last_program"
             if any(needs) and outer * inner > LOCAL_DIVISOR_SAMPLES:
                 divisor_source = "divisor_kernel"
-                num_divisor_blocks = triton.cdiv(outer * inner, DIVISOR_BLOCK.value)
-                num_divisor_programs = min(num_divisor_blocks, MAX_DIVISOR_PROGRAMS)
+                num_programs = triton.cdiv(outer * inner, DIVISOR_BLOCK.value)
+                num_divisor_programs = min(num_programs, MAX_DIVISOR_PROGRAMS)
+        # Triton vectorises if it can prove that ALIGNMENT divides the offsets. So `classes`, or
+        # `inner` if spatial, is divided by ALIGNMENT here and multiplied by it in the kernel.
         alignment = math.gcd(tile.max_alignment, inner if is_spatial else classes)
+        sizes = (outer, classes // alignment, inner)
+        if is_spatial:
+            # Triton specialises on arguments that 16 divides, and might load longer vectors than
+            # `tile.max_alignment` allows. So q = inner / ALIGNMENT is passed as 2q + 1, which is
+            # odd; `_inner_size` undoes this.
+            sizes = (outer, classes, inner // alignment * 2 + 1)
         upstream_strides, copies_upstream = _strides(upstream, *self.upstream_shapes)
         sample_weight_outer_stride, _, sample_weight_inner_stride = self.sample_weight_strides
         _, upstream_class_stride, upstream_inner_stride = upstream_strides
@@ -350,21 +361,12 @@ class Plan:
             PER_ELEMENT=call.is_per_element,
             IS_INDEX=call.is_index,
             HAS_DELTA=has_delta,
-            IS_SMOOTHED=is_smoothed,
+            IS_SMOOTHED=epsilon != 0,
             IS_REDUCED=self.is_reduced,
             IS_SPATIAL=is_spatial,
             IS_EVEN=classes % tile.classes == 0,
             NUM_CLASSES=classes if classes <= MAX_CONSTANT_CLASSES else 0,
         )
-        # `classes`, or `inner` if spatial, is divided by ALIGNMENT here and multiplied back in the
-        # kernel, so that Triton can prove that ALIGNMENT divides it, and vectorise. If spatial, it
-        # must not prove more, which would allow longer vector loads (see `Tile.max_alignment`). It
-        # would if 16 divided the argument, so q = inner / ALIGNMENT is passed as 2q + 1, which is
-        # odd.
-        sizes = (outer, classes // alignment, inner)
-        if is_spatial:
-            sizes = (outer, classes, inner // alignment * 2 + 1)
-        epsilon = call.label_smoothing
         return Pass(
             constants, min(num_blocks, tile.max_programs), num_divisor_programs, copies_upstream,
             (*sizes, sample_weight_outer_stride, sample_weight_inner_stride, *upstream_strides,

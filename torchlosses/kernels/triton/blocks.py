@@ -23,8 +23,8 @@ IS_INTERPRETED = triton.knobs.runtime.interpret
 # versions the last, which the shape of a tile assumes.
 NEEDS_ORDER = tl.constexpr(TorchVersion(triton.__version__) < "3.7")
 
-# Runtime arguments: pointers (or None), sizes and strides. Each stride is a field: from a tuple in
-# this one, Triton 3.6 would drop an int equal to 1.
+# Runtime arguments: pointers (or None), sizes and strides. Each stride is a field of its own:
+# Triton 3.6 drops an int equal to 1 from a nested tuple.
 KernelArgs = collections.namedtuple(
     "KernelArgs",
     "input_ptr target_ptr class_weight_ptr sample_weight_ptr upstream_ptr loss_ptr "
@@ -101,13 +101,13 @@ def _broadcast(x):
 
 @triton.jit
 def _thread_sum(tile):
-    """The sum per sample and thread: in registers, if inner = 1."""
+    """The sum over the first and last dimension: inside a thread, if inner = 1."""
     return tl.sum(tl.sum(tile, 3, keep_dims=True), 0, keep_dims=True)
 
 
 @triton.jit
 def _thread_max(tile):
-    """The maximum per sample and thread: in registers, if inner = 1."""
+    """The maximum over the first and last dimension: inside a thread, if inner = 1."""
     return tl.max(tl.max(tile, 3, keep_dims=True), 0, keep_dims=True)
 
 
@@ -250,13 +250,13 @@ def _make_block(args, scalars, block, CONST: tl.constexpr, SAMPLES: tl.constexpr
 @triton.jit
 def _make_tile(b, start, CONST: tl.constexpr):
     """Class indices from `start` on, a mask of those that exist, offsets, a mask of the label."""
-    threads: tl.constexpr = CONST.TILE.threads
+    row_threads: tl.constexpr = CONST.TILE.row_threads
     vector_size: tl.constexpr = CONST.TILE.vector_size
     # A class of the tile is `class_of_thread + class_of_register`. The second is known when the
     # kernel is compiled, for each register.
-    class_of_thread = tl.arange(0, threads)[:, None] * vector_size
+    class_of_thread = tl.arange(0, row_threads)[:, None] * vector_size
     vector = tl.arange(0, CONST.TILE.vectors)[:, None, None, None]
-    class_of_register = vector * (threads * vector_size) + tl.arange(0, vector_size)[None, :]
+    class_of_register = vector * (row_threads * vector_size) + tl.arange(0, vector_size)[None, :]
     class_in_tile = class_of_thread + class_of_register
     class_mask = class_in_tile < b.classes - start
     if CONST.IS_EVEN:

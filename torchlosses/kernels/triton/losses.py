@@ -121,7 +121,7 @@ def _nll(args, b, CONST: tl.constexpr):
 @triton.jit
 def _thread_zeros(CONST: tl.constexpr):
     """One 0 per sample and thread."""
-    return tl.full((1, CONST.TILE.samples, CONST.TILE.threads, 1), 0, CONST.DTYPE)
+    return tl.full((1, CONST.TILE.samples, CONST.TILE.row_threads, 1), 0, CONST.DTYPE)
 
 
 @triton.jit

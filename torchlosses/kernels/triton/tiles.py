@@ -15,7 +15,7 @@ MAX_CONSTANT_CLASSES = 32
 class Tile(NamedTuple):
     """The part of the input that a program holds at a time.
 
-    Class `(v · threads + t) · vector_size + e` of the tile is element e of vector v of thread t.
+    Class `(v · row_threads + t) · vector_size + e` of the tile has the index (v, sample, t, e).
     """
 
     samples: int
@@ -25,18 +25,18 @@ class Tile(NamedTuple):
     max_programs: int  # Per launch.
     is_whole: bool  # For softmaxes: whether it holds all classes. If not, they loop over tiles.
     vector_size: int  # Neighbouring classes in a vector; 1 if inner > 1.
-    vectors: int  # If inner = 1, the vectors of a sample in each thread. Else all classes.
+    vectors: int  # If inner = 1, the vectors of a sample in each thread; else all classes.
     max_alignment: int  # Limit of `Constants.ALIGNMENT`, and so of the length of a vector load.
 
     @property
-    def threads(self) -> int:
-        """If inner = 1, the GPU threads that share a sample. Else 1."""
+    def row_threads(self) -> int:
+        """If inner = 1, the threads that share a sample; else 1, however many share it."""
         return self.classes // self.vector_size // self.vectors
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Shape of the tile as a tensor."""
-        return self.vectors, self.samples, self.threads, self.vector_size
+        return self.vectors, self.samples, self.row_threads, self.vector_size
 
 
 # (Width of the tile in 4-byte words, samples, warps, registers per thread.)
@@ -81,30 +81,25 @@ def configure(
     elif is_whole:
         spec = _row_spec(row_words, class_words, is_softmax_nll)
     elif is_cached:
-        # 16 KiB of the input. An odd number of classes is loaded one at a time, which needs many
-        # loads in flight.
-        width = min(2**14 // itemsize * class_words, 2**13)
-        spec = (width, 1, 8, 128) if is_odd else (width, 1, 16, 64)
+        spec = _cached_spec(class_words, itemsize, is_odd)
     else:
         # float64, class weights, smoothing, target gradients and scalar 16-bit loads need more.
         needs_few_registers = is_plain and class_words == 1 and not (is_odd and itemsize == 2)
-        spec = _part_spec(
-            is_softmax_nll, has_delta, needs_few_registers,
-            reads_little=is_index or itemsize == 2,
-        )  # fmt: skip
-    width, samples, warps, registers = spec
-    width //= class_words
-    vector_size = 1 if is_spatial else math.gcd(16 // itemsize, classes, width)
-    # Shorter rows have fewer threads, with one vector each.
-    max_threads_per_row = 1 if is_spatial else threads_per_short_row if is_short else 32 * warps
-    vectors = max(width // vector_size // max_threads_per_row, 1)
+        reads_little = is_index or itemsize == 2
+        spec = _part_spec(is_softmax_nll, has_delta, needs_few_registers, reads_little)
+    width_words, samples, warps, registers = spec
+    tile_classes = width_words // class_words
+    vector_size = 1 if is_spatial else math.gcd(16 // itemsize, classes, tile_classes)
+    max_row_threads = 1 if is_spatial else threads_per_short_row if is_short else 32 * warps
+    # If a row has fewer vectors than `max_row_threads`, each thread has one.
+    vectors = max(tile_classes // vector_size // max_row_threads, 1)
     # Rows loaded one class at a time were fastest on an H200 with four programs per multiprocessor.
     max_programs = 4 * 132 if is_cached and is_odd else MAX_PROGRAMS
     # If inner > 1, vector loads run along samples. Where a thread holds all classes of two samples,
     # longer loads would give it more samples, and make threads share the classes of each.
     max_alignment = 2 if fits_thread else 16
     return Tile(
-        samples, width, warps, registers, max_programs, is_whole, vector_size, vectors,
+        samples, tile_classes, warps, registers, max_programs, is_whole, vector_size, vectors,
         max_alignment,
     )  # fmt: skip
 
@@ -138,10 +133,17 @@ def _row_spec(row_words: int, class_words: int, is_softmax_nll: bool) -> TileSpe
     return row_words, 1, row_words // 2**8, 128
 
 
+def _cached_spec(class_words: int, itemsize: int, is_odd: bool) -> TileSpec:
+    """For parts of rows that stay in the cache: 16 KiB of the input."""
+    width = min(2**14 // itemsize * class_words, 2**13)
+    # An odd number of classes is loaded one at a time, which needs many loads in flight.
+    return (width, 1, 8, 128) if is_odd else (width, 1, 16, 64)
+
+
 def _part_spec(
     is_softmax_nll: bool, has_delta: bool, needs_few_registers: bool, reads_little: bool
 ) -> TileSpec:
-    """For parts of rows: the fewer registers an element needs, the larger the tile.
+    """For parts of other rows: the fewer registers an element needs, the larger the tile.
 
     `reads_little`: class indices, or an input of 16 bits.
     """
