@@ -170,12 +170,12 @@ def test_a_signal_in_a_kernel_says_nothing_of_the_device(monkeypatch: pytest.Mon
 
 def test_detectors_are_there() -> None:
     """Private to torch; without one every call would go to the formula, and nobody would know."""
-    assert checks.are_transforms_active is not checks.unknown
-    assert checks.count_modes is not checks.unknown
-    assert checks.is_tracing is not checks.unknown
-    assert checks.is_before_dispatch is not checks.unknown
+    assert checks.are_transforms_active is not checks.assume_yes
+    assert checks.count_modes is not checks.assume_yes
+    assert checks.is_jit_tracing is not checks.assume_yes
+    assert checks.is_pre_dispatch_tracing is not checks.assume_yes
     assert hasattr(torch.compiler, "_is_exporting_flag")
-    assert checks.find_saving_hooks is not checks.unknown
+    assert checks.find_saving_hooks is not checks.assume_yes
     assert ops._ONE_PASS_NODE is type(
         sum_squared_error(torch.rand(3, requires_grad=True), torch.rand(3)).grad_fn
     )

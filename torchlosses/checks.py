@@ -25,43 +25,41 @@ Reduction = Literal["sum", "mean", "batchmean", "none"]
 REDUCTIONS = get_args(Reduction)
 
 
-def unknown(*_: Any) -> int:
+def assume_yes(*_: Any) -> int:
     """Replaces a detector that this torch lacks. It answers yes, so calls take the safe way."""
     return 1
 
 
 # Private: torch.jit.is_tracing wraps it in Python, where the handler of a signal may raise.
-is_tracing: Callable[[], int] = getattr(torch._C, "_is_tracing", unknown)
+is_jit_tracing: Callable[[], int] = getattr(torch._C, "_is_tracing", assume_yes)
 # Private, without a public twin: the number of active dispatch modes (tracers, fake tensors, users'
 # own), and the modes under which tensors have no values.
-count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", unknown)
+count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", assume_yes)
 _INFRA_MODES = [
     getattr(getattr(torch._C, "_TorchDispatchModeKey", None), key, None)
     for key in ("FAKE", "PROXY", "FUNCTIONAL")
 ]
 # Private: whether a transform of torch.func is active.
 are_transforms_active: Callable[[], int] = getattr(
-    torch._C, "_are_functorch_transforms_active", unknown
+    torch._C, "_are_functorch_transforms_active", assume_yes
 )
 try:  # Private: whether a tracer records operations ahead of autograd.
-    is_before_dispatch: Callable[[], int] = functools.partial(
+    is_pre_dispatch_tracing: Callable[[], int] = functools.partial(
         torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch
     )
 except AttributeError:
-    is_before_dispatch = unknown
-
-
+    is_pre_dispatch_tracing = assume_yes
 try:  # Private: the innermost saved-tensor hooks, if any. True: without a look for a tracer.
     find_saving_hooks: Callable[[], Any] = functools.partial(
         torch._C._autograd._top_saved_tensors_default_hooks, True
     )
 except AttributeError:
-    find_saving_hooks = unknown
+    find_saving_hooks = assume_yes
 
 
 def is_traced() -> bool:
     """True under tracing, compiling or fake tensors, where values cannot be read."""
-    if torch.compiler.is_compiling() or is_tracing() or is_before_dispatch():
+    if torch.compiler.is_compiling() or is_jit_tracing() or is_pre_dispatch_tracing():
         return True
     if not count_modes():
         return False

@@ -188,7 +188,8 @@ def _check(
     has_softmax = LOSSES[kind].domain == "logit" and not is_per_element
     has_one_class = has_softmax and _is_one(input.shape[dim])
     if weight is not None or sample_weight is not None:
-        # One per sample of class indices, or per element of a loss per element: as the target.
+        # Sample weights broadcast to the target's shape if it holds class indices (one weight per
+        # sample), or if each element has a loss (one weight per element).
         if is_index or is_per_element:
             sample_weight_shape = target.shape
         else:

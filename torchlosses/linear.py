@@ -21,13 +21,13 @@ from torchlosses.formulas import Arguments, Call, Classes, ClassPosition, Shardi
 # Bytes per class in a chunk of logits: 1024 rows in float32, 2048 in half precision. That many rows
 # keep a GPU busy: 1024 rows by 32000 classes are 2000 tiles of 128 by 128 for some 130 processors.
 # They also hide the memory traffic of the linear weight's gradient, a sum that each chunk reads and
-# writes. In float32, one read and one write are 8 bytes per element of the linear weight, for which
-# a chunk of 2048 rows does 2 · 2048 operations: 512 per byte. From about 300 per byte on, products
-# of half precision are bound by arithmetic, not by memory.
+# writes. Take half precision, with a sum in float32: one read and one write are 8 bytes per element
+# of the linear weight, for which a chunk of 2048 rows does 2 · 2048 operations: 512 per byte. From
+# about 300 per byte on, such products are bound by arithmetic, not by memory.
 CHUNK_BYTES_PER_CLASS = 2**12
 # Bytes of a chunk of logits on a CPU. With more classes it has fewer rows, but at least MIN_ROWS.
-# Chunks of MIN_ROWS rows take a few percent longer than full ones; half as many rows would take
-# 10 to 15% longer.
+# With chunks of MIN_ROWS rows the whole loss takes a few percent longer than with full chunks, and
+# with half as many rows per chunk 10 to 15% longer.
 CPU_CHUNK_BYTES = 48 * 10**6
 MIN_ROWS = 256
 # The most chunks whose linear-weight gradients are accumulated in half precision: the error is less
@@ -45,7 +45,7 @@ BLOCK = 4096
 # Read before another library replaces it.
 LINEAR_FORWARD = nn.Linear.forward
 # Private, like the hooks of a module: torch has no public way to list them.
-has_global_hook: Callable[[], int] = getattr(module, "_has_any_global_hook", checks.unknown)
+has_global_hook: Callable[[], int] = getattr(module, "_has_any_global_hook", checks.assume_yes)
 
 
 def is_unmodified(layer: nn.Module) -> bool:
@@ -97,7 +97,7 @@ def compute(
         return loss
     if not checks.is_eager():
         return formula(dtype, call, *tensors)
-    # Of one process.
+    # Not sharded: one process holds the whole input.
     sharding = Sharding(input.shape[:-1] + linear_weight.shape[:1], call.dim)
     position = None if classes is None else sharding.find_position(classes)
     losses = unreduced_losses(

@@ -36,8 +36,9 @@ from torchlosses.checks import (
     PLAIN,
     are_transforms_active,
     count_modes,
-    is_before_dispatch,
-    is_tracing,
+    find_saving_hooks,
+    is_jit_tracing,
+    is_pre_dispatch_tracing,
 )
 from torchlosses.formulas import Arguments, Call
 
@@ -218,8 +219,8 @@ def key_of(name: str, options: Any, tensors: Sequence[Tensor | None]) -> tuple[A
     # `checks.is_eager`, inlined: calling a Python function costs as much as a check.
     if (
         is_compiling()
-        or is_tracing()
-        or is_before_dispatch()
+        or is_jit_tracing()
+        or is_pre_dispatch_tracing()
         or are_transforms_active()
         or getattr(forward_ad, "_current_level", 0) >= 0
         or (count_modes() and checks.is_traced())
@@ -294,7 +295,8 @@ def run(prepared: Prepared, tensors: Sequence[Tensor | None]) -> Tensor | None:
     """The loss by kernels, or None if they fail."""
     _, kernels, plan, device, needs, deferred, _ = prepared
     needs_grad = True in needs
-    has_hooks = needs_grad and bool(find_saving_hooks())
+    # Without the class of its nodes, hooks on a node go unnoticed, so assume that there are some.
+    has_hooks = needs_grad and (_ONE_PASS_NODE is None or bool(find_saving_hooks()))
     if deferred or has_hooks:
         needs = (False,) * len(needs)
     results = try_kernels(kernels, device, plan.compute, *tensors, needs)
@@ -359,7 +361,7 @@ class OnePass(Function):
         if not (
             is_grad_enabled()  # create_graph=True.
             or is_compiling()
-            or is_before_dispatch()
+            or is_pre_dispatch_tracing()
             or (count_modes() and checks.is_traced())
             or not _has_memory(upstream)
         ):
@@ -420,10 +422,7 @@ def _raw_saved_tensors(node: Any) -> Any:
 
 
 if _ONE_PASS_NODE is not None:
-    find_saving_hooks = checks.find_saving_hooks
     _ONE_PASS_NODE._raw_saved_tensors = property(_raw_saved_tensors)
-else:  # Nothing notices such hooks, so assume that every call has some.
-    find_saving_hooks = checks.unknown
 
 
 def formula_gradients(
@@ -544,8 +543,10 @@ def pack(call: Call) -> str:
 
 
 @constant
-def _format(kind: str, is_index: bool, dim: int, reduction: str, *rest: Any) -> str:
-    ignore_index, dtype, delta, label_smoothing = rest
+def _format(
+    kind: str, is_index: bool, dim: int, reduction: str, ignore_index: int, dtype: torch.dtype,
+    delta: float, label_smoothing: float,
+) -> str:  # fmt: skip
     return (
         f"{kind} {'index' if is_index else 'dense'} {dim} {reduction} {ignore_index} "
         f"{str(dtype).removeprefix('torch.')} {delta!r} {label_smoothing!r}"
@@ -558,13 +559,6 @@ def unpack(text: str) -> Call:
         kind, target == "index", int(dim), reduction, int(ignore_index), getattr(torch, dtype),
         float(delta), float(label_smoothing),
     )  # fmt: skip
-
-
-# Returns `upstream`, and makes the backward graph read `tensors`. A graph that multiplies gradients
-# by `upstream` reads no input of forward, so AOTAutograd would allow a second derivative, and get
-# it wrong. With this dependency AOTAutograd raises an error instead.
-LIBRARY.define("depending(Tensor upstream, Tensor[] tensors) -> Tensor")
-LIBRARY.impl("depending", lambda upstream, tensors: upstream.clone(), "CompositeExplicitAutograd")
 
 
 HANDLE_NUMEL = 1
@@ -760,6 +754,13 @@ def _fake_like(tensors: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
     return [t.new_empty(t.shape) for t, needed in zip(tensors, needs, strict=False) if needed]
 
 
+# Returns `upstream`, and makes the backward graph read `tensors`. On CUDA that graph multiplies
+# saved gradients by `upstream`, and would read no input of forward. AOTAutograd would then allow a
+# second derivative, and get it wrong; with this dependency it raises an error.
+LIBRARY.define("with_dependency(Tensor upstream, Tensor[] tensors) -> Tensor")
+LIBRARY.impl("with_dependency", lambda upstream, _: upstream.clone(), "CompositeExplicitAutograd")
+
+
 class GraphNode(Function):
     """The autograd node of a loss in a compiled graph."""
 
@@ -794,7 +795,7 @@ class GraphNode(Function):
             gradients = operator.call_gradients(*inputs, needs, upstream, saved)
         else:
             read = [t for t, needed in zip(tensors, needs, strict=False) if needed]
-            upstream = torch.ops.torchlosses.depending(upstream, read)
+            upstream = torch.ops.torchlosses.with_dependency(upstream, read)
             gradients = [gradient * upstream for gradient in saved]
             if needs[0] and call.is_index:  # 0 times what is not finite is NaN.
                 target = tensors[operator.num_differentiable - 1]

@@ -15,8 +15,8 @@ where a tensor must be copied to be contiguous or broadcast.
 The input is seen as (outer, classes, inner). If inner = 1, each sample is a contiguous row, or one
 element of a flat tensor, where classes = 1. If inner > 1, neighbouring samples are adjacent in
 memory, classes are strided, and a block of samples has one outer index. So offsets within a block
-almost always fit in 32 bits (otherwise INDEX is int64), and only the block's index needs a
-division.
+almost always fit in 32 bits (otherwise INDEX is int64), and finding the outer index takes one
+division per block, not one per sample.
 
 A program computes a block of samples in tiles of classes. A tile has the shape (vectors, samples,
 row threads, vector size), whose first, third and last dimension together are the classes:
@@ -59,9 +59,9 @@ MAX_DIVISOR_PROGRAMS = 2**9
 # For up to this many samples each program of `_loss_kernel` computes the divisor of `'mean'`
 # itself, which takes less time than another launch.
 LOCAL_DIVISOR_SAMPLES = 2**12
-# Offsets within a block are int32 if `max_offset` in `Plan._make_pass` is less than this. They may
-# exceed `max_offset` by the number of elements of a tile, which is less than 2¹⁶.
-MAX_INT32_OFFSET = 2**31 - 2**16
+# Offsets within a block are int32 if one sample, or one outer index if inner > 1, extends over less
+# memory than this. A block of several samples extends further, but by less than 2¹⁶ elements.
+MAX_INT32_EXTENT = 2**31 - 2**16
 # Elements per block of `_rescale_kernel`.
 RESCALE_BLOCK = 2**11
 # The most compiled `_rescale_kernel`s that a `Plan` keeps.
@@ -179,9 +179,10 @@ class Plan:
             and target.is_contiguous()
             and (weight is None or weight.is_contiguous())
         )
-        # Kernels are compiled for an aligned gradient. With `in_place` its memory is that of the
-        # input, which may not be aligned, or of the input's contiguous copy, which is aligned.
-        self.is_aligned_in_place = not input.is_contiguous() or input.data_ptr() % 16 == 0
+        # The binary that a `Pass` keeps is for a gradient at an aligned address, as new memory is.
+        # With `in_place` the gradient has the memory of the input, or of its contiguous copy. If
+        # that is not aligned, Triton launches the kernel by another binary, which is not kept.
+        self.is_gradient_aligned_in_place = not input.is_contiguous() or input.data_ptr() % 16 == 0
         self._passes: dict[Any, Pass] = {}
         self._rescalers: dict[Any, tuple[Any, tuple[int, ...]]] = {}
 
@@ -241,7 +242,7 @@ class Plan:
         pass_ = self._passes.get(key)
         if pass_ is None:
             pass_ = self._passes[key] = self._make_pass(needs, upstream)
-        is_aligned = self.is_aligned_in_place or not in_place
+        is_aligned = self.is_gradient_aligned_in_place or not in_place
         if upstream is not None:
             if pass_.copies_upstream:
                 upstream = _reshape(upstream, *self.upstream_shapes)
@@ -327,26 +328,20 @@ class Plan:
         num_blocks = triton.cdiv(outer, tile.samples)
         if is_spatial:
             num_blocks = outer * triton.cdiv(inner, tile.samples)
-        divisor_source, num_divisor_programs = "host", 0
-        if self.sums_divisor:
-            divisor_source = "each_program" if any(needs) else "last_program"
-            if any(needs) and outer * inner > LOCAL_DIVISOR_SAMPLES:
-                divisor_source = "divisor_kernel"
-                num_programs = triton.cdiv(outer * inner, DIVISOR_BLOCK.value)
-                num_divisor_programs = min(num_programs, MAX_DIVISOR_PROGRAMS)
+        divisor_source, num_divisor_programs = self._find_divisor_source(any(needs))
         # Triton vectorises if it can prove that ALIGNMENT divides the offsets. So `classes`, or
         # `inner` if spatial, is divided by ALIGNMENT here and multiplied by it in the kernel.
         alignment = math.gcd(tile.max_alignment, inner if is_spatial else classes)
-        sizes = (outer, classes // alignment, inner)
+        encoded_shape = (outer, classes // alignment, inner)
         if is_spatial:
             # Triton specialises on arguments that 16 divides, and might load longer vectors than
             # `tile.max_alignment` allows. So q = inner / ALIGNMENT is passed as 2q + 1, which is
             # odd; `_inner_size` undoes this.
-            sizes = (outer, classes, inner // alignment * 2 + 1)
+            encoded_shape = (outer, classes, inner // alignment * 2 + 1)
         upstream_strides, copies_upstream = _strides(upstream, *self.upstream_shapes)
         sample_weight_outer_stride, _, sample_weight_inner_stride = self.sample_weight_strides
         _, upstream_class_stride, upstream_inner_stride = upstream_strides
-        max_offset = max(
+        extent = max(
             classes * inner, classes * upstream_class_stride, inner * upstream_inner_stride,
             inner * sample_weight_inner_stride,
         )  # fmt: skip
@@ -355,7 +350,7 @@ class Plan:
             BODY=self.body,
             DTYPE=DTYPES[dtype],
             TILE=tile,
-            INDEX=tl.int32 if max_offset < MAX_INT32_OFFSET else tl.int64,
+            INDEX=tl.int32 if extent < MAX_INT32_EXTENT else tl.int64,
             ALIGNMENT=alignment,
             DIVISOR_SOURCE=divisor_source,
             PER_ELEMENT=call.is_per_element,
@@ -368,12 +363,29 @@ class Plan:
             NUM_CLASSES=classes if classes <= MAX_CONSTANT_CLASSES else 0,
         )
         return Pass(
-            constants, min(num_blocks, tile.max_programs), num_divisor_programs, copies_upstream,
-            (*sizes, sample_weight_outer_stride, sample_weight_inner_stride, *upstream_strides,
-             call.ignore_index),
-            (self.inv_divisor, call.delta, 1.0 - epsilon, epsilon / classes),
-            {"num_warps": tile.warps, "maxnreg": tile.registers},
+            constants=constants,
+            num_programs=min(num_blocks, tile.max_programs),
+            num_divisor_programs=num_divisor_programs,
+            copies_upstream=copies_upstream,
+            sizes=(
+                *encoded_shape, sample_weight_outer_stride, sample_weight_inner_stride,
+                *upstream_strides, call.ignore_index,
+            ),
+            scalars=(self.inv_divisor, call.delta, 1.0 - epsilon, epsilon / classes),
+            options={"num_warps": tile.warps, "maxnreg": tile.registers},
         )  # fmt: skip
+
+    def _find_divisor_source(self, needs_gradients: bool) -> tuple[str, int]:
+        """`Constants.DIVISOR_SOURCE`, and the number of programs of `_divisor_kernel`."""
+        outer, _, inner = self.shape_3d
+        if not self.sums_divisor:
+            return "host", 0
+        if not needs_gradients:
+            return "last_program", 0
+        if outer * inner <= LOCAL_DIVISOR_SAMPLES:
+            return "each_program", 0
+        num_blocks = triton.cdiv(outer * inner, DIVISOR_BLOCK.value)
+        return "divisor_kernel", min(num_blocks, MAX_DIVISOR_PROGRAMS)
 
 
 def _launch(kernel: Any, num_programs: int, arguments: tuple[Any, ...], **options: int) -> Any:

@@ -21,7 +21,7 @@ LOWEST = {
 IS_INTERPRETED = triton.knobs.runtime.interpret
 # When contiguity ties, Triton 3.6 makes the first dimension fastest-varying across threads; later
 # versions the last, which the shape of a tile assumes.
-NEEDS_ORDER = tl.constexpr(TorchVersion(triton.__version__) < "3.7")
+NEEDS_ORDER_HINT = tl.constexpr(TorchVersion(triton.__version__) < "3.7")
 
 # Runtime arguments: pointers (or None), sizes and strides. Each stride is a field of its own:
 # Triton 3.6 drops an int equal to 1 from a nested tuple.
@@ -272,8 +272,9 @@ def _make_tile(b, start, CONST: tl.constexpr):
 def _pointers(pointer, offsets, CONST: tl.constexpr):
     """Pointers of a tile, whose last dimension varies fastest across threads."""
     pointers = pointer + offsets
-    if NEEDS_ORDER and CONST.TILE.classes > 1 and not CONST.IS_SPATIAL:
-        # The values only rank the dimensions, last first; Triton caps each at the dimension's size.
+    if NEEDS_ORDER_HINT and CONST.TILE.classes > 1 and not CONST.IS_SPATIAL:
+        # Triton caps each value at the dimension's size. So the last one is true, and loads are
+        # vectors along that dimension. The others only rank the dimensions.
         pointers = tl.max_contiguous(pointers, (1, 2, 4, 8))
     return pointers
 

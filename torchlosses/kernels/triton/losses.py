@@ -171,7 +171,7 @@ def _softmax_nll(args, b, CONST: tl.constexpr):
         if CONST.IS_SPATIAL:
             x = _load_input(args, b, offsets, class_mask, float("-inf"), CONST)
             x_c = _load_input_at_label(args, b, CONST)
-        elif CONST.NUM_CLASSES:  # x_c is among the registers of x, so no load waits for the label.
+        elif CONST.NUM_CLASSES:  # Few classes: it is cheap to find x_c among the registers of x.
             x = _load_input(args, b, offsets, class_mask, float("-inf"), CONST)
             x_c = _class_sum(tl.where(is_label, x, 0))
         else:
