@@ -227,6 +227,17 @@ def test_two_graphs_serve_every_delta_and_smoothing(backend: str, device: str) -
 
 
 @once
+def test_a_graph_of_any_delta_is_followed_by_one_of_0(device: str) -> None:
+    """The compiler fixes the value of a symbol that is 0, and still holds the symbol."""
+    torch._dynamo.reset()
+    y, t = torch.rand(4, 5, device=device), torch.arange(4, device=device)
+    compiled: Any = torch.compile(cross_entropy_error, fullgraph=True, backend="eager")
+    for delta in (0.5, 0.25, 0.0):
+        expected = cross_entropy_error(y, t, delta=delta)
+        torch.testing.assert_close(compiled(y, t, delta=delta), expected)
+
+
+@once
 def test_a_schedule_and_a_search_compile_twice(device: str) -> None:
     x = torch.randn(6, 5, device=device).softmax(1)
     label = torch.tensor([1, 4, -100, 0, 2, 2], device=device)

@@ -489,7 +489,8 @@ def unreduced_losses(
     tensors = (input, linear_weight, linear_bias, target, weight)
     versions = _versions(tensors)
     if linear_weight.dtype.itemsize < 4:
-        # `part` reads these, so autograd accumulates their gradients over chunks in float32.
+        # Rebinds what `part` reads. It casts both back for each chunk, so that autograd adds the
+        # chunks' gradients in float32.
         linear_weight = linear_weight.float()
         linear_bias = None if linear_bias is None else linear_bias.float()
 

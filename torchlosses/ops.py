@@ -62,11 +62,12 @@ class Plan(Protocol):
     def rescale(
         self, gradients: Sequence[Tensor | None], upstream: Tensor, target: Tensor, /
     ) -> Sequence[Tensor | None] | None:
-        """Scales gradients in place by the upstream gradient. They may have any layout.
+        """Scales gradients in place by the upstream gradient.
 
-        Writes through `.data`, which has a version counter of its own, so autograd does not see the
-        saved tensors change; returns the `.data` tensors. Ignored rows of the input's gradient stay
-        0, though 0 · ∞ is NaN. If `upstream` is not finite, kernels may change nothing and return
+        The gradients are contiguous, and may be those of a call that has another layout. Writes
+        through `.data`, which has a version counter of its own, so autograd does not see the saved
+        tensors change; returns the `.data` tensors. Ignored rows of the input's gradient stay 0,
+        though 0 · ∞ is NaN. If `upstream` is not finite, kernels may change nothing and return
         None; the caller then calls `compute` with it.
         """
 
@@ -295,7 +296,9 @@ def run(prepared: Prepared, tensors: Sequence[Tensor | None]) -> Tensor | None:
     """The loss by kernels, or None if they fail."""
     _, kernels, plan, device, needs, deferred, _ = prepared
     needs_grad = True in needs
-    # Without the class of its nodes, hooks on a node go unnoticed, so assume that there are some.
+    # A caller may also set saved-tensor hooks later, through `loss.grad_fn._raw_saved_tensors`,
+    # which is overridden below to notice that. If this torch hides the class of the node, so that
+    # nothing can be overridden, assume hooks from the start.
     has_hooks = needs_grad and (_ONE_PASS_NODE is None or bool(find_saving_hooks()))
     if deferred or has_hooks:
         needs = (False,) * len(needs)
@@ -388,6 +391,8 @@ def _gradients(
     - Deferred, or if `rescale` returns None: computes them with `upstream`.
     """
     call, kernels, plan, _, _, deferred, _ = ctx.prepared
+    if upstream.is_neg():  # Kernels read memory, which holds the opposite numbers.
+        upstream = upstream.resolve_neg()
     if ctx.has_hooks:  # Hooks may return other strides.
         plan = kernels.prepare(call, *tensors)
     if not deferred:
@@ -398,7 +403,7 @@ def _gradients(
         rescaled = plan.rescale(gradients, upstream, target)
         if rescaled is not None:
             return rescaled
-    _, *gradients = plan.compute(*tensors, needs, upstream.resolve_neg())
+    _, *gradients = plan.compute(*tensors, needs, upstream)
     return gradients
 
 
@@ -524,7 +529,10 @@ def find_constants(
 
 
 def _as_constant(number: Any) -> Any:
-    """The number in Python's own type: Dynamo may hold a symbol for one that it has specialised."""
+    """The number in Python's own type: Dynamo may hold a symbol for one that it has specialised.
+
+    `float(number)` would return the symbol.
+    """
     return number.__float__() if isinstance(number, float) else index(number)
 
 

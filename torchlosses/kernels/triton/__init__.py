@@ -280,8 +280,6 @@ class Plan:
                 with torch.cuda.device(index):
                     return self.rescale(gradients, upstream, target)
             stream = driver.active.get_current_stream(index)
-        if upstream.is_neg():
-            upstream = upstream.resolve_neg()
         labels = target.contiguous() if self.call.is_index else None
         rescaled: list[Tensor | None] = []
         for gradient in gradients:
@@ -321,7 +319,7 @@ class Plan:
         epsilon, has_delta = call.label_smoothing, call.delta != 0
         tile = configure(
             self.body, classes, inner, dtype, self.itemsize,
-            is_index=call.is_index, has_delta=has_delta,
+            has_delta=has_delta,
             is_plain=not (needs[1] or epsilon or self.has_class_weight),
         )  # fmt: skip
         is_spatial = inner > 1
@@ -330,12 +328,13 @@ class Plan:
             num_blocks = outer * triton.cdiv(inner, tile.samples)
         divisor_source, num_divisor_programs = self._find_divisor_source(any(needs))
         # Triton vectorises if it can prove that ALIGNMENT divides the offsets. So `classes`, or
-        # `inner` if spatial, is divided by ALIGNMENT here and multiplied by it in the kernel.
+        # `inner` if spatial, is divided by ALIGNMENT here and multiplied by it in the kernel. In a
+        # row, `vector_size` limits the length of a vector load too.
         alignment = math.gcd(tile.max_alignment, inner if is_spatial else classes)
         encoded_shape = (outer, classes // alignment, inner)
         if is_spatial:
-            # Triton specialises on arguments that 16 divides, and might load longer vectors than
-            # `tile.max_alignment` allows. So q = inner / ALIGNMENT is passed as 2q + 1, which is
+            # If spatial, only ALIGNMENT does. But Triton specialises on arguments that 16 divides,
+            # and might load longer vectors. So q = inner / ALIGNMENT is passed as 2q + 1, which is
             # odd; `_inner_size` undoes this.
             encoded_shape = (outer, classes, inner // alignment * 2 + 1)
         upstream_strides, copies_upstream = _strides(upstream, *self.upstream_shapes)

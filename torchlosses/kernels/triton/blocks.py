@@ -273,8 +273,10 @@ def _pointers(pointer, offsets, CONST: tl.constexpr):
     """Pointers of a tile, whose last dimension varies fastest across threads."""
     pointers = pointer + offsets
     if NEEDS_ORDER_HINT and CONST.TILE.classes > 1 and not CONST.IS_SPATIAL:
-        # Triton caps each value at the dimension's size. So the last one is true, and loads are
-        # vectors along that dimension. The others only rank the dimensions.
+        # Claims runs of 1, 2, 4 and 8 contiguous elements along the four dimensions. Triton caps a
+        # run at the dimension's size, so the 8 becomes `vector_size`, which is correct. The 2 and
+        # 4 are not; they only make Triton order the dimensions, the last fastest, and no load is
+        # vectorised along those dimensions.
         pointers = tl.max_contiguous(pointers, (1, 2, 4, 8))
     return pointers
 

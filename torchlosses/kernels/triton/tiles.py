@@ -50,7 +50,6 @@ def configure(
     dtype: torch.dtype,
     itemsize: int,
     *,
-    is_index: bool,
     has_delta: bool,
     is_plain: bool,
 ) -> Tile:
@@ -85,8 +84,7 @@ def configure(
     else:
         # float64, class weights, smoothing, target gradients and scalar 16-bit loads need more.
         needs_few_registers = is_plain and class_words == 1 and not (is_odd and itemsize == 2)
-        reads_little = is_index or itemsize == 2
-        spec = _part_spec(is_softmax_nll, has_delta, needs_few_registers, reads_little)
+        spec = _part_spec(is_softmax_nll, has_delta, needs_few_registers, itemsize == 2)
     width_words, samples, warps, registers = spec
     tile_classes = width_words // class_words
     vector_size = 1 if is_spatial else math.gcd(16 // itemsize, classes, tile_classes)
@@ -96,7 +94,8 @@ def configure(
     # Rows loaded one class at a time were fastest on an H200 with four programs per multiprocessor.
     max_programs = 4 * 132 if is_cached and is_odd else MAX_PROGRAMS
     # If inner > 1, vector loads run along samples. Where a thread holds all classes of two samples,
-    # longer loads would give it more samples, and make threads share the classes of each.
+    # loads of four would give four samples to half of the threads, and Triton would then split
+    # their classes between these threads and the other half.
     max_alignment = 2 if fits_thread else 16
     return Tile(
         samples, tile_classes, warps, registers, max_programs, is_whole, vector_size, vectors,
@@ -141,13 +140,10 @@ def _cached_spec(class_words: int, itemsize: int, is_odd: bool) -> TileSpec:
 
 
 def _part_spec(
-    is_softmax_nll: bool, has_delta: bool, needs_few_registers: bool, reads_little: bool
+    is_softmax_nll: bool, has_delta: bool, needs_few_registers: bool, is_16_bit: bool
 ) -> TileSpec:
-    """For parts of other rows: the fewer registers an element needs, the larger the tile.
-
-    `reads_little`: class indices, or an input of 16 bits.
-    """
-    is_light = needs_few_registers and reads_little
+    """For parts of other rows: the fewer registers an element needs, the larger the tile."""
+    is_light = needs_few_registers and is_16_bit
     if is_softmax_nll or (is_light and not has_delta):
         return 2**14, 1, 32, 64
     if is_light:
