@@ -25,10 +25,11 @@ from torchlosses.formulas import Arguments, Call, Classes, ClassPosition, Shardi
 # of the linear weight, for which a chunk of 2048 rows does 2 · 2048 operations: 512 per byte. From
 # about 300 per byte on, such products are bound by arithmetic, not by memory.
 CHUNK_BYTES_PER_CLASS = 2**12
-# Bytes of a chunk of logits on a CPU. With more classes it has fewer rows, but at least MIN_ROWS.
-# With chunks of MIN_ROWS rows the whole loss takes a few percent longer than with full chunks, and
-# with half as many rows per chunk 10 to 15% longer.
-CPU_CHUNK_BYTES = 48 * 10**6
+# On a CPU a chunk of logits also takes at most this many bytes. So with many classes it has fewer
+# rows than CHUNK_BYTES_PER_CLASS allows, but at least MIN_ROWS. With chunks of MIN_ROWS rows the
+# whole loss takes a few percent longer than without this limit, and with chunks of MIN_ROWS / 2 10
+# to 15%.
+MAX_CPU_CHUNK_BYTES = 48 * 10**6
 MIN_ROWS = 256
 # The most chunks whose linear-weight gradients are accumulated in half precision: the error is less
 # than twice that of rounding the finished sum once. Each chunk rounds the sum, with an error
@@ -79,7 +80,7 @@ def compute(
     if (
         torch.compiler.is_compiling()
         and ops.serves_graph(input.device, call, tensors)
-        and 0 not in linear_weight.shape
+        and 0 not in linear_weight.shape  # Kernels cannot read it, and the operator has no formula.
     ):
         return LOSS_OPERATOR(call, (dtype,), *tensors)
     if not all(tensor is None or type(tensor) in checks.PLAIN for tensor in tensors):
@@ -338,7 +339,7 @@ def rows_per_chunk(
     """Rows per chunk, chosen so that chunks are nearly equal."""
     most = CHUNK_BYTES_PER_CLASS // dtype.itemsize
     if device.type == "cpu":
-        fitting = CPU_CHUNK_BYTES // dtype.itemsize // max(num_classes, 1)
+        fitting = MAX_CPU_CHUNK_BYTES // dtype.itemsize // max(num_classes, 1)
         most = min(most, max(fitting, MIN_ROWS))
     return _ceil_div(num_rows, _ceil_div(num_rows, most)) if num_rows else 1
 
@@ -489,8 +490,8 @@ def unreduced_losses(
     tensors = (input, linear_weight, linear_bias, target, weight)
     versions = _versions(tensors)
     if linear_weight.dtype.itemsize < 4:
-        # Rebinds what `part` reads. It casts both back for each chunk, so that autograd adds the
-        # chunks' gradients in float32.
+        # `part` reads these copies from now on, and `_logits` casts them back for each chunk. So
+        # autograd adds the chunks' gradients in float32.
         linear_weight = linear_weight.float()
         linear_bias = None if linear_bias is None else linear_bias.float()
 

@@ -64,11 +64,12 @@ class Plan(Protocol):
     ) -> Sequence[Tensor | None] | None:
         """Scales gradients in place by the upstream gradient.
 
-        The gradients are contiguous, and may be those of a call that has another layout. Writes
-        through `.data`, which has a version counter of its own, so autograd does not see the saved
-        tensors change; returns the `.data` tensors. Ignored rows of the input's gradient stay 0,
-        though 0 · ∞ is NaN. If `upstream` is not finite, kernels may change nothing and return
-        None; the caller then calls `compute` with it.
+        The gradients are contiguous, and may have other shapes than the tensors of this plan:
+        `LayerPlan` passes those of the whole layer to the plan of one chunk. Changes nothing if
+        `upstream` is 1. Writes through `.data`, which has a version counter of its own, so autograd
+        does not see the saved tensors change; returns the `.data` tensors. Ignored rows of the
+        input's gradient stay 0, though 0 · ∞ is NaN. If `upstream` is not finite, kernels may
+        change nothing and return None; the caller then calls `compute` with it.
         """
 
 
@@ -223,7 +224,7 @@ def key_of(name: str, options: Any, tensors: Sequence[Tensor | None]) -> tuple[A
         or is_jit_tracing()
         or is_pre_dispatch_tracing()
         or are_transforms_active()
-        or getattr(forward_ad, "_current_level", 0) >= 0
+        or getattr(forward_ad, "_current_level", 0) >= 0  # −1 if inactive, 0 if unknown.
         or (count_modes() and checks.is_traced())
     ):
         return None
@@ -237,14 +238,14 @@ def prepare(
     tensors: Sequence[Any],
     wrap: Callable[..., Kernels] | None = None,
     formula: Callable[..., Tensor] | None = None,
-    dtypes: Sequence[torch.dtype] = (),
+    intermediate_dtypes: Sequence[torch.dtype] = (),
     is_cached: bool = True,
 ) -> Prepared | None:
     """Prepares a checked call, or returns None if no kernels serve it.
 
     Kernels compute gradients of all tensors but the last two, `weight` and `sample_weight`, whose
-    gradients the formula computes. The linear loss has its own `wrap`, `formula` and `dtypes`; see
-    `Operator`.
+    gradients the formula computes. The linear loss has its own `wrap` and `formula` (see
+    `Operator`), and one intermediate dtype, that of the matrix product.
     """
     differentiable = tensors[:-2]
     needs = tuple(is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
@@ -254,14 +255,16 @@ def prepare(
     kernels = kernels_of(device, call.kind)
     if kernels is None:
         return None
-    kernels = kernels if wrap is None else wrap(*dtypes, kernels)
+    kernels = kernels if wrap is None else wrap(*intermediate_dtypes, kernels)
     plan = try_kernels(kernels, device, kernels.prepare, call, *tensors)
     if plan is None:
         return None
     prepared = Prepared(
         call, kernels, plan, device, needs[:-2],
-        is_deferred(call, *dtypes, *[t.dtype for t in differentiable if t is not None]),
-        formula_of_tensors if formula is None else functools.partial(formula, *dtypes),
+        is_deferred(
+            call, *intermediate_dtypes, *[t.dtype for t in differentiable if t is not None]
+        ),
+        formula_of_tensors if formula is None else functools.partial(formula, *intermediate_dtypes),
     )  # fmt: skip
     if is_cached:
         if len(_prepared) >= MAX_PREPARED:
@@ -575,10 +578,10 @@ HANDLE_NUMEL = 1
 def hold(prepared: Prepared | None, gradients: Sequence[Tensor | None]) -> Tensor:
     """A handle: a small tensor that holds gradients between forward and backward of a graph.
 
-    Backward scales gradients in place, as a product in new memory would cost one more pass. An
-    operator must not return one of its arguments, so backward gets gradients inside a handle. They
-    live as long as the handle, which autograd saves. A copy of the handle is empty, and backward
-    computes the gradients again.
+    Backward scales gradients in place, which costs nothing if the upstream gradient is 1; a product
+    in new memory would always cost one more pass. An operator must not return one of its arguments,
+    so backward gets gradients inside a handle. They live as long as the handle, which autograd
+    saves. A copy of the handle is empty, and backward computes the gradients again.
     """
     handle = torch.empty(HANDLE_NUMEL, dtype=torch.uint8, device="cpu")
     handle.held = prepared, gradients  # type: ignore[attr-defined]
@@ -790,7 +793,8 @@ class GraphNode(Function):
         operator, needs = ctx.operator, ctx.needs
         num_tensors = operator.num_tensors
         *tensors, numbers = ctx.saved_tensors[: num_tensors + 1]
-        # Nothing if gradients are deferred. Else on the CPU a handle of them, on CUDA themselves.
+        # Empty if gradients are deferred. If not: on the CPU one handle that holds the gradients,
+        # on CUDA the gradients themselves.
         saved = ctx.saved_tensors[num_tensors + 1 :]
         inputs = (*tensors, numbers, *ctx.dtypes_and_text)
         dtypes, call = operator.dtypes_and_call(inputs)

@@ -7,10 +7,10 @@ with it: what the host does not know, such as the number of ignored samples, the
 The loss of a small input is bound by launches. Forward launches `_loss_kernel`. Backward launches
 `_rescale_kernel` for each gradient that forward has computed, or else `_loss_kernel` again. Only if
 the divisor of `'mean'` is a sum of weights of more than LOCAL_DIVISOR_SAMPLES samples does a pass
-with gradients launch `_divisor_kernel` first. Triton's argument processing takes longer than
-such a kernel, so from the second call on, a `Plan` bypasses Triton and calls the compiled binary
-directly. It then allocates nothing but the loss and its gradients, except in captured graphs and
-where a tensor must be copied to be contiguous or broadcast.
+with gradients launch `_divisor_kernel` first. Triton's argument processing takes longer than the
+kernel of a small input, so from the second call on, a `Plan` bypasses Triton and calls the compiled
+binary directly. It then allocates nothing but the loss and its gradients, except in captured graphs
+and where a tensor must be copied to be contiguous or broadcast.
 
 The input is seen as (outer, classes, inner). If inner = 1, each sample is a contiguous row, or one
 element of a flat tensor, where classes = 1. If inner > 1, neighbouring samples are adjacent in
@@ -333,9 +333,9 @@ class Plan:
         alignment = math.gcd(tile.max_alignment, inner if is_spatial else classes)
         encoded_shape = (outer, classes // alignment, inner)
         if is_spatial:
-            # If spatial, only ALIGNMENT does. But Triton specialises on arguments that 16 divides,
-            # and might load longer vectors. So q = inner / ALIGNMENT is passed as 2q + 1, which is
-            # odd; `_inner_size` undoes this.
+            # If spatial, `vector_size` is 1, so ALIGNMENT alone limits the length of a vector load.
+            # But Triton specialises on arguments that 16 divides, and might load longer vectors. So
+            # q = inner / ALIGNMENT is passed as 2q + 1, which is odd; `_inner_size` undoes this.
             encoded_shape = (outer, classes, inner // alignment * 2 + 1)
         upstream_strides, copies_upstream = _strides(upstream, *self.upstream_shapes)
         sample_weight_outer_stride, _, sample_weight_inner_stride = self.sample_weight_strides

@@ -81,7 +81,7 @@ class Constants:
     @property
     def APPROXIMATE(self) -> bool:  # noqa: N802
         """Whether approximate instructions are accurate enough."""
-        # They flush subnormal numbers, which probabilities may be where no δ is added.
+        # They flush subnormal numbers to 0. A probability may be subnormal, if no δ is added to it.
         may_be_subnormal = self.BODY == "elementwise" and not self.HAS_DELTA
         return not (IS_INTERPRETED or tl.float64 == self.DTYPE or may_be_subnormal)
 
