@@ -226,9 +226,8 @@ def test_native_operators_return_the_bits_of_the_others(
                 rest = [True, False], torch.full_like(loss, factor)
                 expected = operator.op_gradients(*inputs, *rest, others)
                 close(operator.call_gradients(*inputs, *rest, handles), expected)
-                close(
-                    operator.call_gradients(*inputs, *rest, handles), expected
-                )  # By an empty handle.
+                # The handles are empty now.
+                close(operator.call_gradients(*inputs, *rest, handles), expected)
 
 
 @native

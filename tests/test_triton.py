@@ -470,6 +470,28 @@ def assert_no_spills(binaries: list[Any], folder: Path) -> None:
 
 @compiled
 @pytest.mark.parametrize("capability", CAPABILITIES)
+def test_vectors_of_an_upstream_gradient_are_of_contiguous_elements(
+    capability: int, compile_for: Callable[[int], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An expanded one, as `sum().backward()` makes, has one element in memory."""
+    monkeypatch.setattr(sys.modules[__name__], "SHARE", 1)
+    binaries = compile_for(capability)
+    y, target = tensor((4096, 64), torch.float32), tensor((4096,), torch.int64)
+    call = Call("squares", True, 1, "none", -100, torch.float32)
+    for upstream in (
+        None,
+        tensor((1, 1), torch.float32).expand(4096, 64),
+        tensor(y.shape, y.dtype),
+    ):
+        run(call, y, target, None, None, (True, False), upstream)
+    alone, expanded, contiguous = (
+        len(re.findall(r"\bld\.global(\.\w+)*\.v4\b", binary.asm["ptx"])) for _, binary in binaries
+    )
+    assert alone == expanded == contiguous / 2
+
+
+@compiled
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_classes_of_a_pixel_lie_in_one_thread(
     capability: int, compile_for: Callable[[int], list[Any]], tmp_path: Path
 ) -> None:

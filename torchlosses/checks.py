@@ -49,7 +49,7 @@ try:  # Private: whether a tracer records operations ahead of autograd.
     )
 except AttributeError:
     is_pre_dispatch_tracing = assume_yes
-try:  # Private: the innermost saved-tensor hooks, if any. True: without a look for a tracer.
+try:  # Private: the innermost saved-tensor hooks, if any. True: also under a tracer.
     find_saving_hooks: Callable[[], Any] = functools.partial(
         torch._C._autograd._top_saved_tensors_default_hooks, True
     )

@@ -80,7 +80,7 @@ def compute(
     if (
         torch.compiler.is_compiling()
         and ops.serves_graph(input.device, call, tensors)
-        and 0 not in linear_weight.shape  # Kernels cannot read it, and the operator has no formula.
+        and 0 not in linear_weight.shape  # The operator serves an empty input, but no empty weight.
     ):
         return LOSS_OPERATOR(call, (dtype,), *tensors)
     if not all(tensor is None or type(tensor) in checks.PLAIN for tensor in tensors):
@@ -90,9 +90,7 @@ def compute(
     if call.is_index:
         classes = checks.check_classes(target, linear_weight.shape[0], call.ignore_index)
     key = ops.key_of("linear", (call, dtype), tensors)
-    prepared = ops.find(key) or ops.prepare(
-        key, call, tensors, LayerKernels, formula, (dtype,)
-    )  # fmt: skip
+    prepared = ops.find(key) or ops.prepare(key, call, tensors, LayerKernels, formula, (dtype,))
     loss = None if prepared is None else ops.run(prepared, tensors)
     if loss is not None:
         return loss

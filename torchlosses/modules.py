@@ -192,13 +192,15 @@ class CrossEntropyError(nn.Module):
         options = checks.check_options(
             reduction, dim, ignore_index, delta, label_smoothing, from_logits
         )
-        _, self.dim, self.ignore_index, self.delta, self.label_smoothing, self.from_logits = options
+        self.dim, self.ignore_index = options.dim, options.ignore_index
+        self.delta, self.label_smoothing = options.delta, options.label_smoothing
         checks.check_weight(weight)
         if isinstance(weight, nn.Parameter):
             self.weight = weight
         else:
             self.register_buffer("weight", weight)
         self.reduction: Reduction = reduction
+        self.from_logits = from_logits
 
     @torch.jit.unused  # So that a model that holds a loss can be scripted.
     def forward(
@@ -330,7 +332,8 @@ class LinearCrossEntropyError(nn.Module):
     ) -> None:
         super().__init__()
         options = checks.check_options(reduction, None, ignore_index, delta, label_smoothing)
-        _, _, self.ignore_index, self.delta, self.label_smoothing, _ = options
+        self.ignore_index, self.delta = options.ignore_index, options.delta
+        self.label_smoothing = options.label_smoothing
         checks.check_weight(weight, num_classes)
         if isinstance(weight, nn.Parameter):
             self.weight = weight

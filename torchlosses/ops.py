@@ -214,9 +214,9 @@ def layout_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
 
 
 def key_of(name: str, options: Any, tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
-    """The key of an eager call with plain tensors; None for all others.
+    """The key of an eager call whose tensors kernels can read; None for all others.
 
-    Kernels serve an eager call by its key. A compiled graph has an operator, which makes its own.
+    A compiled graph does not use it: it has an operator, which makes a key of its own.
     """
     # `checks.is_eager`, inlined: calling a Python function costs as much as a check.
     if (
@@ -238,14 +238,14 @@ def prepare(
     tensors: Sequence[Any],
     wrap: Callable[..., Kernels] | None = None,
     formula: Callable[..., Tensor] | None = None,
-    intermediate_dtypes: Sequence[torch.dtype] = (),
+    dtypes: Sequence[torch.dtype] = (),
     is_cached: bool = True,
 ) -> Prepared | None:
     """Prepares a checked call, or returns None if no kernels serve it.
 
     Kernels compute gradients of all tensors but the last two, `weight` and `sample_weight`, whose
     gradients the formula computes. The linear loss has its own `wrap` and `formula` (see
-    `Operator`), and one intermediate dtype, that of the matrix product.
+    `Operator`), and `dtypes` of intermediate results: that of the matrix product.
     """
     differentiable = tensors[:-2]
     needs = tuple(is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
@@ -255,16 +255,14 @@ def prepare(
     kernels = kernels_of(device, call.kind)
     if kernels is None:
         return None
-    kernels = kernels if wrap is None else wrap(*intermediate_dtypes, kernels)
+    kernels = kernels if wrap is None else wrap(*dtypes, kernels)
     plan = try_kernels(kernels, device, kernels.prepare, call, *tensors)
     if plan is None:
         return None
     prepared = Prepared(
         call, kernels, plan, device, needs[:-2],
-        is_deferred(
-            call, *intermediate_dtypes, *[t.dtype for t in differentiable if t is not None]
-        ),
-        formula_of_tensors if formula is None else functools.partial(formula, *intermediate_dtypes),
+        is_deferred(call, *dtypes, *[t.dtype for t in differentiable if t is not None]),
+        formula_of_tensors if formula is None else functools.partial(formula, *dtypes),
     )  # fmt: skip
     if is_cached:
         if len(_prepared) >= MAX_PREPARED:
@@ -607,9 +605,9 @@ class Operator:
     """A loss in compiled graphs, by the same kernels as eager calls.
 
     Graphs call `op`, the operator called `name`. It decomposes into `GraphNode`, an autograd node
-    around two operators that run the kernels: `loss_and_gradients`, which returns CPU gradients in
-    a handle, and `gradients`, which rescales those of a handle or computes them from the upstream
-    gradient. On CUDA the graph itself multiplies the returned gradients.
+    around two operators that run the kernels: `op_loss_and_gradients`, which returns CPU gradients
+    in a handle, and `op_gradients`, which rescales those of a handle or computes them from the
+    upstream gradient. On CUDA the graph itself multiplies the returned gradients.
 
     All take these inputs:
 
@@ -617,10 +615,10 @@ class Operator:
       the weights;
     - `numbers`, a tensor of delta and label_smoothing if the graph takes them as inputs, else None:
       torch.compile would specialise on float arguments;
-    - the dtypes of intermediate results, one argument for each name in `dtypes`;
+    - `dtypes` of intermediate results, one argument for each of `dtype_names`;
     - the call, as `pack` returns it.
 
-    `loss_and_gradients` also takes `needs`, and `gradients` takes `needs`, `upstream` and
+    `op_loss_and_gradients` also takes `needs`, and `op_gradients` takes `needs`, `upstream` and
     `handles`, a list of one handle or of none.
 
     `wrap(*dtypes, kernels)` returns the kernels of this loss on top of those of a device.
@@ -631,16 +629,16 @@ class Operator:
         self,
         name: str,
         differentiable: Sequence[str],
-        dtypes: Sequence[str],
+        dtype_names: Sequence[str],
         wrap: Callable[..., Kernels],
         formula: Callable[..., Tensor],
     ) -> None:
         self.name, self.wrap, self.formula = name, wrap, formula
         self.num_differentiable, self.num_tensors = len(differentiable), len(differentiable) + 2
-        self.call_position = self.num_tensors + 1 + len(dtypes)
+        self.call_position = self.num_tensors + 1 + len(dtype_names)
         inputs = ", ".join([
             *differentiable, "Tensor? weight", "Tensor? sample_weight", "Tensor? numbers",
-            *[f"ScalarType {dtype}" for dtype in dtypes], "str call",
+            *[f"ScalarType {dtype}" for dtype in dtype_names], "str call",
         ])  # fmt: skip
         LIBRARY.define(f"{name}({inputs}) -> Tensor")
         LIBRARY.impl(name, self._decompose, "CompositeImplicitAutograd")
@@ -670,11 +668,11 @@ class Operator:
         return inputs[self.num_tensors + 1 : end], unpack(inputs[end])
 
     def call_loss_and_gradients(self, *inputs: Any) -> list[Tensor]:
-        """Records the operator in the graph."""
+        """Calls the operator, for a tracer to record."""
         return cast("list[Tensor]", self.op_loss_and_gradients(*inputs))
 
     def call_gradients(self, *inputs: Any) -> list[Tensor]:
-        """Records the operator in the graph."""
+        """Calls the operator, for a tracer to record."""
         return cast("list[Tensor]", self.op_gradients(*inputs))
 
     def _decompose(self, *inputs: Any) -> Tensor:
@@ -696,13 +694,13 @@ class Operator:
     def _compute_gradients(self, *inputs: Any) -> list[Tensor]:
         """Runs the kernels when the graph runs."""
         needs, upstream, handles = inputs[-3:]
-        prepared, held = take(handles[0]) if handles else (None, None)
-        gradients = None
-        if prepared is not None:
+        prepared, gradients = take(handles[0]) if handles else (None, None)
+        if prepared is not None:  # It is None for an empty input too, whose gradients are zeros.
             target = inputs[self.num_differentiable - 1]
             gradients = try_kernels(
-                prepared.kernels, prepared.device, prepared.plan.rescale, held, upstream, target
-            )
+                prepared.kernels, prepared.device, prepared.plan.rescale,
+                gradients, upstream, target,
+            )  # fmt: skip
         if gradients is None:
             _, _, *gradients = self._run_kernels(inputs, needs, upstream)
         return [gradient for gradient in gradients if gradient is not None]
@@ -768,8 +766,8 @@ def _fake_like(tensors: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
 # Returns `upstream`, and makes the backward graph read `tensors`. On CUDA that graph multiplies
 # saved gradients by `upstream`, and would read no input of forward. AOTAutograd would then allow a
 # second derivative, and get it wrong; with this dependency it raises an error.
-LIBRARY.define("with_dependency(Tensor upstream, Tensor[] tensors) -> Tensor")
-LIBRARY.impl("with_dependency", lambda upstream, _: upstream.clone(), "CompositeExplicitAutograd")
+LIBRARY.define("depending(Tensor upstream, Tensor[] tensors) -> Tensor")
+LIBRARY.impl("depending", lambda upstream, _: upstream.clone(), "CompositeExplicitAutograd")
 
 
 class GraphNode(Function):
@@ -807,7 +805,7 @@ class GraphNode(Function):
             gradients = operator.call_gradients(*inputs, needs, upstream, saved)
         else:
             read = [t for t, needed in zip(tensors, needs, strict=False) if needed]
-            upstream = torch.ops.torchlosses.with_dependency(upstream, read)
+            upstream = torch.ops.torchlosses.depending(upstream, read)
             gradients = [gradient * upstream for gradient in saved]
             if needs[0] and call.is_index:  # 0 times what is not finite is NaN.
                 target = tensors[operator.num_differentiable - 1]

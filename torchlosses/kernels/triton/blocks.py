@@ -270,7 +270,7 @@ def _make_tile(b, start, CONST: tl.constexpr):
 
 @triton.jit
 def _pointers(pointer, offsets, CONST: tl.constexpr):
-    """Pointers of a tile, whose last dimension varies fastest across threads."""
+    """Pointers of a tile of contiguous classes, which vary fastest across threads."""
     pointers = pointer + offsets
     if NEEDS_ORDER_HINT and CONST.TILE.classes > 1 and not CONST.IS_SPATIAL:
         # Claims runs of 1, 2, 4 and 8 contiguous elements along the four dimensions. Triton caps a

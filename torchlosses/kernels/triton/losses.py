@@ -22,7 +22,6 @@ from torchlosses.kernels.triton.blocks import (
     _load_targets,
     _log2,
     _make_tile,
-    _pointers,
     _reciprocal,
     _store,
     _thread_max,
@@ -89,8 +88,9 @@ def _elementwise(args, b, CONST: tl.constexpr):
         )
         scale = _broadcast(b.grad_scale)
         if CONST.PER_ELEMENT and args.upstream_ptr is not None:
+            # Without `_pointers`, which is for contiguous classes.
             pointers = _broadcast(args.upstream_ptr + b.upstream_offset)
-            pointers = _pointers(pointers, k * args.upstream_class_stride, CONST)
+            pointers += k * args.upstream_class_stride
             mask = _broadcast(b.is_valid) & class_mask
             scale *= tl.load(pointers, mask=mask, other=0).to(CONST.DTYPE)
         loss, grad, grad_target = _element_loss(y, t, scale, target_is_zero, b, CONST)

@@ -67,12 +67,12 @@ def configure(
     # A thread holds all classes of two samples.
     fits_thread = is_softmax_nll and is_spatial and row_words <= 32
     is_short = is_softmax_nll and not is_spatial and classes <= MAX_CONSTANT_CLASSES
-    threads_per_short_row = max(padded // 16, 1)  # 16 classes in each.
+    threads_per_short_row = max(padded // 16, 1)  # At most 16 classes in each.
     # The second pass over a row finds it in the cache.
     is_cached = is_softmax_nll and not (is_spatial or is_whole) and classes * itemsize <= 2**17
     if not body.startswith("softmax"):
-        width = min(row_words, 16 if is_spatial else 2**10)
-        spec = width, 2**10 // width, 4, 255
+        width_words = min(row_words, 16 if is_spatial else 2**10)
+        spec = width_words, 2**10 // width_words, 4, 255
     elif is_spatial:
         spec = _spatial_spec(row_words, class_words, is_softmax_nll, has_delta)
     elif is_short:  # Two warps have 64 threads.
@@ -134,9 +134,9 @@ def _row_spec(row_words: int, class_words: int, is_softmax_nll: bool) -> TileSpe
 
 def _cached_spec(class_words: int, itemsize: int, is_odd: bool) -> TileSpec:
     """For parts of rows that stay in the cache: 16 KiB of the input."""
-    width = min(2**14 // itemsize * class_words, 2**13)
+    width_words = min(2**14 // itemsize * class_words, 2**13)
     # An odd number of classes is loaded one at a time, which needs many loads in flight.
-    return (width, 1, 8, 128) if is_odd else (width, 1, 16, 64)
+    return (width_words, 1, 8, 128) if is_odd else (width_words, 1, 16, 64)
 
 
 def _part_spec(
