@@ -93,12 +93,14 @@ def linear_cross_entropy_error(
     tensor(1.6265)
     """
     options = checks.cached_options(reduction, None, ignore_index, delta, label_smoothing)
-    shape = checks.check_linear(input, linear_weight, linear_bias)
-    dim = len(shape) - 1
-    is_index = checks.check_target(input, shape, target, dim, options.ignore_index, "logits")
-    if _is_one(shape[dim]):
+    logits_shape = checks.check_linear(input, linear_weight, linear_bias)
+    dim = len(logits_shape) - 1
+    is_index = checks.check_target(input, logits_shape, target, dim, options.ignore_index, "logits")
+    if _is_one(logits_shape[dim]):
         checks.warn_of_one_class(dim, is_linear=True)
-    checks.check_weights(input, shape, weight, dim, sample_weight, shape[:-1], "logits")
+    checks.check_weights(
+        input, logits_shape, weight, dim, sample_weight, logits_shape[:-1], "logits"
+    )
     call = _make_call("logits", options, is_index, dim, input, target)
     arguments = (input, linear_weight, linear_bias, target, weight, sample_weight)
     arguments = sharded.wait_all(arguments)
@@ -236,7 +238,8 @@ def _pack_static_call(kind: str, options: Sequence[Any], properties: Sequence[An
         )
     except (TypeError, ValueError):
         return None  # The traced code raises it, with the user's tensors.
-    # The traced checks warn of one class, and add a dimension to a 0-D input.
+    # Left to the traced checks: this function cannot warn, and the operator would get the user's
+    # 0-D tensors, without the dimension that `_check` adds.
     if has_one_class or arguments.input.dim() != len(given[0].shape):
         return None
     return ops.pack(call) if ops.serves_graph(given[0].device, call, arguments) else None

@@ -27,8 +27,8 @@ from torchlosses.formulas import Arguments, Call, Classes, ClassPosition, Shardi
 CHUNK_BYTES_PER_CLASS = 2**12
 # On a CPU a chunk of logits also takes at most this many bytes. So with many classes it has fewer
 # rows than CHUNK_BYTES_PER_CLASS allows, but at least MIN_ROWS. With chunks of MIN_ROWS rows the
-# whole loss takes a few percent longer than without this limit, and with chunks of MIN_ROWS / 2 10
-# to 15%.
+# whole loss takes a few percent longer than without this limit; with chunks of half as many rows it
+# would take 10 to 15% longer.
 MAX_CPU_CHUNK_BYTES = 48 * 10**6
 MIN_ROWS = 256
 # The most chunks whose linear-weight gradients are accumulated in half precision: the error is less
@@ -140,8 +140,8 @@ class LayerPlan:
     def rescale(
         self, gradients: Sequence[Tensor | None], upstream: Tensor, target: Tensor
     ) -> Sequence[Tensor | None] | None:
-        if not self.plans:  # No chunk was computed: every row is ignored.
-            return None
+        if not self.plans:  # Every row is ignored, and zeros stay zeros.
+            return [gradient if gradient is None else gradient.data for gradient in gradients]
         plan = next(iter(self.plans.values()))  # Any will do: `rescale` depends on no layout.
         grad_input, *rest = gradients
         if grad_input is None:

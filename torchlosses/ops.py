@@ -244,8 +244,8 @@ def prepare(
     """Prepares a checked call, or returns None if no kernels serve it.
 
     Kernels compute gradients of all tensors but the last two, `weight` and `sample_weight`, whose
-    gradients the formula computes. The linear loss has its own `wrap` and `formula` (see
-    `Operator`), and `dtypes` of intermediate results: that of the matrix product.
+    gradients the formula computes. Only the linear loss passes `wrap`, `formula` and `dtypes`: one
+    dtype, that of its matrix product. `wrap` and `formula` take it first; see `Operator`.
     """
     differentiable = tensors[:-2]
     needs = tuple(is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
@@ -530,9 +530,10 @@ def find_constants(
 
 
 def _as_constant(number: Any) -> Any:
-    """The number in Python's own type: Dynamo may hold a symbol for one that it has specialised.
+    """The number in Python's own type.
 
-    `float(number)` would return the symbol.
+    Even for a number that it has specialised, Dynamo may hold a symbol. `__float__()` and `index`
+    give the plain number; `float(number)` would return the symbol.
     """
     return number.__float__() if isinstance(number, float) else index(number)
 
@@ -579,10 +580,12 @@ def hold(prepared: Prepared | None, gradients: Sequence[Tensor | None]) -> Tenso
     Backward scales gradients in place, which costs nothing if the upstream gradient is 1; a product
     in new memory would always cost one more pass. An operator must not return one of its arguments,
     so backward gets gradients inside a handle. They live as long as the handle, which autograd
-    saves. A copy of the handle is empty, and backward computes the gradients again.
+    saves. A copy of the handle is empty, as is the handle of an empty input, which has no prepared
+    call. Backward then computes the gradients again.
     """
     handle = torch.empty(HANDLE_NUMEL, dtype=torch.uint8, device="cpu")
-    handle.held = prepared, gradients  # type: ignore[attr-defined]
+    if prepared is not None:
+        handle.held = prepared, gradients  # type: ignore[attr-defined]
     return handle
 
 
@@ -695,7 +698,7 @@ class Operator:
         """Runs the kernels when the graph runs."""
         needs, upstream, handles = inputs[-3:]
         prepared, gradients = take(handles[0]) if handles else (None, None)
-        if prepared is not None:  # It is None for an empty input too, whose gradients are zeros.
+        if prepared is not None:
             target = inputs[self.num_differentiable - 1]
             gradients = try_kernels(
                 prepared.kernels, prepared.device, prepared.plan.rescale,
@@ -842,7 +845,8 @@ class LossOperator(Operator):
             formula_of_tensors,
         )
         inputs = "Tensor input, Tensor target, str call"
-        # The native operators in Python, for a graph that runs before kernels register their own.
+        # The native operators in Python, for a graph from torch's cache on disk, which may run
+        # before this process has loaded the kernels.
         python = NativeSignatures(self._compute_loss_and_gradients, self._compute_gradients)
         fake = NativeSignatures(_fake_loss_and_gradients, _fake_gradients)
         self.native_loss = _define(f"native_loss({inputs}) -> Tensor", python.loss, fake.loss)

@@ -19,10 +19,10 @@ almost always fit in 32 bits (otherwise INDEX is int64), and finding the outer i
 division per block, not one per sample.
 
 A program computes a block of samples in tiles of classes. A tile has the shape (vectors, samples,
-row threads, vector size), whose first, third and last dimension together are the classes:
+row_threads, vector_size), whose first, third and last dimension together are the classes:
 
-- If inner = 1, as many threads as the third dimension is long share a sample. In registers each
-  holds the whole first and last dimension: some vectors of neighbouring classes.
+- If inner = 1, `row_threads` threads share a sample. Each holds `vectors` vectors of `vector_size`
+  neighbouring classes in its registers.
 - If inner > 1, the third and the last dimension have size 1, and all classes of the tile are along
   the first. Neighbouring threads hold neighbouring samples. Triton keeps the first dimension in one
   thread if the classes are few, and distributes it over several if not.
@@ -316,13 +316,12 @@ class Plan:
     def _make_pass(self, needs: tuple[bool, bool], upstream: Tensor | None) -> Pass:
         call, dtype = self.call, self.call.dtype
         outer, classes, inner = self.shape_3d
-        epsilon, has_delta = call.label_smoothing, call.delta != 0
+        epsilon, has_delta, is_spatial = call.label_smoothing, call.delta != 0, inner > 1
         tile = configure(
             self.body, classes, inner, dtype, self.itemsize,
             has_delta=has_delta,
             is_plain=not (needs[1] or epsilon or self.has_class_weight),
         )  # fmt: skip
-        is_spatial = inner > 1
         num_blocks = triton.cdiv(outer, tile.samples)
         if is_spatial:
             num_blocks = outer * triton.cdiv(inner, tile.samples)
@@ -334,8 +333,9 @@ class Plan:
         encoded_shape = (outer, classes // alignment, inner)
         if is_spatial:
             # If spatial, `vector_size` is 1, so ALIGNMENT alone limits the length of a vector load.
-            # But Triton specialises on arguments that 16 divides, and might load longer vectors. So
-            # q = inner / ALIGNMENT is passed as 2q + 1, which is odd; `_inner_size` undoes this.
+            # But Triton specialises on arguments that 16 divides, and might load longer vectors
+            # than `tile.max_alignment` allows, for the reason given in `configure`. So q = inner /
+            # ALIGNMENT is passed as 2q + 1, which is odd; `_inner_size` undoes this.
             encoded_shape = (outer, classes, inner // alignment * 2 + 1)
         upstream_strides, copies_upstream = _strides(upstream, *self.upstream_shapes)
         sample_weight_outer_stride, _, sample_weight_inner_stride = self.sample_weight_strides

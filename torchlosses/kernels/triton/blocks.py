@@ -151,7 +151,10 @@ def _blocks_per_outer(args, CONST: tl.constexpr, SAMPLES: tl.constexpr):
 
 @triton.jit
 def _num_blocks(args, CONST: tl.constexpr, SAMPLES: tl.constexpr):
-    """The number of blocks of SAMPLES samples, in 32 bits: a 64-bit division is slow and spills."""
+    """The number of blocks of SAMPLES samples, in 32 bits, so that their indices are too.
+
+    `_make_block` divides those, and a 64-bit division is slow and spills.
+    """
     if CONST.IS_SPATIAL:
         return tl.cast(args.outer, tl.int32) * _blocks_per_outer(args, CONST, SAMPLES)
     else:  # noqa: RET505 - Only one branch is compiled.
