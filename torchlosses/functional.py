@@ -238,8 +238,8 @@ def _pack_static_call(kind: str, options: Sequence[Any], properties: Sequence[An
         )
     except (TypeError, ValueError):
         return None  # The traced code raises it, with the user's tensors.
-    # Left to the traced checks: this function cannot warn, and the operator would get the user's
-    # 0-D tensors, without the dimension that `_check` adds.
+    # Left to the traced checks, which warn of one class, and which pass a 0-D input on with the
+    # dimension that `_check` adds; from here the operator would get the user's tensors.
     if has_one_class or arguments.input.dim() != len(given[0].shape):
         return None
     return ops.pack(call) if ops.serves_graph(given[0].device, call, arguments) else None

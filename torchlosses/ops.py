@@ -244,8 +244,9 @@ def prepare(
     """Prepares a checked call, or returns None if no kernels serve it.
 
     Kernels compute gradients of all tensors but the last two, `weight` and `sample_weight`, whose
-    gradients the formula computes. Only the linear loss passes `wrap`, `formula` and `dtypes`: one
-    dtype, that of its matrix product. `wrap` and `formula` take it first; see `Operator`.
+    gradients the formula computes. Eager calls of plain losses leave out `wrap`, `formula` and
+    `dtypes`. `dtypes` is empty, or for the linear loss the dtype of its matrix product; `wrap` and
+    `formula` take it first. See `Operator`.
     """
     differentiable = tensors[:-2]
     needs = tuple(is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
@@ -578,10 +579,10 @@ def hold(prepared: Prepared | None, gradients: Sequence[Tensor | None]) -> Tenso
     """A handle: a small tensor that holds gradients between forward and backward of a graph.
 
     Backward scales gradients in place, which costs nothing if the upstream gradient is 1; a product
-    in new memory would always cost one more pass. An operator must not return one of its arguments,
-    so backward gets gradients inside a handle. They live as long as the handle, which autograd
-    saves. A copy of the handle is empty, as is the handle of an empty input, which has no prepared
-    call. Backward then computes the gradients again.
+    in new memory would always cost one more pass. The backward operator returns what it has scaled.
+    It must not return one of its arguments, so it gets the gradients inside a handle. They live as
+    long as the handle, which autograd saves. A copy of the handle is empty, as is the handle of an
+    empty input, which has no prepared call. Backward then computes the gradients again.
     """
     handle = torch.empty(HANDLE_NUMEL, dtype=torch.uint8, device="cpu")
     if prepared is not None:

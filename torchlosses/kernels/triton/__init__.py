@@ -59,8 +59,9 @@ MAX_DIVISOR_PROGRAMS = 2**9
 # For up to this many samples each program of `_loss_kernel` computes the divisor of `'mean'`
 # itself, which takes less time than another launch.
 LOCAL_DIVISOR_SAMPLES = 2**12
-# Offsets within a block are int32 if one sample, or one outer index if inner > 1, extends over less
-# memory than this. A block of several samples extends further, but by less than 2¹⁶ elements.
+# Offsets within a block are int32 if one sample, or one outer index if inner > 1, extends over
+# fewer elements than this in every tensor. A block of several samples extends further, but by less
+# than 2¹⁶ elements.
 MAX_INT32_EXTENT = 2**31 - 2**16
 # Elements per block of `_rescale_kernel`.
 RESCALE_BLOCK = 2**11

@@ -2,7 +2,8 @@
 
 Each returns weighted losses per sample (`_elementwise` stores losses per element itself), and
 stores the gradients that have a pointer, times `grad_scale`. R and W say what it reads and writes.
-The input is x if logits, else y; t is the target as `_load_targets` returns it.
+The input is x if logits, else y; t is the target w·t′ as `_load_targets` returns it. A derivative
+by it, times `t_factor`, is the derivative by the user's target.
 """
 
 import collections
