@@ -487,7 +487,7 @@ def test_vectors_of_an_upstream_gradient_are_of_contiguous_elements(
     alone, expanded, contiguous = (
         len(re.findall(r"\bld\.global(\.\w+)*\.v4\b", binary.asm["ptx"])) for _, binary in binaries
     )
-    assert alone == expanded == contiguous / 2
+    assert 0 < alone == expanded == contiguous / 2
 
 
 @compiled

@@ -25,9 +25,7 @@ class Tile(NamedTuple):
     max_programs: int  # Per launch.
     is_whole: bool  # For softmaxes: whether it holds all classes. If not, they loop over tiles.
     vector_size: int  # Neighbouring classes in a vector; 1 if inner > 1.
-    vectors: (
-        int  # If inner = 1, the vectors of a sample in each thread; else the same as `classes`.
-    )
+    vectors: int  # If inner = 1, the vectors of a sample in each thread; else as `classes`.
     max_alignment: int  # Limit of `Constants.ALIGNMENT`, and so of the length of a vector load.
 
     @property
